@@ -1,0 +1,113 @@
+# The environment lives in .venv; a stamp in it marks each finished step, so an interrupted call goes on at the next.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help setup fetch lab compare test browser notebooks lint format bench lock clean
+
+help:
+	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
+	@echo "make test       pass every test: units, notebooks, browser"
+	@echo "make lab        open JupyterLab on notebook 00"
+	@echo "make setup      create the environment only"
+	@echo "make notebooks  run every notebook from a clean kernel and keep its outputs"
+	@echo "make lint       format, lint, import and notebook checks;  make format mends what it can"
+	@echo "make bench      measure the measuring: against a plain loop and against lm-eval"
+	@echo "make lock       resolve the dependencies anew into requirements.lock"
+	@echo "make clean      remove the environment and build leftovers; weights, rows and results stay"
+
+setup: $(VENV)/installed.stamp
+
+$(VENV)/created.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "edgelab needs Python 3.11 or later, and $(PYTHON) is not; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Plain pip brings torch with CUDA, several GB, to a Linux machine; uv knows where the CPU build is. Where that place
+# cannot be reached, uv gives up within seconds and pip looks in its own. $(call install_torch,python,requirement)
+define install_torch
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+		echo "Installing the CPU build of $(2)"; \
+		$(1) -m pip install --quiet --disable-pip-version-check uv; \
+		UV_HTTP_CONNECT_TIMEOUT=5 UV_HTTP_RETRIES=1 \
+			$(1) -m uv pip install --quiet --python $(1) --torch-backend=cpu '$(2)' 2>/dev/null \
+			|| echo "No separate CPU build can be reached from here; pip decides."; fi
+	$(1) -m pip install --quiet --disable-pip-version-check '$(2)'
+endef
+
+$(VENV)/torch.stamp: $(VENV)/created.stamp requirements.lock
+	$(call install_torch,$(BIN)/python,$(TORCH))
+	@touch $@
+
+$(VENV)/locked.stamp: $(VENV)/torch.stamp
+	$(PIP) --requirement requirements.lock
+	@touch $@
+
+$(VENV)/installed.stamp: $(VENV)/locked.stamp pyproject.toml notebooks/jupyterlab_overrides.json
+	$(PIP) --quiet --no-deps --editable .
+	@touch $@
+
+$(VENV)/bench.stamp: $(VENV)/installed.stamp
+	$(PIP) --quiet --constraint requirements.lock --editable '.[bench]'
+	@touch $@
+
+fetch: setup
+	$(BIN)/edgelab fetch
+
+lab: fetch
+	$(BIN)/edgelab lab
+
+compare: fetch
+	$(BIN)/edgelab compare --report results/report.html
+
+# Debian's Chromium drives the widget tests; without it they fail and say so, the others run.
+browser:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null \
+			|| echo "chromium could not be installed with apt-get; the browser tests will fail."; \
+	else echo "No Chromium here and no right to install it; the browser tests will fail until chromium is installed."; fi
+
+test: fetch browser
+	$(BIN)/python -m pytest
+
+notebooks: fetch
+	$(BIN)/python notebooks/build.py run $(NAMES)
+	$(BIN)/python notebooks/build.py check
+
+lint: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+	$(BIN)/python notebooks/build.py check
+
+format: setup
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(VENV)/bench.stamp fetch
+	$(BIN)/python -m benchmarks
+
+# Resolved together with `bench`, so that adding it later changes no version that was tested; frozen without it.
+lock: PIN := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",/\1/p' pyproject.toml)
+lock:
+	$(PYTHON) -m venv --clear .venv-lock/all
+	$(call install_torch,.venv-lock/all/bin/python,$(PIN))
+	.venv-lock/all/bin/pip install --quiet --editable '.[test,bench]'
+	.venv-lock/all/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > .venv-lock/all.txt
+	$(PYTHON) -m venv --clear .venv-lock/tested
+	$(call install_torch,.venv-lock/tested/bin/python,$(PIN))
+	.venv-lock/tested/bin/pip install --quiet --constraint .venv-lock/all.txt --editable '.[test]'
+	.venv-lock/tested/bin/pip freeze --exclude-editable --exclude uv | sed 's/+cpu$$//' > .venv-lock/tested.txt
+	mv .venv-lock/tested.txt requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) .venv-lock build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

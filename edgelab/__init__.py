@@ -1,0 +1,30 @@
+"""edgelab: one small language model through every technique for the edge, measured side by side."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> module that holds it; None for a module itself. Imported on use: `edgelab --help` needs no torch.
+_PUBLIC = {
+    "load": "edgelab.reference",
+    "Reference": "edgelab.reference",
+    "measure": "edgelab.lab",
+    "compare": "edgelab.lab",
+    "parse": "edgelab.recipes",
+    "EdgeLabError": "edgelab.errors",
+    "corpora": None,
+    "devices": None,
+    "exercises": None,
+    "ledger": None,
+    "plots": None,
+    "widgets": None,
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'edgelab' has no attribute '{name}'")
+    module = importlib.import_module(_PUBLIC[name] or f"edgelab.{name}")
+    return getattr(module, name) if _PUBLIC[name] else module

@@ -1,0 +1,454 @@
+"""The command line: fetch, doctor, list, measure, compare, report, ledger, cache, lab."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from edgelab.errors import EdgeLabError
+
+COLUMNS = {  # what a terminal shows of a row: field -> heading
+    "recipe": "recipe",
+    "badge": "badge",
+    "ppl": "ppl",
+    "delta_nll": "ΔNLL",
+    "kld_mean": "KLD",
+    "top1_agreement": "top-1",
+    "weights_mb": "MB",
+    "bits_per_weight": "bits/w",
+    "peak_rss_mb": "RSS MB",
+    "ttft_ms_p50": "TTFT ms",
+    "decode_tok_s": "tok/s",
+    "decode_ratio": "× none",
+    "status": "status",
+}
+EXTRAS = {  # extra -> a package that stands for it
+    "runtimes": "openvino_genai",
+    "litert": "litert_lm",
+    "executorch": "executorch",
+    "cluster": "ray",
+    "search": "optuna",
+    "hybrid": "fastapi",
+    "test": "pytest",
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Compare techniques for running a small language model at the edge.",
+)
+ledger_app = typer.Typer(
+    no_args_is_help=True, help="Look at the rows, export them. Example: `edgelab ledger show`"
+)
+cache_app = typer.Typer(
+    no_args_is_help=True, help="Look at the saved variants, empty them. Example: `edgelab cache show`"
+)
+app.add_typer(ledger_app, name="ledger")
+app.add_typer(cache_app, name="cache")
+out, err = Console(), Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line, and nothing else.")]
+Recipes = Annotated[
+    list[str], typer.Argument(help="Recipes, e.g. none or 'quantize.rtn:bits=4,group_size=64'.")
+]
+Model = Annotated[str, typer.Option(help="'embedded', a Hub id, a folder with safetensors, or a .gguf file.")]
+Corpus = Annotated[
+    str, typer.Option(help="Text to evaluate on: a name of `edgelab list corpora`, or a text file.")
+]
+ProtocolName = Annotated[str, typer.Option("--protocol", help="A name of `edgelab list protocols`.")]
+Windows = Annotated[
+    int | None, typer.Option(help="How many windows score (default 32; 4 with EDGELAB_FAST=1).")
+]
+RuntimeName = Annotated[str | None, typer.Option("--runtime", help="A name of `edgelab list runtimes`.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Threads of the measured process (default: physical cores).")
+]
+Only = Annotated[str | None, typer.Option(help="Measure one part: quality, speed or memory.")]
+Force = Annotated[bool, typer.Option("--force", help="Measure again although the ledger has the row.")]
+
+
+@app.callback()
+def _main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on standard error.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s")
+    logging.captureWarnings(True)
+
+
+@app.command(epilog="Example: `edgelab fetch`")
+def fetch(force: Annotated[bool, typer.Option("--force", help="Fetch and decode again.")] = False) -> None:
+    """Fetch the embedded model and texts (97 MB, once), verify them, decode the model."""
+    from edgelab import assets
+
+    err.print(f"Model and texts are ready in {assets.fetch(force)}.", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: `edgelab measure none quantize.rtn:bits=4 --windows 8 --json`")
+def measure(
+    recipes: Recipes,
+    model: Model = "embedded",
+    corpus: Corpus = "wiki",
+    protocol: ProtocolName = "edgelab-512",
+    windows: Windows = None,
+    runtime: RuntimeName = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    only: Only = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure recipes, each by itself, and record the rows."""
+    from edgelab import lab
+
+    settings = dict(
+        model=model,
+        corpus=corpus,
+        protocol=protocol,
+        windows=windows,
+        runtime=runtime,
+        seed=seed,
+        threads=threads,
+        only=only,
+        force=force,
+    )
+    _stream(lab.stream(recipes, interleave=False, **settings), as_json)
+
+
+@app.command(epilog="Example: `edgelab compare none quantize.bf16 --report results/report.html`")
+def compare(
+    recipes: Annotated[list[str] | None, typer.Argument(help="Recipes; without any, a first set.")] = None,
+    model: Model = "embedded",
+    corpus: Corpus = "wiki",
+    protocol: ProtocolName = "edgelab-512",
+    windows: Windows = None,
+    runtime: RuntimeName = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    only: Only = None,
+    force: Force = False,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report of these rows here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure recipes beside the baseline, print a table, record the rows."""
+    from edgelab import lab
+
+    settings = dict(
+        model=model,
+        corpus=corpus,
+        protocol=protocol,
+        windows=windows,
+        runtime=runtime,
+        seed=seed,
+        threads=threads,
+        only=only,
+        force=force,
+    )
+    rows = lab.stream(recipes or lab.DEFAULT_SET, **settings)
+    _stream(rows, as_json, (lambda done: _report(done, report, model)) if report else None)
+
+
+@app.command(epilog="Example: `edgelab report results/report.html`")
+def report(
+    path: Annotated[Path, typer.Argument(help="Where to write the page.")] = Path("results/report.html"),
+    model: Model = "embedded",
+) -> None:
+    """Write an HTML report of the project's reference rows and your own."""
+    from edgelab import ledger
+
+    _report(ledger.frame(), path, model)
+
+
+@app.command(name="list", epilog="Example: `edgelab list techniques`")
+def list_(
+    what: Annotated[
+        Literal["techniques", "runtimes", "protocols", "corpora", "models", "devices"], typer.Argument()
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """List what a recipe, an option or a plot can name."""
+    _print(_listing(what), as_json)
+
+
+@ledger_app.command("show", epilog="Example: `edgelab ledger show --last 5 --json`")
+def ledger_show(
+    last: Annotated[int, typer.Option(help="How many rows, newest last.")] = 20,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="The project's rows instead of yours.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest rows."""
+    from edgelab import ledger
+
+    rows = (ledger.reference() if reference else ledger.own())[-last:]
+    _print_rows([row.flat() for row in rows], as_json)
+
+
+@ledger_app.command("export", epilog="Example: `edgelab ledger export rows.parquet`")
+def ledger_export(path: Annotated[Path, typer.Argument(help="A .csv, .parquet or .jsonl file.")]) -> None:
+    """Write all your rows to a file."""
+    from edgelab import ledger
+
+    rows = ledger.own()
+    ledger.export(rows, path)
+    err.print(f"{len(rows)} rows in {path}.", highlight=False)
+
+
+@cache_app.command("show", epilog="Example: `edgelab cache show`")
+def cache_show(as_json: AsJson = False) -> None:
+    """Show saved variants and what they take."""
+    from edgelab import variants
+
+    found = [
+        {"variant": folder.name, "what": what, "mb": round(size / 1e6, 1)}
+        for folder, what, size in variants.cached()
+    ]
+    states = variants.folder_bytes(variants.states_dir())
+    _print(
+        [*found, {"variant": "states", "what": "hidden states of references", "mb": round(states / 1e6, 1)}],
+        as_json,
+    )
+
+
+@cache_app.command("clear", epilog="Example: `edgelab cache clear`")
+def cache_clear() -> None:
+    """Remove saved variants and hidden states; model, texts and ledger stay."""
+    from edgelab import variants
+
+    err.print(f"{variants.clear() / 1e6:.0f} MB freed.", highlight=False)
+
+
+@app.command(epilog="Example: `edgelab lab`")
+def lab() -> None:
+    """Open JupyterLab on the first notebook."""
+    notebooks = Path(__file__).parent.parent / "notebooks"
+    if not notebooks.is_dir():
+        raise EdgeLabError(
+            "The notebooks are not part of the installed package; open them from a clone of the project."
+        )
+    sys.exit(subprocess.call([sys.executable, "-m", "jupyterlab", "00_start_here.ipynb"], cwd=notebooks))
+
+
+@app.command(epilog="Example: `edgelab doctor`")
+def doctor(as_json: AsJson = False) -> None:
+    """Look at machine, versions, assets, extras and notebook settings, and say how to mend what is amiss."""
+    checks = list(_checks())
+    if as_json:
+        _print([dict(zip(("check", "state", "finding", "mend"), one, strict=True)) for one in checks], True)
+    else:
+        for name, state, finding, mend in checks:
+            colour = {"ok": "green", "note": "yellow", "broken": "red"}[state]
+            out.print(
+                f"[{colour}]{state:>6}[/]  {name}: {finding}" + (f"\n        mend: {escape(mend)}" if mend else ""),
+                highlight=False,
+                soft_wrap=True,
+            )
+    raise typer.Exit(1 if any(state == "broken" for _, state, _, _ in checks) else 0)
+
+
+def _checks():
+    """(check, "ok" | "note" | "broken", finding, the one command that mends it); broken: the main job cannot run."""
+    import psutil
+
+    from edgelab import assets
+
+    memory = psutil.virtual_memory()
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    yield (
+        "machine",
+        "ok",
+        f"{cores} cores, {memory.total / 1e9:.0f} GB, {memory.available / 1e9:.0f} GB free",
+        "",
+    )
+    if memory.available < 3e9:
+        yield "memory", "note", "less than 3 GB are free; close other programs before measuring", ""
+    if sys.version_info < (3, 11):
+        yield (
+            "python",
+            "broken",
+            f"{sys.version.split()[0]} is older than 3.11",
+            "make setup PYTHON=python3.12",
+        )
+    for package in (
+        "torch",
+        "transformers",
+        "datasets",
+        "evaluate",
+        "safetensors",
+        "gguf",
+        "matplotlib",
+        "jupyterlab",
+    ):
+        try:
+            yield package, "ok", importlib.metadata.version(package), ""
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "broken", "not installed", f"pip install {package}"
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        yield "threads", "ok", f"torch uses {torch.get_num_threads()}", ""
+        missing = [n for n in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu") if not hasattr(torch, n)]
+        if missing:
+            yield "kernels", "broken", f"this torch has no {missing[0]}", "pip install 'torch>=2.13,<2.14'"
+    try:
+        absent = [name for name, whole in assets.status().items() if not whole]
+    except EdgeLabError as error:
+        absent = [str(error)]
+    state = "note" if absent else "ok"
+    yield (
+        "assets",
+        state,
+        f"missing or damaged: {', '.join(absent)}" if absent else f"whole, in {assets.home()}",
+        ("edgelab fetch" if absent else ""),
+    )
+    place = next(folder for folder in (assets.home(), *assets.home().parents) if folder.exists())
+    if not os.access(place, os.W_OK):
+        yield "cache", "broken", f"{place} cannot be written", "export EDGELAB_HOME=$PWD/.edgelab"
+    for extra, package in EXTRAS.items():
+        if importlib.util.find_spec(package) is None:
+            yield f"extra {extra}", "note", "not installed", f"pip install 'edgelab[{extra}]'"
+    yield _subshell_check()
+
+
+def _subshell_check() -> tuple[str, str, str, str]:
+    """Widget callbacks on a second thread lose plots: the setting that we ship turns that off, unless overridden."""
+    from jupyterlab.commands import get_app_dir, get_user_settings_dir
+
+    name = "kernels-settings.jupyterlab-settings"
+    own = Path(get_user_settings_dir()) / "@jupyterlab" / "apputils-extension" / name
+    places = [
+        Path(get_app_dir()) / "settings" / "overrides.json",
+        *sorted((Path(get_app_dir()) / "settings" / "overrides.d").glob("*.json")),
+    ]
+    shipped = [place.read_text() for place in places if place.exists()]
+    text = own.read_text() if own.exists() and "commsOverSubshells" in own.read_text() else "".join(shipped)
+    if "commsOverSubshells" in text and "disabled" in text.partition("commsOverSubshells")[2][:40]:
+        return "widgets", "ok", "JupyterLab handles widget messages on the main thread", ""
+    return (
+        "widgets",
+        "note",
+        "JupyterLab may handle widget messages on a second thread, which loses plots",
+        "make setup" if not own.exists() else f"rm '{own}'",
+    )
+
+
+def _listing(what: str) -> list[dict[str, Any]]:
+    import dataclasses
+
+    if what in ("techniques", "runtimes", "protocols"):
+        from edgelab import lab, recipes, runtimes
+        from edgelab.measure import perplexity
+
+        if what == "runtimes":
+            return [{"runtime": name, "class": place} for name, place in runtimes.RUNTIMES.items()]
+        if what == "protocols":
+            return [dataclasses.asdict(one) for one in perplexity.PROTOCOLS.values()]
+        assert lab.techniques  # importing it has entered every technique
+        return [
+            {
+                "technique": method,
+                "settings": ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(kind)),
+                "what": (kind.__doc__ or "").partition("\n")[0],
+            }
+            for method, kind in sorted(recipes.TECHNIQUES.items())
+        ]
+    if what == "corpora":
+        from edgelab import corpora
+
+        splits = [{"corpus": name, "split": split} for name, split in sorted(corpora.SPLITS)]
+        return [*splits, *({"corpus": name, "split": "any (needs the network once)"} for name in corpora.HUB)]
+    from edgelab import devices
+
+    found = devices.models().values() if what == "models" else devices.catalogue()
+    return [dataclasses.asdict(one) for one in found]
+
+
+def _stream(rows: Any, as_json: bool, finish: Callable[[Any], None] | None = None) -> None:
+    """Print rows as they come; Ctrl-C keeps what is there. Exits with 1 where a row failed."""
+    from edgelab import ledger
+
+    done = []
+    try:
+        for row in rows:
+            done.append(row)
+            if as_json:
+                sys.stdout.write(json.dumps(row.flat()) + "\n")
+                sys.stdout.flush()
+            elif row.status == "ok":
+                err.print(f"{len(done)}: {row.recipe} done in {row.duration_s:.0f} s", highlight=False)
+    except KeyboardInterrupt:
+        rows.close()
+        err.print(f"Interrupted; {len(done)} rows so far are kept in the ledger.")
+        raise typer.Exit(130) from None
+    finally:
+        if done and not as_json:
+            _print_rows([row.flat() for row in done], False)
+    if finish:
+        finish(ledger.frame(done))
+    failed = [row for row in done if row.status != "ok"]
+    for row in failed:
+        err.print(f"{row.recipe}: {row.error}", style="red", highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _report(rows: Any, path: Path, model: str) -> None:
+    from edgelab import reference, report
+
+    report.write(rows, path, notes=reference.EMBEDDED_NOTES if model == reference.EMBEDDED else "")
+    err.print(f"Report in {path}.", highlight=False)
+
+
+def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    _print(rows if as_json else [{COLUMNS[name]: row[name] for name in COLUMNS} for row in rows], as_json)
+
+
+def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
+        return
+    if not rows:
+        err.print("Nothing yet; `edgelab compare` measures a first set of recipes.")
+        return
+    table = Table()
+    for name in rows[0]:
+        numeric = any(isinstance(row[name], int | float) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    wide = Console(width=max(out.width, 150)) if not out.is_terminal else out
+    wide.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one sentence on standard error and exit code 1."""
+    try:
+        app()
+    except EdgeLabError as error:
+        err.print(f"edgelab: {error}", style="red", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Text as `datasets.Dataset`: calibration, training and evaluation splits that never overlap.
+
+A split is a range of characters of one text, as rows of one line each; joining the rows gives the range back.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from edgelab import assets
+from edgelab.errors import EdgeLabError
+
+EMBEDDED = ("wiki", "web", "code", "stories", "technical", "multilingual")
+HUB = {"wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
+
+# (corpus, split) -> first and last character; a float is a fraction of the text, None its end.
+SPLITS: dict[tuple[str, str], tuple[float | int, float | int | None]] = {
+    ("wiki", "evaluation"): (0, 400_000),
+    ("wiki", "training"): (500_000, None),
+    ("web", "calibration"): (0, 400_000),
+    ("web", "training"): (400_000, None),
+    ("stories", "evaluation"): (0, 1 / 3),
+    ("stories", "training"): (1 / 3, None),
+    ("code", "evaluation"): (0, 400_000),
+    ("technical", "evaluation"): (0, None),
+    ("multilingual", "evaluation"): (0, None),
+}
+_HUB_SPLITS = {"evaluation": "test", "calibration": "train", "training": "validation"}
+
+
+class CorpusError(EdgeLabError):
+    """A corpus or split that does not exist, or a text too short for its use."""
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text with its tokens.
+
+    ids: (tokens,) int64. ends: (tokens,) int64, the character of the text at which each token ends.
+    """
+
+    name: str
+    text: str
+    ids: Tensor
+    ends: Tensor
+
+    def characters(self, first: int, last: int) -> str:
+        """The text that tokens `first` to `last - 1` cover."""
+        begin = int(self.ends[first - 1]) if first else 0
+        return self.text[begin : int(self.ends[last - 1])]
+
+
+def load(corpus: str, split: str = "evaluation") -> Dataset:
+    """Rows `text` (one line) and `start` (its first character in the whole text) of one split of a corpus.
+
+    corpus: an embedded name, "wikitext-2" (needs the network once) or the path of a UTF-8 text file, which is for
+    evaluation only. Raises CorpusError naming what there is.
+    """
+    if corpus in HUB:
+        return _from_hub(corpus, split)
+    if (corpus, split) in SPLITS:
+        text = _embedded_text(corpus)
+        begin, end = (_position(mark, len(text)) for mark in SPLITS[corpus, split])
+        return _lines(text[begin:end], begin)
+    if corpus in EMBEDDED:
+        others = ", ".join(f"{name} ({which})" for name, which in SPLITS if which == split)
+        raise CorpusError(
+            f"'{corpus}' is not for {split}, so that texts never overlap; for {split} there is {others}."
+        )
+    path = Path(corpus).expanduser()
+    if path.is_file() and split == "evaluation":
+        try:
+            return _lines(path.read_text(encoding="utf-8"), 0)
+        except UnicodeDecodeError:
+            raise CorpusError(f"{path} is not UTF-8 text; save it as UTF-8 first.") from None
+    names = ", ".join((*EMBEDDED, *HUB))
+    raise CorpusError(
+        f"There is no corpus '{corpus}' for {split}; use one of {names}, or a text file to evaluate on."
+    )
+
+
+def tokenize(corpus: str, tokenizer: PreTrainedTokenizerBase, split: str = "evaluation") -> TokenizedText:
+    """A split as one text and its tokens, without special tokens. Needs a fast tokenizer (for character offsets)."""
+    return tokenize_text("".join(load(corpus, split)["text"]), tokenizer, identity(corpus))
+
+
+def identity(corpus: str) -> str:
+    """What a row calls a corpus: its name, or for a file its name and a hash of its content."""
+    path = Path(corpus).expanduser()
+    named = corpus in EMBEDDED or corpus in HUB
+    return corpus if named or not path.is_file() else f"{path.name}-{assets.sha256(path)[:8]}"
+
+
+def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "text") -> TokenizedText:
+    """Any text and its tokens, without special tokens."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64)
+    return TokenizedText(name, text, torch.tensor(encoded["input_ids"], dtype=torch.int64), ends)
+
+
+def _embedded_text(corpus: str) -> str:
+    text = assets.text_file(corpus).read_text(encoding="utf-8")
+    return re.sub(r"</?doc\b[^>]*>", "", text) if corpus == "wiki" else text
+
+
+def _position(mark: float | int | None, length: int) -> int:
+    if mark is None:
+        return length
+    return int(mark * length) if isinstance(mark, float) else min(mark, length)
+
+
+def _lines(text: str, begin: int) -> Dataset:
+    lines = re.findall(r".*\n|.+", text)
+    starts, position = [], begin
+    for line in lines:
+        starts.append(position)
+        position += len(line)
+    return Dataset.from_dict({"text": lines, "start": starts})
+
+
+def _from_hub(corpus: str, split: str) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(*HUB[corpus], split=_HUB_SPLITS[split])
+    except Exception:  # the Hub's client raises its own, the network's and datasets' exceptions
+        raise CorpusError(
+            f"'{corpus}' comes from the Hub, which cannot be reached now; use one of {', '.join(EMBEDDED)} offline."
+        ) from None
+    return _lines("".join(rows["text"]), 0)

@@ -1,0 +1,1 @@
+"""Measuring: quality, latency and memory of a model, each defined in its own file."""

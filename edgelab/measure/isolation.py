@@ -1,0 +1,162 @@
+"""A fresh process for every measurement: memory starts at zero, threads are pinned, a crash stays outside.
+
+`Isolated("package.module:Class", threads=2, argument=...)` makes an object of that class in a new interpreter;
+`call("method", ...)` runs a method there. Arguments and results are JSON. No pickle, no fork, no import of `__main__`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from edgelab.errors import EdgeLabError
+
+
+class IsolatedError(EdgeLabError):
+    """Something went wrong in the other process. `status` is "error", "oom" or "timeout"."""
+
+    def __init__(self, message: str, status: str = "error") -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _ignore(done: int, total: int) -> None:
+    pass
+
+
+class Isolated:
+    """An object in a fresh process. Use it as a context manager: leaving it ends the process."""
+
+    def __init__(self, target: str, threads: int, timeout_s: float = 3600, **arguments: Any) -> None:
+        self.timeout_s = timeout_s
+        self._log = tempfile.TemporaryFile()
+        count = str(threads)
+        # Transparent huge pages spare torch a page fault for every 4 kB of a tensor.
+        pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
+        quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "edgelab.measure.isolation"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=os.environ | pinned | quiet,
+            start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends the child
+        )
+        self.call(target, _threads=threads, **arguments)
+
+    def call(self, method: str, progress: Callable[[int, int], None] = _ignore, **arguments: Any) -> Any:
+        """Run a method of the object over there and return its result.
+
+        progress(done, total) is called as the method reports it. Raises IsolatedError where the method raised (with
+        its message), the process died, ran out of memory or took longer than the time limit.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            self._process.stdin.write(json.dumps([method, arguments]).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death() from None
+        while True:
+            kind, value = json.loads(self._line(deadline))
+            if kind == "result":
+                return value
+            if kind == "error":
+                raise IsolatedError(value["message"], value["status"])
+            progress(*value)
+
+    def _line(self, deadline: float) -> bytes:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout=max(deadline - time.monotonic(), 0)):
+                self.close()
+                raise IsolatedError(f"It took longer than the limit of {self.timeout_s:.0f} s.", "timeout")
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._death()
+        return line
+
+    def _death(self) -> IsolatedError:
+        code = self._process.wait()
+        self._log.seek(0)
+        said = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        self.close()
+        if code == -signal.SIGKILL:
+            return IsolatedError("The process was killed, most likely because memory ran out.", "oom")
+        last = said[-1].strip() if said else "it said nothing"
+        return IsolatedError(f"The process ended with exit code {code}: {last}")
+
+    def close(self) -> None:
+        """End the process, at once."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._log):
+            try:
+                pipe.close()
+            except BrokenPipeError:  # something was left to write to a process that is gone
+                continue
+
+    def __enter__(self) -> Isolated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def report(done: int, total: int) -> None:
+    """Tell the parent process how far a method has come; nothing where there is none."""
+    if _answers is not None:
+        _answer("progress", [done, total])
+
+
+_answers: Any = None
+
+
+def _answer(kind: str, value: Any) -> None:
+    _answers.write(json.dumps([kind, value]) + "\n")
+    _answers.flush()
+
+
+def _serve() -> None:
+    """The other end: make the object of the first line, then call its methods, one line each."""
+    module = importlib.import_module("edgelab.measure.isolation")  # __main__ is another copy of this file
+    # Whatever libraries print must not reach the pipe: file descriptor 1 becomes the error stream.
+    module._answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    subject: Any = None
+    for line in sys.stdin:
+        method, arguments = json.loads(line)
+        try:
+            if subject is None:
+                import torch
+
+                torch.set_num_threads(arguments.pop("_threads"))
+                place, _, name = method.partition(":")
+                subject = getattr(importlib.import_module(place), name)(**arguments)
+                module._answer("result", None)
+            else:
+                module._answer("result", getattr(subject, method)(**arguments))
+        except Exception as error:
+            module._answer("error", module._described(error))
+
+
+def _described(error: Exception) -> dict[str, str]:
+    text = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+    memory = isinstance(error, MemoryError) or "allocate memory" in text
+    return {
+        "message": text if isinstance(error, EdgeLabError) else f"{type(error).__name__}: {text}",
+        "status": "oom" if memory else "error",
+    }
+
+
+if __name__ == "__main__":
+    _serve()

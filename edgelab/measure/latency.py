@@ -1,0 +1,105 @@
+"""Latency: time to first token of a prompt, and time per output token over a forced continuation.
+
+A session is anything with `prefill(ids) -> token` and `decode(token) -> token`. Prefill and decoding are timed apart:
+at least ten prefills, then continuations of fixed length, decoded in short turns. A comparison gives baseline and
+candidate their turns alternately (A B A B), so that both see the same noise, and takes the ratio turn by turn.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from scipy import stats
+
+PREFILL_TOKENS, DECODE_TOKENS, TURN_TOKENS = 128, 64, 4
+WARM_UP_MIN, WARM_UP_MAX = 3, 8
+PREFILLS_MIN, SECONDS_MIN = 10, 2.0
+
+
+class Session(Protocol):
+    """What latency needs of a loaded model."""
+
+    def prefill(self, ids: list[int]) -> int: ...
+
+    def decode(self, token: int) -> int: ...
+
+
+@dataclass
+class Latency:
+    """Times of one session in ms: to the first token of each prompt, and of each token, turn by turn."""
+
+    ttft_ms: list[float] = field(default_factory=list)
+    turns_ms: list[list[float]] = field(default_factory=list)
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds spent decoding."""
+        return sum(map(sum, self.turns_ms)) / 1e3
+
+    @property
+    def ttft_ms_p50(self) -> float:
+        return statistics.median(self.ttft_ms)
+
+    @property
+    def prefill_tok_s(self) -> float:
+        """Prompt tokens per second at the median time to first token."""
+        return 1e3 * PREFILL_TOKENS / self.ttft_ms_p50
+
+    def tpot_ms(self, percentile: float) -> float:
+        """Percentile of the time per output token over all tokens."""
+        return float(np.percentile([ms for turn in self.turns_ms for ms in turn], percentile))
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Output tokens per second at the median time per token."""
+        return 1e3 / self.tpot_ms(50)
+
+
+class Timed:
+    """A session with a prompt, timed."""
+
+    def __init__(self, session: Session, prompt: list[int]) -> None:
+        self.session, self.prompt = session, prompt
+
+    def prefill(self) -> float:
+        """Time to first token in ms; a new sequence starts."""
+        started = time.perf_counter()
+        self.token = self.session.prefill(self.prompt)
+        return 1e3 * (time.perf_counter() - started)
+
+    def decode(self, tokens: int) -> list[float]:
+        """Time in ms of each of the next tokens of the sequence; an end-of-text token does not stop it."""
+        marks = [time.perf_counter()]
+        for _ in range(tokens):
+            self.token = self.session.decode(self.token)
+            marks.append(time.perf_counter())
+        return [1e3 * (after - before) for before, after in zip(marks, marks[1:], strict=False)]
+
+    def warm_up(self) -> int:
+        """Short runs until the last three agree within 10 % (at least 3, at most 8); returns how many."""
+        times: list[float] = []
+        while len(times) < WARM_UP_MAX:
+            self.prefill()
+            times.append(statistics.median(self.decode(TURN_TOKENS)))
+            last = times[-WARM_UP_MIN:]
+            if len(last) == WARM_UP_MIN and max(last) <= 1.1 * min(last):
+                break
+        return len(times)
+
+
+def ratio(candidate: list[list[float]], baseline: list[list[float]]) -> tuple[float, float, float]:
+    """Decode rate of the candidate over that of the baseline: geometric mean of the turns with its 95 % interval.
+
+    candidate, baseline: times in ms of turns that ran one after the other (A B A B). Student's t on the logarithms.
+    """
+    logs = [math.log(sum(b) / sum(a)) for a, b in zip(candidate, baseline, strict=True)]
+    mean = statistics.fmean(logs)
+    if len(logs) < 2:
+        return math.exp(mean), math.nan, math.nan
+    reach = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)

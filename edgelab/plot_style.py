@@ -1,0 +1,339 @@
+"""What every plot shares: names of metrics, colours and markers, the look of axes, rows made ready to draw.
+
+The colour says the family, the marker the badge; small and pale means measured by the project, large and full
+by the reader; a hollow marker has failed the parity gate.
+"""
+
+import dataclasses
+import io
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from edgelab.errors import EdgeLabError
+
+Rows = pd.DataFrame | Iterable[Any]
+
+# Okabe and Ito's palette, which readers with any kind of colour blindness can tell apart.
+FAMILY_COLOURS = {
+    "baseline": "#000000",
+    "quantize": "#0072B2",
+    "prune": "#D55E00",
+    "distill": "#009E73",
+    "lora": "#CC79A7",
+    "hybrid": "#E69F00",
+    "partition": "#56B4E9",
+}
+BADGE_MARKERS = {"packed": "s", "runtime": "^", "simulated": "o", "analytic": "D"}
+# The same, in a line of text.
+BADGE_SIGNS = {"packed": "■", "runtime": "▲", "simulated": "●", "analytic": "◆"}
+GREY = "#6b6b6b"  # unknown families and notes
+PALE = "#b0b0b0"  # frames and helping lines
+BASELINE_LINE = {"color": FAMILY_COLOURS["baseline"], "linewidth": 0.9, "linestyle": (0, (5, 3)), "zorder": 1}
+
+
+class Metric(NamedTuple):
+    label: str  # with its unit
+    lower_is_better: bool
+
+    @property
+    def direction(self) -> str:
+        return "lower is better" if self.lower_is_better else "higher is better"
+
+
+METRICS = {
+    "ppl": Metric("Perplexity", True),
+    "bits_per_byte": Metric("Bits per byte of text", True),
+    "delta_nll": Metric("NLL above the baseline (nats per token)", True),
+    "kld_mean": Metric("KL divergence from the reference (nats per token)", True),
+    "top1_agreement": Metric("Top-1 agreement with the reference (share of tokens)", False),
+    "parameters": Metric("Parameters", True),
+    "weights_mb": Metric("Weights (MB)", True),
+    "file_mb": Metric("File (MB)", True),
+    "bits_per_weight": Metric("Effective bits per weight", True),
+    "kv_cache_mb_per_1k": Metric("KV cache (MB per 1,000 tokens)", True),
+    "peak_rss_mb": Metric("Peak memory of the process (MB)", True),
+    "load_s": Metric("Loading (s)", True),
+    "ttft_ms_p50": Metric("Time to first token (ms)", True),
+    "prefill_tok_s": Metric("Prefill (tokens/s)", False),
+    "tpot_ms_p50": Metric("Time per output token (ms)", True),
+    "tpot_ms_p95": Metric("Time per output token, 95th percentile (ms)", True),
+    "decode_tok_s": Metric("Decoding (tokens/s)", False),
+    "decode_ratio": Metric("Decoding rate ÷ baseline's, same run", False),
+    "apply_s": Metric("Making the variant (s)", True),
+    "train_tokens": Metric("Training tokens", True),
+    "calibration_tokens": Metric("Calibration tokens", True),
+    "energy_j_per_token": Metric("Energy (J per token)", True),
+}
+QUALITY = {"ppl", "bits_per_byte", "delta_nll", "kld_mean", "top1_agreement"}
+LATENCY = {
+    "load_s",
+    "ttft_ms_p50",
+    "prefill_tok_s",
+    "tpot_ms_p50",
+    "tpot_ms_p95",
+    "decode_tok_s",
+    "decode_ratio",
+}
+MACHINE_BOUND = LATENCY | {"apply_s", "energy_j_per_token"}
+BASELINE_VALUE = {"delta_nll": 0.0, "kld_mean": 0.0, "top1_agreement": 1.0, "decode_ratio": 1.0}
+ENDS = {
+    "delta_nll": ("delta_nll_low", "delta_nll_high"),
+    "decode_ratio": ("decode_ratio_low", "decode_ratio_high"),
+    "tpot_ms_p50": ("tpot_ms_p50", "tpot_ms_p95"),
+}
+SIZE_PARTS = {
+    "linear_mb": "linear layers",
+    "embedding_mb": "embedding",
+    "scales_mb": "scales and zero-points",
+}
+
+NUMBERS = list(dict.fromkeys([*METRICS, *SIZE_PARTS, *sum(ENDS.values(), ()), "n_tokens", "prefill_tokens"]))
+TEXTS = [
+    *("recipe", "family", "model", "runtime", "kernel", "badge", "status", "source"),
+    *("protocol", "corpus", "host", "started_at", "parity"),
+]
+OTHERS = ["row_id", "seed", "threads", "fast", "window_nll"]
+PROTOCOL = ["model", "protocol", "corpus", "n_tokens"]  # quality compares only where these agree
+# Rows that agree in all of these measure the same thing. Sizes do not depend on machine or protocol, quality
+# not on the machine, times not on the protocol.
+SAME_SIZE = ["recipe", "model", "runtime", "badge"]
+SAME_QUALITY = ["recipe", "runtime", "badge", "seed", *PROTOCOL]
+SAME_SPEED = ["recipe", "model", "runtime", "kernel", "host", "threads", "source"]
+SAME_ROW = list(dict.fromkeys([*SAME_QUALITY, *SAME_SPEED]))
+
+
+class NothingToDraw(EdgeLabError):
+    """The rows hold no value that this plot needs; the message says what to measure first."""
+
+
+class UnknownMetric(EdgeLabError):
+    """A name that is not in METRICS."""
+
+
+class Chart(Figure):
+    """A Figure that a notebook shows as a picture by itself, without pyplot or a magic command."""
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png", dpi=110)
+        return picture.getvalue()
+
+
+# Style, shared by all plots
+
+
+def new_chart(width: float = 8.0, height: float = 5.0) -> Chart:
+    """An empty white figure of `width` by `height` inches."""
+    return Chart(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def style_axes(axes: Axes, title: str = "", legend: Sequence[Any] = (), columns: int = 8) -> None:
+    """The look of every plot: open frame, pale grid under the data, title and legend handles above it."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(PALE)
+    axes.grid(color="#ececec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9, color=PALE)
+    axes.set_title(
+        title, loc="left", fontsize=11, fontweight="bold", pad=8 + 14 * math.ceil(len(legend) / columns)
+    )
+    if legend:
+        look = {"frameon": False, "fontsize": 8, "borderpad": 0, "columnspacing": 1.2, "handletextpad": 0.4}
+        axes.legend(handles=legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **look)
+
+
+def stamp(figure: Figure, frame: pd.DataFrame, notes: Iterable[str] = ()) -> Figure:
+    """Write FAST above the figure if any row was measured in fast mode, and notes below it. Returns it."""
+    if frame["fast"].any():
+        box = {"facecolor": FAMILY_COLOURS["prune"], "edgecolor": "none", "boxstyle": "round,pad=0.4"}
+        text = "FAST: shrunken samples, not for conclusions"
+        figure.suptitle(text, x=0.99, ha="right", fontsize=9, fontweight="bold", color="white", bbox=box)
+    width = int(figure.get_figwidth() * 16)  # characters in a line of notes
+    text = "\n".join(textwrap.fill(note, width) for note in notes)
+    if text:
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color=GREY, parse_math=False)
+    return figure
+
+
+def colour(family: str) -> str:
+    return FAMILY_COLOURS.get(family, GREY)
+
+
+def scale_axis(axes: Axes, side: str, values: pd.Series) -> None:
+    """Plain numbers along `side`, "x" or "y"; logarithmic where positive values span a factor over twelve."""
+    axis = getattr(axes, f"{side}axis")
+    if values.min() > 0 and values.max() / values.min() > 12:
+        axes.set(**{f"{side}scale": "log"})
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+
+
+def draw_point(axes: Axes, x: float, y: float, row: pd.Series) -> None:
+    """The marker of one row."""
+    tint, size = colour(row["family"]), 70 if row["reader"] else 24
+    face, edge, width = ("white", tint, 1.2) if row["hollow"] else (tint, "white", 0.6)
+    look = {
+        "marker": BADGE_MARKERS.get(row["badge"], "o"),
+        "alpha": 1 if row["reader"] else 0.55,
+        "zorder": 4,
+    }
+    axes.scatter(x, y, s=size, facecolor=face, edgecolor=edge, linewidth=width, **look)
+
+
+def draw_bar(axes: Axes, row: pd.Series, ends: np.ndarray, cap: str) -> np.ndarray:
+    """A bar between two `ends`, (2, 2), through the point of one row. Returns the ends."""
+    axes.plot(*ends.T, color=colour(row["family"]), linewidth=1, marker=cap, markersize=6,
+              alpha=0.9 if row["reader"] else 0.5, zorder=3)  # fmt: skip
+    return ends
+
+
+def legend_handles(drawn: pd.DataFrame) -> list[Line2D]:
+    """Handles for the families, badges and sources that occur."""
+
+    def handle(text: str, **look: Any) -> Line2D:
+        return Line2D(
+            [], [], linestyle="", label=text, **{"color": GREY, "marker": "o", "markersize": 6, **look}
+        )
+
+    families = [
+        name for name in dict.fromkeys([*FAMILY_COLOURS, *drawn["family"]]) if name in set(drawn["family"])
+    ]
+    handles = [handle(name, color=colour(name)) for name in families if name]
+    badges = [(badge, marker) for badge, marker in BADGE_MARKERS.items() if badge in set(drawn["badge"])]
+    handles += [handle(badge, marker=marker, markerfacecolor="none") for badge, marker in badges]
+    if drawn["reader"].nunique() > 1:
+        handles += [handle("yours", markersize=8), handle("reference", markersize=4, alpha=0.55)]
+    return handles
+
+
+SHORT_SETTINGS = {
+    "bits": "{}-bit",
+    "group_size": "g{}",
+    "embedding_bits": "emb {}-bit",
+    "sparsity": "{} sparse",
+    "group_size=0": "per row",
+    "symmetric=true": "symmetric",
+}
+
+
+def label(recipe: str, width: int = 0) -> str:
+    """`recipe` as it is if it has at most `width` characters, else shortened: `rtn 4-bit g64`, `baseline`."""
+    if len(recipe) <= width:
+        return recipe
+    if recipe == "none":
+        return "baseline"
+    techniques, _, runtime = recipe.partition(" @ ")
+    short = []
+    for technique in techniques.split(" + "):
+        name, _, settings = technique.partition(":")
+        words = []
+        for setting in filter(None, settings.split(",")):
+            key, _, value = setting.partition("=")
+            words.append(SHORT_SETTINGS.get(setting) or SHORT_SETTINGS.get(key, key + "={}").format(value))
+        short.append(" ".join([name.rpartition(".")[2], *words]))
+    text = " + ".join(short) + (f" @ {runtime}" if runtime else "")
+    return textwrap.shorten(text, max(width, 48), placeholder=" …")
+
+
+# Rows
+
+
+def as_frame(rows: Rows) -> pd.DataFrame:
+    """A copy of the rows with every column the plots read; what is missing becomes NaN, or "" in text."""
+    if not isinstance(rows, pd.DataFrame):
+        rows = pd.DataFrame(
+            [dataclasses.asdict(row) if dataclasses.is_dataclass(row) else dict(row) for row in rows]
+        )
+    columns = dict.fromkeys([*rows.columns, *NUMBERS, *TEXTS, *OTHERS])
+    frame = rows.reindex(columns=list(columns)).reset_index(drop=True).copy()
+    frame[NUMBERS] = frame[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
+    for name in TEXTS:
+        frame[name] = (
+            frame[name].astype(object).fillna({"status": "ok", "source": "reader"}.get(name, "")).astype(str)
+        )
+    frame["fast"] = frame["fast"].map(lambda value: value in (True, 1)).astype(bool)  # null is not fast
+    frame["reader"] = frame["source"] != "reference"
+    frame["hollow"] = frame["parity"].str.lower().isin(["fail", "failed", "false"])
+    return frame
+
+
+def drawable(
+    frame: pd.DataFrame, metrics: Sequence[str], measure: str, same: Sequence[str] = SAME_ROW
+) -> tuple[pd.DataFrame, list[str]]:
+    """Successful rows that hold all `metrics`, and sentences about those left out.
+
+    Of rows that agree in the columns `same` the newest is taken, the reader's before the project's.
+    Raises NothingToDraw, saying that `measure` comes first, where no row is left.
+    """
+    failed = frame["status"] != "ok"
+    complete = np.isfinite(frame[list(metrics)]).all(axis=1)
+    drawn = frame[~failed & complete]
+    if drawn.empty:
+        raise NothingToDraw(
+            f"none of the {len(frame)} rows ({failed.sum()} failed) has {' and '.join(metrics)}: measure "
+            f'{measure} first, for instance with el.compare(["none", "quantize.rtn:bits=4,group_size=64"])'
+        )
+    notes = []
+    if failed.any():
+        kinds = ", ".join(sorted(frame.loc[failed, "status"].unique()))
+        notes.append(f"Not drawn, because measuring failed: {failed.sum()} ({kinds}).")
+    if missing := int((~failed & ~complete).sum()):
+        notes.append(f"Not drawn, because not measured: {missing} without {' or '.join(metrics)}.")
+    newest = drawn.sort_values(["reader", "started_at"], kind="stable").drop_duplicates(same, keep="last")
+    return newest.sort_index(), notes
+
+
+def cautions(drawn: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
+    """What must not be compared here: quality across protocols, times across machines or of wrong outputs."""
+    notes = []
+    differ = [name for name in PROTOCOL if drawn[name].nunique() > 1]
+    if QUALITY.intersection(metrics) and differ:
+        notes.append(
+            f"Quality is comparable only between rows of the same {' and '.join(differ)}; here they differ."
+        )
+    if MACHINE_BOUND.intersection(metrics) and drawn["host"].nunique() > 1:
+        hosts = ", ".join(drawn["host"].unique())
+        notes.append(f"Times come from several machines ({hosts}) and must not be ranked together.")
+    if drawn["hollow"].any():
+        notes.append("Hollow markers failed the parity gate: their outputs are not the reference's.")
+    return notes
+
+
+def row_names(drawn: pd.DataFrame, width: int = 44, always: str = "") -> list[str]:
+    """One name per row: its recipe, and of model, machine and the rest what tells equal recipes apart.
+
+    The column `always` is written on every row as soon as its values differ.
+    """
+    names = pd.Series([label(recipe, width) for recipe in drawn["recipe"]], index=drawn.index)
+    for column in ["model", "host", "runtime", "kernel", "threads", "corpus", "protocol", "n_tokens", "seed"]:
+        marked = names.duplicated(keep=False) | (column == always)
+        if drawn.loc[marked, column].nunique() > 1:
+            names[marked] += ", " + drawn.loc[marked, column].astype(str)
+    return names.tolist()
+
+
+def interval_ends(drawn: pd.DataFrame, metric: str) -> np.ndarray:
+    """Lower and upper end of `metric` in each row, (rows, 2), NaN where no interval was measured.
+
+    The baseline's perplexity times exp(delta) is the row's own times exp(delta - the row's delta).
+    """
+    if metric == "ppl":
+        low, high = drawn["delta_nll_low"], drawn["delta_nll_high"]
+        return np.column_stack([drawn["ppl"] * np.exp(end - drawn["delta_nll"]) for end in (low, high)])
+    return drawn[list(ENDS[metric])].to_numpy() if metric in ENDS else np.full((len(drawn), 2), math.nan)
+
+
+def find_metric(name: str) -> Metric:
+    if name not in METRICS:
+        raise UnknownMetric(f"no metric is called {name!r}; there are {', '.join(METRICS)}")
+    return METRICS[name]

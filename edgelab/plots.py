@@ -1,0 +1,382 @@
+"""Pictures of ledger rows: functions from rows to a matplotlib `Figure`, without pyplot state.
+
+Rows are a DataFrame with the ledger's columns, a list of Row dataclasses, or a list of dictionaries. Failed
+rows are never drawn but counted in a note. Every plot raises NothingToDraw where no row holds what it needs.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from scipy.special import stdtrit
+
+from edgelab.devices import Device, MemoryNeed
+from edgelab.labels import Mark, label_marks
+from edgelab.plot_style import (
+    BADGE_MARKERS,
+    BADGE_SIGNS,
+    BASELINE_LINE,
+    BASELINE_VALUE,
+    FAMILY_COLOURS,
+    GREY,
+    LATENCY,
+    MACHINE_BOUND,
+    METRICS,
+    PROTOCOL,
+    QUALITY,
+    SAME_QUALITY,
+    SAME_SIZE,
+    SAME_SPEED,
+    SIZE_PARTS,
+    NothingToDraw,
+    Rows,
+    UnknownMetric,
+    as_frame,
+    cautions,
+    colour,
+    draw_bar,
+    draw_point,
+    drawable,
+    find_metric,
+    interval_ends,
+    label,
+    legend_handles,
+    new_chart,
+    row_names,
+    scale_axis,
+    stamp,
+    style_axes,
+)
+
+__all__ = [  # with the names that readers of plots also need
+    "BADGE_MARKERS",
+    "FAMILY_COLOURS",
+    "METRICS",
+    "NothingToDraw",
+    "UnknownMetric",
+    "gigabytes",
+    "label",
+    "latency",
+    "memory_bars",
+    "pareto_front",
+    "size_bars",
+    "tradeoff",
+    "window_delta",
+]
+
+NEED_PARTS = {  # field of a MemoryNeed: words, colour of the same palette
+    "weights_gb": ("weights", "#0072B2"),
+    "kv_cache_gb": ("KV cache", "#56B4E9"),
+    "gradients_gb": ("gradients", "#E69F00"),
+    "optimizer_gb": ("optimizer", "#CC79A7"),
+    "activations_gb": ("activations", "#009E73"),
+}
+SYSTEM_SHARE = 0.1  # a device with less than this share of its memory left is called tight
+
+
+def pareto_front(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """The rows that no other row beats: none is at least as good in `x` and `y` and better in one of them.
+
+    What is good is read from METRICS. Rows without both values are not on the front. Sorted by x, then y.
+    """
+    signs = [1 if find_metric(name).lower_is_better else -1 for name in (x, y)]
+    frame = frame[np.isfinite(frame[[x, y]].astype(float)).all(axis=1)]
+    cost = frame[[x, y]].to_numpy(float) * signs  # (rows, 2), lower is better
+    as_good = (cost[:, None] <= cost[None]).all(axis=2)  # (rows, rows): is row i as good as row j?
+    better = (cost[:, None] < cost[None]).any(axis=2)
+    return frame[~(as_good & better).any(axis=0)].sort_values([x, y])
+
+
+# Plots
+
+
+def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str | None = None) -> Figure:
+    """Each row as a point of `x` and `y` (names of METRICS), with the Pareto front and the baseline as lines.
+
+    Bars through points are 95 % intervals of perplexity or NLL, the spread of a ratio, or reach to a p95.
+    Rows that cannot be compared (other protocol or text; other machine, for times) never share a front.
+    `highlight` is a canonical recipe or a row_id and gets a ring.
+    """
+    frame = as_frame(rows)
+    horizontal, vertical = find_metric(x), find_metric(y)
+    drawn, notes = drawable(frame, [x, y], "quality and latency" if LATENCY & {x, y} else "quality and size")
+    drawn["ring"] = (drawn["recipe"] == highlight) | (drawn["row_id"] == highlight)
+    drawn = drawn.sort_values(["reader", "ring"], kind="stable")  # the reader's rows come over the others
+    if highlight and not drawn["ring"].any():
+        notes.append(f"Nothing measured yet for {highlight}.")
+
+    figure = new_chart()
+    axes = figure.subplots()
+    scale_axis(axes, "x", drawn[x])
+    scale_axis(axes, "y", drawn[y])
+    axes.margins(0.08)
+    lines = []  # what labels keep away from, each (corners, 2)
+    machine_bound = bool(MACHINE_BOUND & {x, y})
+    keys = [*(PROTOCOL if QUALITY & {x, y} else ["model"]), *(["host"] if machine_bound else [])]
+    drawn["front"] = False
+    for _, group in drawn.groupby(keys, dropna=False):
+        # Outputs that are not the reference's earn no rank in speed.
+        front = pareto_front(group[~group["hollow"]] if machine_bound else group, x, y)
+        drawn.loc[front.index, "front"] = True
+        lines.append(_stairs(front[[x, y]].to_numpy(), horizontal.lower_is_better))
+        axes.plot(*lines[-1].T, color="#9a9a9a", linewidth=1.2, zorder=1)
+        measured = group.loc[group["recipe"] == "none", y].tail(1)
+        for value in [BASELINE_VALUE[y]] if y in BASELINE_VALUE else measured:
+            axes.axhline(value, **BASELINE_LINE)
+            lines.append(np.array([[drawn[x].min(), value], [drawn[x].max(), value]]))
+
+    marks, ends = [], (interval_ends(drawn, x), interval_ends(drawn, y))
+    for (_, row), ends_x, ends_y in zip(drawn.iterrows(), *ends, strict=True):
+        bars = [np.column_stack([ends_x, [row[y]] * 2]), np.column_stack([[row[x]] * 2, ends_y])]
+        for bar, cap in zip(bars, "|_", strict=True):
+            if np.isfinite(bar).all():
+                lines.append(draw_bar(axes, row, bar, cap))
+        draw_point(axes, row[x], row[y], row)
+        if row["ring"]:
+            axes.scatter(row[x], row[y], s=260, facecolor="none", edgecolor="black", linewidth=1.6, zorder=5)
+        rank = (not row["ring"], not row["reader"], not row["front"])
+        look = {"colour": colour(row["family"]), "wanted": row["ring"] or row["reader"], "bold": row["ring"]}
+        marks.append(Mark(row[x], row[y], label(row["recipe"]), rank=rank, **look))
+
+    axes.set_xlabel(f"{horizontal.label}, {horizontal.direction}", fontsize=9.5)
+    axes.set_ylabel(f"{vertical.label}, {vertical.direction}", fontsize=9.5)
+    title = f"{vertical.label.partition(' (')[0]} against {horizontal.label.partition(' (')[0].lower()}"
+    style_axes(axes, title, legend_handles(drawn))
+    stamp(figure, frame, notes + cautions(drawn, (x, y)))
+    label_marks(axes, marks, lines)
+    return figure
+
+
+def size_bars(rows: Rows) -> Figure:
+    """Stored weights of each recipe in MB (10^6 bytes), by part, with effective bits per weight and badge."""
+    frame = as_frame(rows)
+    drawn, notes = drawable(frame, ["weights_mb"], "sizes", SAME_SIZE)
+    drawn = drawn.sort_values("weights_mb")
+    parts = drawn[list(SIZE_PARTS)]
+    rest = (drawn["weights_mb"] - parts.sum(axis=1)).clip(lower=0)
+    uncounted = parts.isna().all(axis=1)
+    stack = [
+        *((SIZE_PARTS[column], parts[column].fillna(0), {"alpha": alpha})
+          for column, alpha in zip(SIZE_PARTS, (1.0, 0.55, 0.3), strict=True)),
+        ("norms and other", rest.where(~uncounted, 0), {"alpha": 0.12}),
+        ("parts not counted", rest.where(uncounted, 0), {"alpha": 0.12, "hatch": "////"}),
+    ]  # fmt: skip
+    figure = new_chart(height=1.7 + 0.36 * len(drawn))
+    axes = figure.subplots()
+    positions, left, legend = np.arange(len(drawn)), np.zeros(len(drawn)), []
+    for name, width, look in stack:
+        if width.any():
+            axes.barh(positions, width, 0.66, left, color=drawn["family"].map(colour), linewidth=0, **look)
+            legend.append(Patch(facecolor=GREY, label=name, **look))
+        left += width.to_numpy()
+    for position, (_, row) in enumerate(drawn.iterrows()):
+        bits = f", {row['bits_per_weight']:.2f} bits/weight" if np.isfinite(row["bits_per_weight"]) else ""
+        text = f"{row['weights_mb']:,.1f} MB{bits}" + (f" ({row['badge']})" if row["badge"] else "")
+        look = {"fontsize": 8, "va": "center", "textcoords": "offset points"}
+        axes.annotate(text, (row["weights_mb"], position), (5, 0), **look)
+    axes.set_yticks(positions, row_names(drawn), parse_math=False)
+    axes.set_ylim(-0.6, len(drawn) - 0.4)
+    axes.set_xlim(0, drawn["weights_mb"].max() * 1.02)  # the layout makes room for the words on the right
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlabel("Stored weights (MB of 10⁶ bytes), lower is better", fontsize=9.5)
+    style_axes(axes, "Size, by what it is made of", legend, columns=3)
+    axes.grid(axis="y", visible=False)
+    return stamp(figure, frame, notes)
+
+
+def latency(rows: Rows) -> Figure:
+    """Time per output token (p50, whisker to p95), time to first token, decoding rate over the baseline's.
+
+    The ratio comes from runs interleaved with the baseline and is the one to compare by; its bar is its
+    spread. Machines stand apart, the reader's on top.
+    """
+    frame = as_frame(rows)
+    drawn, notes = drawable(frame, ["tpot_ms_p50"], "latency", SAME_SPEED)
+    drawn = drawn.sort_values(["reader", "host", "tpot_ms_p50"], ascending=[True, True, False])
+    borders = np.flatnonzero(drawn["host"].ne(drawn["host"].shift()))[1:] - 0.5
+    prompts = " or ".join(f"{tokens:.0f}" for tokens in drawn["prefill_tokens"].dropna().unique())
+    titles = {
+        "tpot_ms_p50": "Time per output token (ms)\np50, whisker to p95",
+        "ttft_ms_p50": "Time to first token (ms)\np50" + (f", {prompts} prompt tokens" if prompts else ""),
+        "decode_ratio": "Decoding rate ÷ baseline's\nsame run: compare by this one",
+    }
+    figure = new_chart(9.5, 1.9 + 0.36 * len(drawn))
+    panels = figure.subplots(1, 3, sharey=True, width_ratios=[1.2, 1, 1.2])
+    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+        bars = interval_ends(drawn, metric)
+        for position, (_, row) in enumerate(drawn.iterrows()):
+            if not np.isfinite(row[metric]):
+                continue
+            ends = bars[position]
+            if np.isfinite(ends).all():
+                draw_bar(axes, row, np.column_stack([ends, [position] * 2]), "|")
+            draw_point(axes, row[metric], position, row)
+            text = f"{row[metric]:.2f}" if metric == "decode_ratio" else f"{row[metric]:.3g}"
+            look = {"fontsize": 7, "color": GREY, "ha": "center", "textcoords": "offset points"}
+            written = axes.annotate(text, (row[metric], position), (0, 5), **look)
+            written.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        baseline = drawn.loc[drawn["recipe"] == "none", metric].tail(1) if not len(borders) else []
+        for value in [1.0] if metric == "decode_ratio" else baseline:
+            axes.axvline(value, **BASELINE_LINE)
+        for border in borders:
+            axes.axhline(border, color=GREY, linewidth=0.8)
+        axes.margins(x=0.15)
+        axes.autoscale_view()
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        style_axes(axes)
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_xlabel(METRICS[metric].direction, fontsize=8.5)
+    panels[0].set_yticks(range(len(drawn)), row_names(drawn, 36, always="host"), parse_math=False)
+    panels[0].set_ylim(-0.6, len(drawn) - 0.35)
+    badges = [f"{sign} {badge}" for badge, sign in BADGE_SIGNS.items() if badge in set(drawn["badge"])]
+    return stamp(figure, frame, ["   ".join(badges), *notes, *cautions(drawn, ["tpot_ms_p50"])])
+
+
+def window_delta(rows: Rows, baseline: str = "none") -> Figure:
+    """NLL of every window minus the NLL of the recipe `baseline` on the same window, in nats per token.
+
+    One point per window, and the mean with its 95 % interval: the recorded one where the row was compared
+    with the uncompressed baseline, else Student's interval of the mean over windows.
+    """
+    frame = as_frame(rows)
+    drawn, notes = drawable(frame, ["ppl"], "quality", SAME_QUALITY)
+    drawn = drawn.loc[[np.ndim(windows) == 1 and len(windows) > 0 for windows in drawn["window_nll"]]]
+    pairs = []
+    for _, row in drawn[drawn["recipe"] != baseline].iterrows():
+        same = drawn[(drawn["recipe"] == baseline) & (drawn[PROTOCOL] == row[PROTOCOL]).all(axis=1)]
+        same = same.loc[[len(windows) == len(row["window_nll"]) for windows in same["window_nll"]]]
+        for windows in same["window_nll"].tail(1):
+            pairs.append((row, np.asarray(row["window_nll"], float) - np.asarray(windows, float)))
+    if not pairs:
+        raise NothingToDraw(
+            f"no row has per-window NLL beside {baseline!r} under the same model, protocol and text: measure "
+            f'both first, for instance with el.compare(["{baseline}", "quantize.rtn:bits=4,group_size=64"])'
+        )
+    pairs.sort(key=lambda pair: -pair[1].mean())
+
+    figure = new_chart(height=1.9 + 0.62 * len(pairs))
+    axes = figure.subplots()
+    for position, (row, delta) in enumerate(pairs):
+        # Multiples of the golden ratio spread neighbouring windows over the strip without chance.
+        heights = position - 0.02 - 0.26 * (np.arange(len(delta)) * 0.618034 % 1)
+        axes.scatter(delta, heights, s=12, color=colour(row["family"]), alpha=0.35, linewidth=0)
+        mean, low, high = row[["delta_nll", "delta_nll_low", "delta_nll_high"]].astype(float)
+        if baseline != "none" or not np.isfinite([mean, low, high]).all():
+            mean, low, high = _mean_interval(delta)
+        axes.plot([low, high], [position + 0.14] * 2, color="black", linewidth=2, marker="|", markersize=8)
+        axes.plot(mean, position + 0.14, marker="D", color="black", markersize=5)
+        text = f"mean {mean:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], perplexity × {math.exp(mean):.3f}"
+        place = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+        axes.annotate(text, (0.995, position + 0.32), fontsize=7.5, color=GREY, **place)
+    axes.axvline(0, **BASELINE_LINE)
+    shown = pd.DataFrame([row for row, _ in pairs])
+    axes.set_yticks(range(len(pairs)), row_names(shown, 36), parse_math=False)
+    axes.set_ylim(-0.5, len(pairs) - 0.4)
+    axes.margins(x=0.1)
+    axes.set_xlabel(f"NLL minus that of {label(baseline)} (nats per token), lower is better", fontsize=9.5)
+    windows = " or ".join(str(length) for length in sorted({len(delta) for _, delta in pairs}))
+    style_axes(axes, f"NLL beside {label(baseline)}, {windows} windows, and mean")
+    return stamp(figure, frame, notes + cautions(shown.assign(hollow=False), ["delta_nll"]))
+
+
+def memory_bars(
+    needs: Mapping[str, MemoryNeed],
+    devices: Iterable[Device],
+    chosen: str | None = None,
+    title: str = "Memory needed",
+) -> Figure:
+    """Needs by what fills them above the memory of devices; a line carries the `chosen` need down to those.
+
+    `chosen` is a key of `needs`, by default the first. Devices without a memory figure are left out. Where
+    the axis is too short for a bar, its label ends in an arrow.
+    """
+    chosen = chosen or next(iter(needs))
+    need = needs[chosen]
+    known = sorted((device for device in devices if device.memory_gb), key=lambda device: device.memory_gb)
+    longest = max(need.total_gb, *(device.memory_gb for device in known))
+    limit = min(1.32 * longest, 4 * max(each.total_gb for each in needs.values()))
+
+    figure = new_chart(8.5, 2.0 + 0.27 * (len(needs) + len(known)))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[len(needs) + 0.4, len(known) + 0.4])
+    parts = {
+        field: look
+        for field, look in NEED_PARTS.items()
+        if any(getattr(each, field) for each in needs.values())
+    }
+    tints = [tint for _, tint in parts.values()]
+    for position, (name, each) in enumerate(needs.items()):
+        widths = [getattr(each, field) for field in parts]
+        starts = np.cumsum([0, *widths[:-1]])
+        alpha, weight = (1, "bold") if name == chosen else (0.35, "normal")
+        upper.barh(position, widths, left=starts, height=0.66, color=tints, alpha=alpha, linewidth=0)
+        _label_bar(upper, position, each.total_gb, limit, gigabytes(each.total_gb), fontweight=weight)
+    for position, device in enumerate(known):
+        left = device.memory_gb - need.total_gb
+        if not device.holds(need):
+            verdict, tint, text = f"{gigabytes(-left)} too small", "#D9D9D9", GREY
+        elif left < SYSTEM_SHARE * device.memory_gb:
+            verdict, tint, text = f"tight, {gigabytes(left)} left", "#8FD3BC", "#00664B"
+        else:
+            verdict, tint, text = f"fits, {gigabytes(left)} left", "#009E73", "#00664B"
+        lower.barh(position, device.memory_gb, height=0.66, color=tint, linewidth=0)
+        _label_bar(lower, position, max(device.memory_gb, need.total_gb), limit, verdict, color=text)
+
+    upper.set_yticks(range(len(needs)), list(needs), parse_math=False)
+    upper.invert_yaxis()
+    lower.set_yticks(
+        range(len(known)), [f"{each.name}, {each.memory_gb:g} GB" for each in known], parse_math=False
+    )
+    for axes, marked in ((upper, chosen), (lower, "This machine")):
+        axes.axvline(need.total_gb, **BASELINE_LINE | {"zorder": 3})
+        axes.set_xlim(0, limit)
+        for tick in axes.get_yticklabels():
+            tick.set_fontweight("bold" if tick.get_text().startswith(marked) else "normal")
+    legend = [Patch(facecolor=tint, label=words) for words, tint in parts.values()]
+    style_axes(upper, f"{title} (analytic: computed from shapes)", legend)
+    style_axes(lower, f"Memory of devices, beside the {gigabytes(need.total_gb)} of {chosen}")
+    for axes in (upper, lower):
+        axes.grid(axis="y", visible=False)
+    lower.set_xlabel("Memory (GB of 10⁹ bytes)", fontsize=9.5)
+    return figure
+
+
+def _label_bar(axes: Axes, position: float, length: float, limit: float, text: str, **look: str) -> None:
+    """Write `text` behind a bar of `length`, or inside where the axis, which ends at `limit`, has no room."""
+    text += " →" if length > limit else ""
+    inside = length > limit * (1 - 0.011 * len(text))
+    written = axes.text(
+        0.995 * limit if inside else length + 0.008 * limit, position, text,
+        ha="right" if inside else "left", va="center", fontsize=8, zorder=4,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if inside else None, **look,
+    )  # fmt: skip
+    written.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+
+
+def gigabytes(value_gb: float) -> str:
+    """The value with three meaningful digits: 0.210 GB, 3.37 GB, 13.5 GB, 1,112 GB."""
+    digits = 3 if value_gb < 1 else 2 if value_gb < 10 else 1 if value_gb < 100 else 0
+    return f"{value_gb:,.{digits}f} GB"
+
+
+def _mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of `values`, (windows,), and the ends of Student's 95 % interval, NaN for a single value."""
+    mean, count = values.mean(), len(values)
+    if count == 1:
+        return mean, math.nan, math.nan
+    half = stdtrit(count - 1, 0.975) * values.std(ddof=1) / math.sqrt(count)
+    return mean, mean - half, mean + half
+
+
+def _stairs(front: np.ndarray, lower_is_better: bool) -> np.ndarray:
+    """Corners of the stairs through `front`, (points, 2) sorted by x: nothing better is known in between."""
+    doubled = front.astype(float).repeat(2, axis=0)
+    ahead, behind = doubled[1:], doubled[:-1]
+    x, y = (ahead, behind) if lower_is_better else (behind, ahead)
+    return np.column_stack([x[:, 0], y[:, 1]])

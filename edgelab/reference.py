@@ -1,0 +1,184 @@
+"""The reference: the uncompressed model and tokenizer that everything is compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as logging_of_transformers
+
+from edgelab import assets
+from edgelab.errors import EdgeLabError
+
+log = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+EMBEDDED_NOTES = (
+    "The embedded weights are SmolLM2-135M-Instruct decoded from a 4-bit GGUF file (Q4_1 linear layers, Q8_0 "
+    "embedding). They are the baseline that everything is compared with, not the original full-precision "
+    "checkpoint; formats equal to their own grid (GGUF Q4_1) are lossless on them."
+)
+
+
+class ReferenceError(EdgeLabError):
+    """The named model cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a reference comes from, before its weights are read: cheap, and enough to name a measurement."""
+
+    name: str
+    folder: Path | str  # a folder, a GGUF file or a Hub id
+    sha: str  # fingerprint of the weights
+    notes: str = ""
+
+
+@dataclass
+class Reference:
+    """A model in evaluation mode with its tokenizer; `notes` says what a reader has to know about its origin."""
+
+    name: str
+    sha: str
+    notes: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load(name: str = EMBEDDED, dtype: torch.dtype = torch.float32) -> Reference:
+    """Load a reference: "embedded", a Hub id, a folder with safetensors and a config, or a GGUF file.
+
+    Raises ReferenceError where nothing can be loaded under that name.
+    """
+    source = resolve(name)
+    return Reference(source.name, source.sha, source.notes, load_model(source, dtype), load_tokenizer(source))
+
+
+def resolve(name: str = EMBEDDED) -> Source:
+    """Find out what a name stands for and compute its fingerprint, without reading the weights into memory."""
+    if name == EMBEDDED:
+        folder = assets.model_folder()
+        sha = assets.recorded_sha256("model/model.safetensors")
+        return Source(assets.EMBEDDED_NAME, folder, sha[:16], EMBEDDED_NOTES)
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(path.stem, path.resolve(), assets.sha256(path)[:16])
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not (path / "config.json").is_file() or not files:
+            raise ReferenceError(
+                f"{path} holds no model: a folder needs config.json, tokenizer files and *.safetensors "
+                "(pickled weights are not loaded)."
+            )
+        digest = hashlib.sha256("".join(assets.sha256(file) for file in files).encode())
+        return Source(path.resolve().name, path.resolve(), digest.hexdigest()[:16])
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix == ".gguf":
+        raise ReferenceError(
+            f"There is no model at {name}; give a folder, a .gguf file, a Hub id, or '{EMBEDDED}'."
+        )
+    return _resolve_hub(name)
+
+
+def _resolve_hub(name: str) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except (LocalEntryNotFoundError, OSError, ValueError):
+            log.debug("hub said: %s", error)
+            raise ReferenceError(
+                f"'{name}' is neither a local folder nor can it be had from the Hub now; check the spelling and "
+                f"the network, or use '{EMBEDDED}', which works offline."
+            ) from None
+    return Source(name, folder, resolve(str(folder)).sha)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reference. Raises ReferenceError where the folder has none."""
+    folder, options = _transformers_place(source)
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ReferenceError(f"No tokenizer can be loaded for {source.name}: {_first_line(error)}") from None
+
+
+def load_config(source: Source) -> AutoConfig:
+    """The model configuration of a reference."""
+    folder, options = _transformers_place(source)
+    return AutoConfig.from_pretrained(folder, **options)
+
+
+def load_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The weights of a reference as a causal language model in evaluation mode."""
+    folder, options = _transformers_place(source)
+    try:
+        if "gguf_file" in options:
+            return read_gguf(Path(folder) / options["gguf_file"]).to(dtype)
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ReferenceError(
+            f"{source.name} cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from None
+    return model.eval()
+
+
+def read_gguf(path: Path) -> PreTrainedModel:
+    """Decode a GGUF file to a float32 model.
+
+    The model that transformers returns calls itself quantized and refuses to be saved, so a plain one of the same
+    configuration takes over its tensors.
+    """
+    with _quiet():
+        decoded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = decoded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(decoded.state_dict(), assign=True)
+    for name, buffer in decoded.named_buffers():  # rotary frequencies are buffers outside the state dict
+        model.get_submodule(name.rpartition(".")[0]).register_buffer(
+            name.rpartition(".")[2], buffer, persistent=False
+        )
+    model.tie_weights()
+    model.generation_config = decoded.generation_config
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of transformers: it flickers by for a small model and stays in a notebook's output."""
+    shown = logging_of_transformers.is_progress_bar_enabled()
+    logging_of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging_of_transformers.enable_progress_bar()
+
+
+def _transformers_place(source: Source) -> tuple[Path | str, dict[str, str]]:
+    path = Path(source.folder)
+    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source.folder, {})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,161 @@
+"""PyTorch eager, with torch's packed CPU kernels for int8 and int4.
+
+| stored                                              | runs as                                                    |
+| --------------------------------------------------- | ---------------------------------------------------------- |
+| 2 to 4 bits, groups that 32 divides, or whole rows  | `_weight_int4pack_mm_for_cpu`, bfloat16                    |
+| 5 to 8 bits, one scale per row                      | `_weight_int8pack_mm`, bfloat16                            |
+| any other                                           | unpacked to one byte, dequantized whenever it is used      |
+
+Fewer bits are unpacked at loading to the next width that has a kernel; bits per weight on disk stay as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel
+
+from edgelab import variants
+from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor
+
+LONG = 16  # tokens from which int8 goes through a dense bfloat16 product
+
+
+class Int4Linear(nn.Module):
+    """A linear layer on torch's int4 kernel: bfloat16 activations, weights (q - 8) * scale + offset per group.
+
+    Scales and offsets are rounded to bfloat16, whose steps are 2**-8 of a value: see `tests/test_kernels.py` for the
+    precision that follows.
+    """
+
+    kernel = "int4pack_mm bf16"
+
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group_size = int4_group_size(tensor)
+        self.bias = bias
+        repeats = tensor.group_size // self.group_size
+        scale = tensor.scale.float()
+        offset = (8 - tensor.centre()) * scale  # (q - z) s = (q - 8) s + (8 - z) s
+        grid = torch.stack([scale, offset], -1).repeat_interleave(repeats, 1)  # (out, groups, 2)
+        self.register_buffer("grid", grid.transpose(0, 1).contiguous().bfloat16(), persistent=False)
+        packed = torch._convert_weight_to_int4pack_for_cpu(tensor.integers.int(), 1)
+        self.register_buffer("packed", packed, persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.reshape(-1, inputs.shape[-1]).bfloat16()  # (tokens, in_features)
+        outputs = torch._weight_int4pack_mm_for_cpu(flat, self.packed, self.group_size, self.grid)
+        outputs = outputs.to(inputs.dtype).reshape(*inputs.shape[:-1], -1)
+        return outputs if self.bias is None else outputs + self.bias
+
+
+class Int8Linear(nn.Module):
+    """A linear layer on torch's int8 kernel: bfloat16 activations, one scale per row.
+
+    The kernel is symmetric; an integer zero-point adds one number per row times the sum of the inputs, exactly:
+    (q - z) s = (q - 128) s + (128 - z) s.
+    """
+
+    kernel = "int8pack_mm bf16"
+
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bias = bias
+        middle = 2 ** (tensor.bits - 1)
+        integers = (tensor.integers.short() - middle).to(torch.int8)
+        self.register_buffer("integers", integers, persistent=False)
+        self.register_buffer("scale", tensor.scale[:, 0].bfloat16(), persistent=False)
+        # With the kernel's own bfloat16 scale, so that integers and zero-point stay on one grid.
+        offset = None if tensor.zero_point is None else (middle - tensor.centre()[:, 0]) * self.scale.float()
+        self.register_buffer("offset", offset, persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.reshape(-1, inputs.shape[-1]).bfloat16()  # (tokens, in_features)
+        if len(flat) < LONG:
+            outputs = torch._weight_int8pack_mm(flat, self.integers, self.scale)
+        else:  # the kernel is made for few tokens; bfloat16 holds every int8 exactly
+            outputs = functional.linear(flat, self.integers.bfloat16()) * self.scale
+        if self.offset is not None:
+            outputs = outputs.float() + flat.float().sum(-1, keepdim=True) * self.offset
+        outputs = outputs.to(inputs.dtype).reshape(*inputs.shape[:-1], -1)
+        return outputs if self.bias is None else outputs + self.bias
+
+
+def int4_group_size(tensor: QuantizedTensor) -> int:
+    """The largest group size of the int4 kernel that divides the tensor's groups; 0 where none does."""
+    return next((size for size in (256, 128, 64, 32) if tensor.group_size % size == 0), 0)
+
+
+def kernel_for(tensor: QuantizedTensor) -> type[Int4Linear] | type[Int8Linear] | None:
+    """The packed layer that can run a quantized matrix, or None."""
+    out_features = tensor.integers.shape[0]
+    if tensor.bits <= 4 and int4_group_size(tensor) and out_features % 16 == 0:
+        return Int4Linear
+    return Int8Linear if tensor.scale.shape[1] == 1 else None
+
+
+class Eager:
+    """A variant in PyTorch eager, on packed kernels where there are any. Greedy decoding with a growing cache."""
+
+    badge = "packed"
+
+    def __init__(self, variant: Path) -> None:
+        self.model: PreTrainedModel = variants.load(variant)
+        self.kernel = self._prepare()
+        self._cache: DynamicCache | None = None
+
+    def _prepare(self) -> str:
+        """Put kernels in place; returns their names."""
+        names: dict[str, None] = {}
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        made: dict[int, nn.Module] = {}
+        for name, layer in list(self.model.named_modules()):
+            if not isinstance(layer, PackedLinear):
+                continue
+            fast = kernel_for(layer.tensor)
+            if fast is None:
+                names[f"unpacked when used, {dtype}"] = None
+                continue
+            if id(layer.tensor) not in made:
+                made[id(layer.tensor)] = fast(layer.tensor, layer.bias)
+            stored = layer.tensor.bits
+            width = 4 if fast is Int4Linear else 8
+            names[fast.kernel + (f" ({stored} bits unpacked to {width})" if stored < width else "")] = None
+            self.model.set_submodule(name, made[id(layer.tensor)])
+        return " + ".join(names) or f"{dtype} linear"
+
+    def prefill(self, ids: list[int]) -> int:
+        self._cache = DynamicCache(config=self.model.config)
+        return self._step(ids)
+
+    def decode(self, token: int) -> int:
+        return self._step([token])
+
+    def _step(self, ids: list[int]) -> int:
+        with torch.inference_mode():
+            answer = self.model(
+                torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+        return int(answer.logits[0, -1].argmax())
+
+
+class Simulated(Eager):
+    """The same numbers in dense float weights: for quality only, neither its bytes nor its speed mean anything."""
+
+    badge = "simulated"
+
+    def _prepare(self) -> str:
+        for name, layer in list(self.model.named_modules()):
+            if isinstance(layer, PackedLinear):
+                out_features, in_features = layer.tensor.integers.shape
+                dense = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")
+                dense.weight = nn.Parameter(layer.tensor.dequantize(self.model.dtype), requires_grad=False)
+                dense.bias = layer.bias
+                self.model.set_submodule(name, dense)
+            elif isinstance(layer, PackedEmbedding):
+                dense = nn.Embedding.from_pretrained(layer.tensor.dequantize(layer.dtype))
+                self.model.set_submodule(name, dense)
+        return f"dense {str(self.model.dtype).removeprefix('torch.')}"

@@ -1,0 +1,377 @@
+"""Plots from rows written by hand: what is drawn, what is left out and said, which rows share a front."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+from edgelab import plots
+from edgelab.plot_style import as_frame, interval_ends, row_names
+
+BASELINE_WINDOWS = [3.0, 3.2, 2.8, 3.1]
+
+
+def make_row(recipe="none", family="baseline", ppl=20.0, weights_mb=500.0, **fields):
+    delta = math.log(ppl / 20.0)
+    row = dict(
+        row_id=f"id of {recipe}", recipe=recipe, family=family, model="tiny", runtime="torch", kernel="mm",
+        badge="packed", seed=0, fast=False, status="ok", error=None, source="reader", host="laptop",
+        protocol="edgelab-512", corpus="wiki", n_tokens=2044,
+        ppl=ppl, delta_nll=delta, delta_nll_low=delta - 0.1, delta_nll_high=delta + 0.2,
+        window_nll=[nll + delta for nll in BASELINE_WINDOWS],
+        weights_mb=weights_mb, linear_mb=0.6 * weights_mb, embedding_mb=0.3 * weights_mb,
+        scales_mb=0.05 * weights_mb, bits_per_weight=weights_mb / 16,
+        prefill_tokens=128, ttft_ms_p50=100.0, tpot_ms_p50=40.0, tpot_ms_p95=50.0,
+        decode_ratio=1.0, decode_ratio_low=0.9, decode_ratio_high=1.1, started_at="2026-11-23T10:00:00",
+    )  # fmt: skip
+    return row | fields
+
+
+@pytest.fixture
+def rows():
+    return [
+        make_row(),
+        make_row(
+            "quantize.rtn:bits=8,group_size=0", "quantize", 20.5, 200.0, tpot_ms_p50=30.0, decode_ratio=1.5
+        ),
+        make_row(
+            "quantize.rtn:bits=4,group_size=64", "quantize", 26.0, 120.0, tpot_ms_p50=20.0, decode_ratio=2.0
+        ),
+        make_row("prune.layers:keep=20", "prune", 40.0, 300.0),
+    ]
+
+
+def texts(figure):
+    """Everything written in a figure, in one string."""
+    written = [text.get_text() for axes in figure.axes for text in axes.texts]
+    written += [tick.get_text() for axes in figure.axes for tick in axes.get_yticklabels()]
+    written += [
+        text.get_text() for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()
+    ]
+    written += [axes.get_title(loc="left") for axes in figure.axes]
+    return "\n".join([*written, figure.get_suptitle(), figure.get_supxlabel()])
+
+
+def curve(figure, colour):
+    """Corners of the lines of one colour in the first axes, (lines) of (corners, 2)."""
+    return [line.get_xydata() for line in figure.axes[0].lines if to_hex(line.get_color()) == colour]
+
+
+FRONT = "#9a9a9a"
+ALL_PLOTS = [plots.tradeoff, plots.size_bars, plots.latency, plots.window_delta]
+
+
+# The Pareto front
+
+
+def test_pareto_front_by_hand():
+    frame = pd.DataFrame(
+        {
+            "weights_mb": [500, 200, 120, 300, 200, np.nan],
+            "ppl": [20, 20.5, 26, 40, 22, 10],
+            "name": list("abcdef"),
+        }
+    )
+    assert list(plots.pareto_front(frame, "weights_mb", "ppl")["name"]) == ["c", "b", "a"]
+
+
+def test_pareto_front_follows_the_direction_of_each_metric():
+    frame = pd.DataFrame({"decode_tok_s": [10, 20, 30], "ppl": [20, 20, 25], "name": list("abc")})
+    assert list(plots.pareto_front(frame, "decode_tok_s", "ppl")["name"]) == ["b", "c"]
+
+
+def test_pareto_front_keeps_equal_rows():
+    frame = pd.DataFrame({"weights_mb": [1.0, 1.0], "ppl": [2.0, 2.0]})
+    assert len(plots.pareto_front(frame, "weights_mb", "ppl")) == 2
+
+
+small = st.integers(0, 6)
+
+
+@given(st.lists(st.tuples(small, small), min_size=1, max_size=30), st.booleans())
+def test_no_row_beats_the_front_and_the_front_beats_every_other_row(points, higher_is_better):
+    x = "decode_tok_s" if higher_is_better else "weights_mb"
+    frame = pd.DataFrame(points, columns=[x, "ppl"])
+    front = plots.pareto_front(frame, x, "ppl")
+
+    def beats(a, b):
+        x_as_good = a[x] >= b[x] if higher_is_better else a[x] <= b[x]
+        return x_as_good and a["ppl"] <= b["ppl"] and (a[x] != b[x] or a["ppl"] != b["ppl"])
+
+    every = frame.to_dict("records")
+    best = front.to_dict("records")
+    assert best
+    assert not any(beats(row, member) for row in every for member in best)
+    others = frame.drop(front.index).to_dict("records")
+    assert all(any(beats(member, row) for member in best) for row in others)
+
+
+def test_unknown_metric_names_the_known_ones(rows):
+    with pytest.raises(plots.UnknownMetric, match=r"'weight'.*weights_mb"):
+        plots.tradeoff(rows, x="weight")
+
+
+# Every plot
+
+
+@pytest.mark.parametrize("plot", ALL_PLOTS)
+def test_each_plot_takes_dataclasses_dictionaries_and_frames_and_leaves_them_alone(plot, rows):
+    @dataclass
+    class Row:
+        recipe: str
+        family: str
+        ppl: float
+        weights_mb: float
+        tpot_ms_p50: float
+        window_nll: list[float]
+        n_tokens: int = 2044
+
+    records = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in rows]
+    assert "rtn" in texts(plot(records))
+    frame = pd.DataFrame(rows)
+    before = frame.copy(deep=True)
+    assert texts(plot(frame)) == texts(plot(rows))
+    pd.testing.assert_frame_equal(frame, before)
+
+
+@pytest.mark.parametrize("plot", ALL_PLOTS)
+def test_failed_rows_are_left_out_and_counted(plot, rows):
+    crashed = make_row("quantize.rtn:bits=2", "quantize", status="oom", error="out of memory")
+    written = texts(plot([*rows, crashed]))
+    assert "measuring failed: 1 (oom)" in written
+    assert "2-bit" not in written
+    assert "bits=2" not in written
+
+
+@pytest.mark.parametrize("plot", ALL_PLOTS)
+def test_fast_is_stamped_only_on_fast_rows(plot, rows):
+    assert "FAST" not in texts(plot(rows))
+    rows[1]["fast"] = True
+    assert "FAST" in texts(plot(rows))
+
+
+@pytest.mark.parametrize("plot", ALL_PLOTS)
+@pytest.mark.parametrize("given_rows", [[], [make_row(status="error", error="no")], [{"recipe": "none"}]])
+def test_nothing_to_draw_says_what_to_measure(plot, given_rows):
+    with pytest.raises(plots.NothingToDraw, match=r"measure .* first"):
+        plot(given_rows)
+
+
+@pytest.mark.parametrize("plot", ALL_PLOTS)
+def test_a_figure_is_a_picture_in_a_notebook_and_keeps_off_pyplot(plot, rows):
+    assert plot(rows)._repr_png_().startswith(b"\x89PNG")
+    from matplotlib import pyplot
+
+    assert not pyplot.get_fignums()
+
+
+@pytest.mark.parametrize("plot", ALL_PLOTS)
+def test_dollar_signs_in_names_are_text(plot, rows):
+    rows[1]["recipe"] = "quantize.$x:bits=$4"
+    assert "$" in texts(plot(rows))
+    plot(rows)._repr_png_()
+
+
+# Trade-off
+
+
+def test_tradeoff_draws_front_and_baseline(rows):
+    figure = plots.tradeoff(rows)
+    front = curve(figure, FRONT)
+    assert len(front) == 1
+    np.testing.assert_allclose(front[0], [(120, 26), (200, 26), (200, 20.5), (500, 20.5), (500, 20)])
+    assert any(np.allclose(line[:, 1], 20) for line in curve(figure, "#000000"))
+    assert figure.axes[0].get_yscale() == "linear"
+
+
+def test_stairs_of_a_metric_that_should_be_high():
+    rows = [make_row(decode_ratio=1.0), make_row("quantize.rtn:bits=4", "quantize", 26.0, decode_ratio=2.0)]
+    front = curve(plots.tradeoff(rows, x="decode_ratio"), FRONT)[0]
+    np.testing.assert_allclose(front, [(1, 20), (1, 26), (2, 26)])
+
+
+def test_tradeoff_turns_logarithmic_for_a_collapsed_model(rows):
+    figure = plots.tradeoff([*rows, make_row("quantize.rtn:bits=2", "quantize", 8000.0, 90.0)])
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_perplexity_interval_is_the_baseline_times_the_exponential_of_the_delta(rows):
+    frame = as_frame(rows)
+    expected = 20.0 * np.exp(frame[["delta_nll_low", "delta_nll_high"]].to_numpy())
+    np.testing.assert_allclose(interval_ends(frame, "ppl"), expected)
+    assert np.isnan(interval_ends(frame, "weights_mb")).all()
+
+
+def test_highlight_by_recipe_or_row_id_and_a_note_when_it_is_missing(rows):
+    recipe = rows[2]["recipe"]
+    for name in (recipe, f"id of {recipe}"):
+        figure = plots.tradeoff(rows, highlight=name)
+        bold = [text.get_text() for text in figure.axes[0].texts if text.get_fontweight() == "bold"]
+        assert bold == ["rtn 4-bit g64"]
+    assert "Nothing measured yet for quantize.hqq" in texts(plots.tradeoff(rows, highlight="quantize.hqq"))
+
+
+def test_families_keep_their_colour_and_unknown_ones_are_grey(rows):
+    figure = plots.tradeoff([*rows, make_row("new.thing", "new", 30.0, 400.0)])
+    colours = {text.get_text(): to_hex(text.get_color()) for text in figure.axes[0].texts}
+    assert colours["rtn 4-bit g64"] == plots.FAMILY_COLOURS["quantize"].lower()
+    assert colours["baseline"] == "#000000"
+    assert colours["thing"] == "#6b6b6b"
+
+
+def test_labels_do_not_overlap_each_other(rows):
+    crowd = [make_row(f"quantize.rtn:bits=4,group_size={size}", "quantize", 26 + size / 99, 120 + size / 9)
+             for size in (32, 64, 96, 192)]  # fmt: skip
+    figure = plots.tradeoff([*rows[:2], *crowd])
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in figure.axes[0].texts]  # without their leaders
+    assert len(boxes) == 6
+    assert all(first.count_overlaps(boxes[index + 1 :]) == 0 for index, first in enumerate(boxes))
+
+
+def test_the_readers_rows_come_over_the_reference_and_are_labelled_once(rows):
+    reference = [row | {"source": "reference", "host": "lab"} for row in rows]
+    figure = plots.tradeoff(rows + reference)
+    sizes = [points.get_sizes()[0] for points in figure.axes[0].collections]
+    assert sizes == [24.0] * 4 + [70.0] * 4
+    written = [text.get_text() for text in figure.axes[0].texts]
+    assert len(written) == len(set(written))
+    assert "yours" in texts(figure)
+
+
+def test_only_the_newest_of_equal_measurements_is_drawn(rows):
+    newer = rows[1] | {"ppl": 20.7, "started_at": "2026-11-24T10:00:00"}
+    points = plots.tradeoff([newer, *rows]).axes[0].collections
+    assert sorted(point.get_offsets()[0][1] for point in points) == [20.0, 20.7, 26.0, 40.0]
+
+
+def test_speed_and_size_are_not_repeated_for_a_second_protocol(rows):
+    other = [row | {"protocol": "gptq-2048"} for row in rows]
+    assert len(plots.latency(rows + other).axes[0].get_yticks()) == 4
+    assert len(plots.size_bars(rows + other).axes[0].get_yticks()) == 4
+
+
+def test_times_of_two_machines_are_not_ranked_together(rows):
+    elsewhere = [row | {"host": "server", "tpot_ms_p50": row["tpot_ms_p50"] / 9} for row in rows]
+    figure = plots.tradeoff(rows + elsewhere, x="tpot_ms_p50")
+    assert len(curve(figure, FRONT)) == 2
+    assert "several machines (laptop, server) and must not be ranked together" in texts(figure)
+    assert "machines" not in texts(plots.tradeoff(rows + elsewhere, x="weights_mb"))
+    assert "machines" not in texts(plots.tradeoff(rows, x="tpot_ms_p50"))
+    both = plots.latency(rows + elsewhere)
+    assert "must not be ranked together" in texts(both)
+    assert "prune.layers:keep=20, server" in texts(both)
+
+
+def test_perplexities_of_two_protocols_share_no_front(rows):
+    other = [row | {"protocol": "gptq-2048", "ppl": row["ppl"] - 5} for row in rows]
+    figure = plots.tradeoff(rows + other)
+    assert len(curve(figure, FRONT)) == 2
+    assert "of the same protocol; here they differ" in texts(figure)
+
+
+def test_a_failed_parity_gate_keeps_a_row_from_the_speed_front_only(rows):
+    rows[2]["parity"] = "failed"
+    figure = plots.tradeoff(rows, x="decode_ratio")
+    assert curve(figure, FRONT)[0][:, 0].max() == 1.5
+    assert "failed the parity gate" in texts(figure)
+    assert curve(plots.tradeoff(rows), FRONT)[0][:, 0].min() == 120
+
+
+# Size
+
+
+def test_bars_add_up_to_the_weights(rows):
+    figure = plots.size_bars(rows)
+    ends = {}
+    for bar in figure.axes[0].patches:
+        ends[bar.get_y()] = ends.get(bar.get_y(), 0) + bar.get_width()
+    assert sorted(ends.values()) == pytest.approx([120, 200, 300, 500])
+    assert "120.0 MB, 7.50 bits/weight (packed)" in texts(figure)
+    assert "parts not counted" not in texts(figure)
+
+
+def test_a_size_without_parts_says_so():
+    row = make_row(badge="analytic", linear_mb=None, embedding_mb=None, scales_mb=None, bits_per_weight=None)
+    written = texts(plots.size_bars([row]))
+    assert "parts not counted" in written
+    assert "500.0 MB (analytic)" in written
+    assert "norms" not in written
+
+
+# Latency
+
+
+def test_latency_whiskers_reach_from_p50_to_p95_and_over_the_spread_of_the_ratio(rows):
+    per_token, _, ratio = plots.latency(rows[:1]).axes
+    assert any(np.allclose(line.get_xdata(), [40, 50]) for line in per_token.lines)
+    assert any(np.allclose(line.get_xdata(), [0.9, 1.1]) for line in ratio.lines)
+
+
+def test_latency_draws_rows_without_a_ratio(rows):
+    rows[0] |= {
+        "decode_ratio": None,
+        "decode_ratio_low": None,
+        "decode_ratio_high": None,
+        "ttft_ms_p50": None,
+    }
+    assert len(plots.latency(rows).axes[2].collections) == 3
+
+
+# Difference per window
+
+
+def test_window_delta_pairs_windows_and_shows_the_recorded_interval(rows):
+    rows[2]["window_nll"] = [3.1, 3.5, 2.9, 3.3]  # 0.1, 0.3, 0.1, 0.2 above the baseline
+    rows[2] |= {"delta_nll": 0.175, "delta_nll_low": 0.05, "delta_nll_high": 0.3}
+    figure = plots.window_delta([rows[0], rows[2]])
+    points = figure.axes[0].collections[0].get_offsets()
+    np.testing.assert_allclose(points[:, 0], [0.1, 0.3, 0.1, 0.2])
+    assert "mean +0.1750, 95 % interval [+0.0500, +0.3000], perplexity × 1.191" in texts(figure)
+
+
+def test_window_delta_computes_students_interval_for_another_baseline(rows):
+    rows[2]["window_nll"] = list(np.add(rows[1]["window_nll"], [0.1, 0.3, 0.1, 0.2]))
+    figure = plots.window_delta(rows[1:3], baseline=rows[1]["recipe"])
+    # Mean 0.175, standard deviation 0.09574, four windows: 3.1824 × 0.09574 / 2 = 0.1523.
+    assert "mean +0.1750, 95 % interval [+0.0227, +0.3273]" in texts(figure)
+
+
+def test_window_delta_pairs_only_rows_of_the_same_protocol(rows):
+    rows[2]["protocol"] = "gptq-2048"
+    with pytest.raises(plots.NothingToDraw, match="per-window NLL beside 'none'"):
+        plots.window_delta([rows[0], rows[2]])
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("recipe", "short"),
+    [
+        ("none", "baseline"),
+        ("quantize.bf16", "bf16"),
+        ("quantize.rtn:bits=4,group_size=64", "rtn 4-bit g64"),
+        ("quantize.rtn:bits=4,embedding_bits=8,group_size=64", "rtn 4-bit emb 8-bit g64"),
+        (
+            "prune.wanda:sparsity=0.5 + quantize.awq:bits=4 @ llamacpp",
+            "wanda 0.5 sparse + awq 4-bit @ llamacpp",
+        ),
+        ("quantize.gptq:bits=4,group_size=0,symmetric=true", "gptq 4-bit per row symmetric"),
+        ("prune.layers:keep=20", "layers keep=20"),
+    ],
+)
+def test_label_shortens_recipes(recipe, short):
+    assert plots.label(recipe) == short
+    assert plots.label(recipe, width=80) == recipe
+
+
+def test_names_tell_equal_recipes_apart(rows):
+    frame = as_frame([rows[0], rows[0] | {"model": "other"}, rows[1]])
+    assert row_names(frame) == ["none, tiny", "none, other", "quantize.rtn:bits=8,group_size=0"]

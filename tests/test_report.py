@@ -1,0 +1,146 @@
+"""The HTML report: complete, self-contained, escaped, and written whole or not at all."""
+
+import os
+from html.parser import HTMLParser
+
+import pytest
+
+from edgelab import report
+
+
+def make_row(recipe="none", **fields):
+    return dict(
+        recipe=recipe, family="quantize", model="tiny", badge="packed", kernel="int4", status="ok",
+        source="reader", protocol="edgelab-512", corpus="wiki", n_tokens=2044,
+        ppl=21.7, delta_nll=0.01, delta_nll_low=-0.02, delta_nll_high=0.04, kld_mean=0.003,
+        top1_agreement=0.987, weights_mb=1234.56, bits_per_weight=4.5, peak_rss_mb=800.0,
+        ttft_ms_p50=120.0, tpot_ms_p50=40.0, decode_tok_s=25.0, decode_ratio=1.5,
+        host="laptop", cpu="A CPU", cores=4, threads=2, ram_gb=16.0, os="Linux", python="3.11",
+        versions='{"torch": "2.13.0"}', started_at="2026-11-23T10:00:00",
+    ) | fields  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page; refuses tags that are not closed in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.text, self.tags, self.open = "", [], []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "br", "wbr", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def read(path):
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_report_holds_numbers_machine_and_explanations(tmp_path):
+    path = tmp_path / "results" / "report.html"
+    assert report.write([make_row()], path, notes="Weights of a 4-bit file.") == path
+    page = read(path)
+    for text in (
+        *("1,234.6", "21.70", "+0.0100", "[-0.0200, +0.0400]", "98.7%", "int4", "1.50"),
+        *("laptop (1 row)", "A CPU, 4 cores, 2 threads, 16 GB memory", "Linux, Python 3.11", "torch 2.13.0"),
+        *("Weights of a 4-bit file.", "2026-11-23", "edgelab-512"),
+        *(column.meaning for column in report.COLUMNS.values()),
+        *report.BADGES.values(),
+    ):
+        assert text in page.text, text
+    assert "FAST" not in page.text
+
+
+def test_the_report_asks_the_network_for_nothing(tmp_path):
+    page = read(report.write([make_row()], tmp_path / "report.html"))
+    names = [tag for tag, _ in page.tags]
+    assert not {"script", "link", "iframe", "object"} & set(names)
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) == 3  # one row has no difference to a baseline
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+    assert "Nothing to draw: no row has per-window NLL" in page.text
+
+
+def test_a_failed_row_shows_its_sentence(tmp_path):
+    failed = {
+        "recipe": "quantize.rtn:bits=2",
+        "badge": "packed",
+        "status": "oom",
+        "error": "Out of memory at 24 GB.",
+    }
+    page = read(report.write([make_row(), failed], tmp_path / "report.html"))
+    assert "oom: Out of memory at 24 GB." in page.text
+    assert "2 rows, 1 failed" in page.text
+
+
+def test_everything_failed_is_still_a_report(tmp_path):
+    page = read(
+        report.write([{"recipe": "none", "status": "error", "error": "no"}], tmp_path / "report.html")
+    )
+    assert page.text.count("Nothing to draw") == 4
+    assert "error: no" in page.text
+
+
+def test_missing_values_are_dashes_not_zeros(tmp_path):
+    page = read(report.write([make_row(ppl=None, decode_ratio=None)], tmp_path / "report.html"))
+    assert page.text.count("–") == 2
+
+
+def test_text_from_rows_is_escaped(tmp_path):
+    evil = "<script>alert('1')</script>\"&"
+    fields = ["recipe", "badge", "kernel", "host", "cpu", "os", "versions", "model", "protocol", "corpus"]
+    rows = [
+        make_row(**dict.fromkeys(fields, evil), parity="failed", parity_detail=evil),
+        make_row(evil, status="error", error=evil),
+    ]
+    page = read(report.write(rows, tmp_path / "report.html", notes=evil))
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert page.text.count(evil) >= len(fields)
+
+
+def test_fast_failed_parity_and_several_machines_are_said(tmp_path):
+    rows = [make_row(fast=True), make_row(host="server", parity="failed", parity_detail="3 % apart")]
+    page = read(report.write(rows, tmp_path / "report.html"))
+    assert "FAST" in page.text
+    assert "parity gate failed: 3 % apart" in page.text
+    assert "must not be ranked together" in page.text
+    assert "server (1 row)" in page.text
+
+
+def test_no_rows_is_a_sentence(tmp_path):
+    with pytest.raises(report.ReportError, match="no rows to report"):
+        report.write([], tmp_path / "report.html")
+
+
+def test_an_interrupted_report_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        report.write([make_row()], path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(report.ReportError, match=r"cannot be written to .*report\.html"):
+        report.write([make_row()], tmp_path / "file" / "report.html")
+    with pytest.raises(report.ReportError, match="cannot be written"):
+        report.write([make_row()], tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
