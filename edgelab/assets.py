@@ -20,10 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
 from edgelab.errors import EdgeLabError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -264,8 +268,6 @@ def _decode(assets: Path) -> None:
         )
     from transformers import AutoTokenizer
 
-    from edgelab.reference import read_gguf
-
     stages = tqdm(total=3, desc="decode the embedded model", leave=False)
     with staged(assets / "model") as folder, stages:
         tokenizer = AutoTokenizer.from_pretrained(assets / "gguf", gguf_file=GGUF_FILE)
@@ -276,3 +278,43 @@ def _decode(assets: Path) -> None:
         model.save_pretrained(folder)
         stages.update()
     _record(assets, [f"model/{path.name}" for path in sorted((assets / "model").iterdir())])
+
+
+def read_gguf(path: Path) -> PreTrainedModel:
+    """Decode a GGUF file to a float32 model.
+
+    The model that transformers returns calls itself quantized and refuses to be saved, so a plain one of the same
+    configuration takes over its tensors.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with no_progress_bar():
+        decoded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = decoded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(decoded.state_dict(), assign=True)
+    for name, buffer in decoded.named_buffers():  # rotary frequencies are buffers outside the state dict
+        model.get_submodule(name.rpartition(".")[0]).register_buffer(
+            name.rpartition(".")[2], buffer, persistent=False
+        )
+    model.tie_weights()
+    model.generation_config = decoded.generation_config
+    return model.eval()
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """No progress bar of transformers: it flickers by for a small model and stays in a notebook's output."""
+    from transformers.utils import logging as logging_of_transformers
+
+    shown = logging_of_transformers.is_progress_bar_enabled()
+    logging_of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging_of_transformers.enable_progress_bar()

@@ -254,7 +254,8 @@ def doctor(as_json: AsJson = False) -> None:
         for name, state, finding, mend in checks:
             colour = {"ok": "green", "note": "yellow", "broken": "red"}[state]
             out.print(
-                f"[{colour}]{state:>6}[/]  {name}: {finding}" + (f"\n        mend: {escape(mend)}" if mend else ""),
+                f"[{colour}]{state:>6}[/]  {name}: {finding}"
+                + (f"\n        mend: {escape(mend)}" if mend else ""),
                 highlight=False,
                 soft_wrap=True,
             )

@@ -15,7 +15,7 @@ import subprocess
 import typing
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -237,7 +237,8 @@ def export(rows: list[Row], file: Path) -> Path:
         writers[file.suffix]()
         draft.replace(file)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise LedgerError(
             f"Cannot write {file} ({error.strerror}); choose a place that can be written."
         ) from None

@@ -4,18 +4,23 @@ Rows are a DataFrame with the ledger's columns, a list of Row dataclasses, or a 
 rows are never drawn but counted in a note. Every plot raises NothingToDraw where no row holds what it needs.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
 
+from edgelab.assets import fast
 from edgelab.devices import Device, MemoryNeed
 from edgelab.labels import Mark, label_marks
 from edgelab.plot_style import (
@@ -28,6 +33,8 @@ from edgelab.plot_style import (
     LATENCY,
     MACHINE_BOUND,
     METRICS,
+    PALE,
+    PALE,
     PROTOCOL,
     QUALITY,
     SAME_QUALITY,
@@ -54,6 +61,9 @@ from edgelab.plot_style import (
     style_axes,
 )
 
+if TYPE_CHECKING:  # measuring imports torch, drawing does not need it
+    from edgelab.measure.perplexity import Perplexity, Protocol
+
 __all__ = [  # with the names that readers of plots also need
     "BADGE_MARKERS",
     "FAMILY_COLOURS",
@@ -65,8 +75,10 @@ __all__ = [  # with the names that readers of plots also need
     "latency",
     "memory_bars",
     "pareto_front",
+    "protocols",
     "size_bars",
     "tradeoff",
+    "weight_grid",
     "window_delta",
 ]
 
@@ -77,6 +89,8 @@ NEED_PARTS = {  # field of a MemoryNeed: words, colour of the same palette
     "optimizer_gb": ("optimizer", "#CC79A7"),
     "activations_gb": ("activations", "#009E73"),
 }
+WEIGHT = "#D55E00"  # a weight before rounding, beside the blue of its grid
+NEAR_WEIGHTS = 48  # of a weight row, this many are shown from nearby
 SYSTEM_SHARE = 0.1  # a device with less than this share of its memory left is called tight
 
 
@@ -286,6 +300,54 @@ def window_delta(rows: Rows, baseline: str = "none") -> Figure:
     return stamp(figure, frame, notes + cautions(shown.assign(hollow=False), ["delta_nll"]))
 
 
+def protocols(
+    results: Mapping[str, Perplexity], rules: Mapping[str, Protocol], chosen: str | None = None
+) -> Figure:
+    """Which tokens each protocol scores, and what perplexity and bits per byte follow for the same weights.
+
+    `results` and `rules` hold the protocols by name; `chosen` stands out, by default all do.
+    """
+    span = max(rules[name].window for name in results)
+    figure = new_chart(9.5, 1.5 + 0.5 * len(results))
+    strips, perplexities, bits = figure.subplots(1, 3, sharey=True, width_ratios=[2.2, 1, 1])
+    tint = colour("baseline")
+    for position, (name, found) in enumerate(results.items()):
+        rule, alpha = rules[name], 1 if chosen in (name, None) else 0.3
+        for begin in range(0, span, rule.window):
+            skipped = {"all": 1, "half": rule.window // 2 + 1, "rolling": 0}[rule.scored]
+            strips.barh(
+                position, rule.window - 6, 0.5, begin + 3, color=PALE, alpha=0.45 * alpha, linewidth=0
+            )
+            scored = (rule.window - skipped - 6, 0.5, begin + skipped + 3)
+            strips.barh(position, *scored, color=tint, alpha=alpha, linewidth=0)
+            if rule.bos and (begin == 0 or rule.scored != "rolling"):
+                strips.plot(begin + 3, position, "|", color=FAMILY_COLOURS["prune"], alpha=alpha,
+                            markersize=19, markeredgewidth=2.5)  # fmt: skip
+        for axes, value, digits in ((perplexities, found.ppl, 2), (bits, found.bits_per_byte, 3)):
+            axes.barh(position, value, 0.5, color=tint, alpha=alpha, linewidth=0)
+            weight = "bold" if name == chosen else "normal"
+            look = {"fontsize": 8, "va": "center", "textcoords": "offset points", "fontweight": weight}
+            axes.annotate(f"{value:.{digits}f}", (value, position), (4, 0), **look)
+    strips.set_yticks(range(len(results)), list(results), parse_math=False)
+    strips.set_ylim(len(results) - 0.5, -0.5)
+    strips.set_xlabel(f"Tokens of the text (the first {span:,})", fontsize=8.5)
+    strips.set_xlim(-20, span + 20)
+    parts = [(tint, 1, "scores"), (PALE, 0.45, "context only"), (FAMILY_COLOURS["prune"], 1, "BOS token")]
+    legend = [Patch(facecolor=face, alpha=alpha, label=text) for face, alpha, text in parts]
+    style_axes(strips, "What a window scores", legend)
+    for axes, title, unit in (
+        (perplexities, "Perplexity", "per token or word, lower is better"),
+        (bits, "Bits per byte", "of the scored text, lower is better"),
+    ):
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        style_axes(axes, title)
+        axes.set_xlabel(unit, fontsize=8.5)
+    for axes in (strips, perplexities, bits):
+        axes.grid(axis="y", visible=False)
+    return stamp(figure, pd.DataFrame({"fast": [fast()]}))
+
+
 def memory_bars(
     needs: Mapping[str, MemoryNeed],
     devices: Iterable[Device],
@@ -344,6 +406,63 @@ def memory_bars(
     for axes in (upper, lower):
         axes.grid(axis="y", visible=False)
     lower.set_xlabel("Memory (GB of 10⁹ bytes)", fontsize=9.5)
+    return figure
+
+
+def weight_grid(weights: np.ndarray, rounded: np.ndarray, levels: np.ndarray, title: str = "") -> Figure:
+    """A weight row on its grid: the levels of each group, where every weight was and where it went.
+
+    weights, rounded: (in_features,). levels: (groups, 2**bits), what the integers of each group stand for.
+    The lower panel shows the neighbourhood of the largest error, with a line from each weight to its level.
+    """
+    error = rounded - weights
+    group_size = len(weights) // len(levels)
+    worst = int(np.abs(error).argmax())
+    first = max(0, min(worst - NEAR_WEIGHTS // 2, len(weights) - NEAR_WEIGHTS))
+    near = slice(first, min(first + NEAR_WEIGHTS, len(weights)))
+
+    figure = new_chart(8.5, 5.4)
+    whole, detail = figure.subplots(2, 1, height_ratios=[1, 1.25])
+    starts = np.arange(len(levels)) * group_size - 0.5
+    for axes, shown, width in ((whole, slice(None), 0.35), (detail, near, 0.8)):
+        # Levels crowd at many bits: thinner and paler lines stay a grid instead of a wall.
+        line = {
+            "colors": FAMILY_COLOURS["quantize"],
+            "linewidth": width * min(1, 16 / levels.shape[1]) ** 0.5,
+        }
+        for start, group in zip(starts, levels, strict=True):
+            axes.hlines(group, start, start + group_size, alpha=0.45, zorder=1, **line)
+        axes.vlines(starts[1:], 0, 1, transform=axes.get_xaxis_transform(), color=PALE, linewidth=0.8)
+        index, size = np.arange(len(weights))[shown], 5 if axes is whole else 26
+        look = {"linewidth": 0, "zorder": 3}
+        axes.scatter(index, rounded[shown], s=size, marker="s", color=FAMILY_COLOURS["quantize"], **look)
+        axes.scatter(index, weights[shown], s=0.6 * size, color=WEIGHT, **look)
+        axes.set_xlim(index[0] - 1, index[-1] + 1)
+        style_axes(axes)
+        axes.grid(visible=False)
+        axes.set_ylabel("Weight", fontsize=9.5)
+    detail.vlines(
+        np.arange(len(weights))[near], weights[near], rounded[near], color=WEIGHT, linewidth=1.2, zorder=2
+    )
+    detail.annotate(
+        "largest error", (worst, rounded[worst]), (0, 14 if error[worst] > 0 else -14), fontsize=8, ha="center",
+        va="center", textcoords="offset points", path_effects=[withStroke(linewidth=2.5, foreground="white")],
+    )  # fmt: skip
+    low, high = min(weights[near].min(), rounded[near].min()), max(weights[near].max(), rounded[near].max())
+    detail.set_ylim(low - 0.14 * (high - low), high + 0.14 * (high - low))
+    whole.axvspan(index[0] - 1, index[-1] + 1, color="#f2f2f2", zorder=0)
+    legend = [
+        Line2D([], [], linestyle="", marker="o", color=WEIGHT, markersize=4, label="weight"),
+        Line2D(
+            [], [], linestyle="", marker="s", color=FAMILY_COLOURS["quantize"], markersize=5, label="rounded"
+        ),
+        Line2D([], [], color=FAMILY_COLOURS["quantize"], linewidth=0.8, label="levels of the grid"),
+        *([Line2D([], [], color=PALE, linewidth=0.8, label="border of a group")] if len(levels) > 1 else []),
+    ]
+    style_axes(whole, title, legend)
+    whole.grid(visible=False)
+    detail.set_title("The shaded part from nearby", loc="left", fontsize=9)
+    detail.set_xlabel("Input of the row", fontsize=9.5)
     return figure
 
 

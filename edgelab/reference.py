@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as logging_of_transformers
 
 from edgelab import assets
 from edgelab.errors import EdgeLabError
@@ -130,49 +127,14 @@ def load_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrained
     folder, options = _transformers_place(source)
     try:
         if "gguf_file" in options:
-            return read_gguf(Path(folder) / options["gguf_file"]).to(dtype)
-        with _quiet():
+            return assets.read_gguf(Path(folder) / options["gguf_file"]).to(dtype)
+        with assets.no_progress_bar():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise ReferenceError(
             f"{source.name} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from None
     return model.eval()
-
-
-def read_gguf(path: Path) -> PreTrainedModel:
-    """Decode a GGUF file to a float32 model.
-
-    The model that transformers returns calls itself quantized and refuses to be saved, so a plain one of the same
-    configuration takes over its tensors.
-    """
-    with _quiet():
-        decoded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    config = decoded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(decoded.state_dict(), assign=True)
-    for name, buffer in decoded.named_buffers():  # rotary frequencies are buffers outside the state dict
-        model.get_submodule(name.rpartition(".")[0]).register_buffer(
-            name.rpartition(".")[2], buffer, persistent=False
-        )
-    model.tie_weights()
-    model.generation_config = decoded.generation_config
-    return model.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar of transformers: it flickers by for a small model and stays in a notebook's output."""
-    shown = logging_of_transformers.is_progress_bar_enabled()
-    logging_of_transformers.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging_of_transformers.enable_progress_bar()
 
 
 def _transformers_place(source: Source) -> tuple[Path | str, dict[str, str]]:

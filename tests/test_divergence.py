@@ -1,5 +1,6 @@
 """KL divergence and agreement by hand and against torch, paired differences against scipy."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -15,9 +16,9 @@ from torch.nn import functional
 from edgelab.measure.divergence import (
     DivergenceSum,
     PairingError,
-    StateRecorder,
     kl_divergence,
     paired_delta,
+    recording,
     top1_agreement,
 )
 from edgelab.measure.perplexity import PROTOCOLS, evaluate, windows
@@ -111,12 +112,12 @@ def test_other_windows_are_refused(nll, baseline, tokens):
 
 @pytest.fixture
 def states(tiny_reference, story, tmp_path):
-    """The hidden states of the tiny model on three windows of 150 tokens, kept by a StateRecorder."""
+    """The hidden states of the tiny model on three windows of 150 tokens, kept in a file."""
     one = replace(PROTOCOLS["edgelab-512"], window=150)
     cut = windows(story, one, tiny_reference.tokenizer, 3)
-    recorder = StateRecorder(tmp_path / "states.npy", cut, 64)
-    evaluate(tiny_reference.model, tiny_reference.tokenizer, story, one, 3, track=[recorder])
-    recorder.close()
+    with recording(tmp_path / "states.npy", cut, tiny_reference.model) as recorder:
+        evaluate(tiny_reference.model, tiny_reference.tokenizer, story, one, 3, track=[recorder])
+        assert not (tmp_path / "states.npy").exists()
     return tmp_path / "states.npy", one
 
 
@@ -147,13 +148,18 @@ def test_divergence_of_a_candidate_equals_the_naive_loop(bits, states, tiny_refe
 
 
 def test_states_of_a_sixteen_bit_reference_are_kept_in_float32(tiny_reference, story, tmp_path):
-    import copy
-
     one = replace(PROTOCOLS["edgelab-512"], window=80)
     model = copy.deepcopy(tiny_reference.model).bfloat16()
-    recorder = StateRecorder(tmp_path / "states.npy", windows(story, one, tiny_reference.tokenizer, 1), 64)
-    evaluate(model, tiny_reference.tokenizer, story, one, 1, track=[recorder])
-    recorder.close()
-    kept = np.load(tmp_path / "states.npy")
+    cut = windows(story, one, tiny_reference.tokenizer, 1)
+    with recording(tmp_path / "new" / "states.npy", cut, model) as recorder:
+        evaluate(model, tiny_reference.tokenizer, story, one, 1, track=[recorder])
+    kept = np.load(tmp_path / "new" / "states.npy")
     assert (kept.dtype, kept.shape) == (np.float32, (79, 64))
-    assert np.isfinite(kept).all() and np.abs(kept).min() > 0
+    assert np.isfinite(kept).all() and np.abs(kept).max(1).min() > 0  # every position was written
+
+
+def test_an_interrupted_recording_leaves_no_file(tiny_reference, story, tmp_path):
+    cut = windows(story, PROTOCOLS["edgelab-512"], tiny_reference.tokenizer, 1)
+    with pytest.raises(KeyboardInterrupt), recording(tmp_path / "a" / "states.npy", cut, tiny_reference.model):
+        raise KeyboardInterrupt
+    assert list((tmp_path / "a").iterdir()) == []

@@ -38,7 +38,8 @@ class Isolated:
 
     def __init__(self, target: str, threads: int, timeout_s: float = 3600, **arguments: Any) -> None:
         self.timeout_s = timeout_s
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
+        self._received = b""
         count = str(threads)
         # Transparent huge pages spare torch a page fault for every 4 kB of a tensor.
         pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
@@ -51,7 +52,11 @@ class Isolated:
             env=os.environ | pinned | quiet,
             start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends the child
         )
-        self.call(target, _threads=threads, **arguments)
+        try:
+            self.call(target, _threads=threads, **arguments)
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, method: str, progress: Callable[[int, int], None] = _ignore, **arguments: Any) -> Any:
         """Run a method of the object over there and return its result.
@@ -74,14 +79,19 @@ class Isolated:
             progress(*value)
 
     def _line(self, deadline: float) -> bytes:
+        # Read the descriptor itself: a buffered reader hides lines that have come already from the selector.
+        pipe = self._process.stdout.fileno()
         with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout=max(deadline - time.monotonic(), 0)):
-                self.close()
-                raise IsolatedError(f"It took longer than the limit of {self.timeout_s:.0f} s.", "timeout")
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._death()
+            selector.register(pipe, selectors.EVENT_READ)
+            while b"\n" not in self._received:
+                if not selector.select(timeout=max(deadline - time.monotonic(), 0)):
+                    self.close()
+                    raise IsolatedError(f"It took longer than the limit of {self.timeout_s:.0f} s.", "timeout")
+                data = os.read(pipe, 1 << 16)
+                if not data:
+                    raise self._death()
+                self._received += data
+        line, _, self._received = self._received.partition(b"\n")
         return line
 
     def _death(self) -> IsolatedError:

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -78,7 +79,7 @@ class Timed:
         for _ in range(tokens):
             self.token = self.session.decode(self.token)
             marks.append(time.perf_counter())
-        return [1e3 * (after - before) for before, after in zip(marks, marks[1:], strict=False)]
+        return [1e3 * (after - before) for before, after in pairwise(marks)]
 
     def warm_up(self) -> int:
         """Short runs until the last three agree within 10 % (at least 3, at most 8); returns how many."""

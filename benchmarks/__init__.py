@@ -1,0 +1,1 @@
+"""Benchmarks: must-hold numbers, measured beside each other in one run."""

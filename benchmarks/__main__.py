@@ -1,0 +1,34 @@
+"""`make bench`: measure the measuring, about ten minutes on two cores. Writes results/bench.md and prints it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+from benchmarks import evaluation, road
+from edgelab import ledger
+
+
+def main() -> None:
+    rows = [*evaluation.rows(), *road.rows()]
+    machine = ledger.provenance(threads=2)
+    versions = ", ".join(f"{name} {number}" for name, number in json.loads(machine["versions"]).items())
+    lines = [
+        f"# Benchmarks, {datetime.date.today()}",
+        "",
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_gb']} GB, {versions}, commit {machine['git_sha']}.",
+        "",
+        "| what | value | bound |",
+        "| --- | --- | --- |",
+        *(f"| {what} | {value} | {bound} |" for what, value, bound in rows),
+    ]
+    text = "\n".join(lines) + "\n"
+    place = Path("results/bench.md")
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

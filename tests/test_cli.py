@@ -1,0 +1,136 @@
+"""The command line as a user meets it: help, JSON, one sentence for what can be mended, and never a traceback."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from edgelab import ledger
+
+
+def edgelab(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "edgelab.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TQDM_DISABLE": "1", "EDGELAB_FAST": "1", "COLUMNS": "200"} | environment,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def place(tiny, tmp_path, story):
+    file = tmp_path / "story.txt"
+    file.write_text(story.text, encoding="utf-8")
+    return ["--model", str(tiny), "--corpus", str(file), "--windows", "2", "--threads", "1"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fetch",
+        "doctor",
+        "list",
+        "measure",
+        "compare",
+        "report",
+        "ledger show",
+        "ledger export",
+        "cache show",
+        "lab",
+    ],
+)
+def test_every_command_shows_an_example(command):
+    shown = edgelab(*command.split(), "--help")
+    assert shown.returncode == 0 and f"edgelab {command}" in shown.stdout
+
+
+def test_measure_prints_one_json_object_per_row_and_nothing_else(place):
+    done = edgelab("measure", "none", "quantize.rtn:bits=4", "--only", "quality", "--json", *place)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr
+    assert [row["recipe"] for row in rows] == ["none", "quantize.rtn:bits=4,group_size=64"]
+    assert set(rows[0]) == set(ledger.FIELDS) - {"window_nll"}
+    assert rows[1]["delta_nll"] is not None and rows[1]["decode_tok_s"] is None
+
+
+def test_a_comparison_prints_a_table_and_writes_a_report(place, tmp_path):
+    page = tmp_path / "results" / "report.html"
+    done = edgelab("compare", "none", "quantize.bf16", "--only", "quality", "--report", str(page), *place)
+    assert done.returncode == 0, done.stderr
+    assert "quantize.bf16" in done.stdout and "quantize.bf16" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["measure", "quantise.rtn"], "did you mean quantize.rtn"),
+        (["measure", "quantize.rtn:bit=4"], "did you mean bits"),
+        (["measure", "quantize.rtn:bits=9"], "outside 2 to 8"),
+        (["measure", "none", "--model", "."], "holds no model"),
+        (
+            ["measure", "none", "--model", "nobody/nothing"],
+            "neither a local folder nor can it be had from the Hub",
+        ),
+        (["ledger", "export", "rows.docx"], "not to '.docx'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_failure(arguments, sentence):
+    done = edgelab(*arguments, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and sentence in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_group_size_that_does_not_divide_is_answered_with_those_that_do(place):
+    done = edgelab("measure", "quantize.rtn:group_size=128", "--only", "quality", *place)
+    assert done.returncode == 1 and "use 32, 64, 0 (one group per row)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_home_that_cannot_be_written_is_one_sentence(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = edgelab("measure", "none", "--only", "quality", *place, EDGELAB_HOME=str(tmp_path / "file"))
+    assert done.returncode == 1 and "EDGELAB_HOME" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_keeps_the_rows_so_far(place):
+    command = [sys.executable, "-m", "edgelab.cli", "compare", "--only", "quality", "--json", *place]
+    recipes = ["none", *(f"quantize.rtn:bits={bits}" for bits in (8, 7, 6, 5, 4, 3, 2))]
+    run = subprocess.Popen(
+        [*command, *recipes],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TQDM_DISABLE": "1", "EDGELAB_FAST": "1"},
+    )
+    first = json.loads(run.stdout.readline())
+    time.sleep(1)  # into the next row
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 130 and "kept in the ledger" in said and "Traceback" not in said
+    assert first["row_id"] in [row.row_id for row in ledger.own()]
+
+
+def test_list_and_cache_and_ledger_answer_in_json(place):
+    techniques = [json.loads(line) for line in edgelab("list", "techniques", "--json").stdout.splitlines()]
+    assert {"quantize.rtn", "quantize.bf16", "quantize.fp16"} <= {one["technique"] for one in techniques}
+    edgelab("measure", "quantize.bf16", "--only", "quality", *place)
+    cached = [json.loads(line) for line in edgelab("cache", "show", "--json").stdout.splitlines()]
+    assert any("quantize.bf16" in one["what"] for one in cached)
+    rows = [json.loads(line) for line in edgelab("ledger", "show", "--json").stdout.splitlines()]
+    assert [row["recipe"] for row in rows] == ["none", "quantize.bf16"]
+    assert (
+        edgelab("cache", "clear").returncode == 0
+        and len(edgelab("cache", "show", "--json").stdout.splitlines()) == 1
+    )
+
+
+def test_doctor_says_how_to_mend_what_is_missing():
+    done = edgelab("doctor", "--json")
+    checks = {one["check"]: one for one in map(json.loads, done.stdout.splitlines())}
+    assert checks["assets"]["state"] == "note" and checks["assets"]["mend"] == "edgelab fetch"
+    assert done.returncode == 0 and checks["torch"]["state"] == "ok"

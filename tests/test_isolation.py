@@ -1,0 +1,215 @@
+"""The fresh process: results and errors come over, and whatever happens there stays there."""
+
+import os
+import time
+
+import psutil
+import pytest
+
+from edgelab.errors import EdgeLabError
+from edgelab.measure.isolation import Isolated, IsolatedError, report
+
+SUBJECT = """
+import os, signal, subprocess, sys, time
+import torch
+from edgelab.errors import EdgeLabError
+from edgelab.measure.isolation import report
+
+class Subject:
+    def __init__(self, name="nobody", fail=False):
+        self.name = name
+        print("constructed on standard output")
+        if fail:
+            raise EdgeLabError("It cannot be made.")
+
+    def whoami(self):
+        return {"name": self.name, "pid": os.getpid(), "main": sys.modules["__main__"].__spec__.name}
+
+    def echo(self, value):
+        return value
+
+    def threads(self):
+        return [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]]
+
+    def talk(self):
+        print("from Python")
+        sys.stdout.flush()
+        os.write(1, b"from the file descriptor\\n")
+        subprocess.run(["echo", "from a child"], check=True)
+        return "said"
+
+    def count(self, total):
+        for done in range(1, total + 1):
+            report(done, total)
+        return total
+
+    def wrong(self):
+        raise ValueError("three is\\nnot two")
+
+    def silent(self):
+        raise ValueError
+
+    def sentence(self):
+        raise EdgeLabError("Group size 7 does not fit; use 8.")
+
+    def unprintable(self):
+        return object()
+
+    def full(self):
+        raise MemoryError
+
+    def huge(self):
+        return torch.empty(10**16).numel()
+
+    def leave(self, code, last):
+        print(last, file=sys.stderr, flush=True)
+        os._exit(code)
+
+    def killed(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def sleep(self):
+        time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A module `isolated_subject` that fresh processes can import."""
+    folder = tmp_path_factory.mktemp("subject")
+    (folder / "isolated_subject.py").write_text(SUBJECT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield "isolated_subject:Subject"
+
+
+@pytest.fixture(scope="module")
+def shared(place):
+    """One process for everything that does not end it."""
+    with Isolated(place, threads=1, timeout_s=60, name="Ada") as process:
+        yield process
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+
+
+def test_the_object_lives_in_another_process(shared):
+    answer = shared.call("whoami")
+    assert answer["name"] == "Ada"
+    assert answer["pid"] != os.getpid() and answer["pid"] in children()
+    assert answer["main"] == "edgelab.measure.isolation"  # not the main module of the caller
+
+
+@pytest.mark.parametrize("value", [None, 1.5, float("inf"), "«é»\n", [1, {"a": [True]}], "x" * 1_000_000])
+def test_arguments_and_results_come_over(shared, value):
+    assert shared.call("echo", value=value) == value
+
+
+def test_threads_are_pinned(shared):
+    assert shared.call("threads") == [1, "1", "1"]
+
+
+def test_what_the_child_prints_does_not_reach_the_answers(shared):
+    assert shared.call("talk") == "said"
+    assert shared.call("echo", value=1) == 1
+
+
+@pytest.mark.parametrize("total", [3, 2000])
+def test_progress_arrives_in_order(place, total):
+    """Also where many lines arrive at once: none may wait in a buffer for the next one."""
+    seen = []
+    with Isolated(place, threads=1, timeout_s=20) as process:
+        assert process.call("count", progress=lambda *pair: seen.append(pair), total=total) == total
+    assert seen == [(done, total) for done in range(1, total + 1)]
+
+
+def test_progress_outside_of_a_child_goes_nowhere(capfd):
+    assert report(1, 2) is None
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("method", "message", "status"),
+    [
+        ("wrong", "ValueError: three is", "error"),
+        ("silent", "ValueError: ValueError", "error"),
+        ("sentence", "Group size 7 does not fit; use 8.", "error"),
+        ("full", "MemoryError: MemoryError", "oom"),
+        ("missing", "AttributeError: 'Subject' object has no attribute 'missing'", "error"),
+    ],
+)
+def test_errors_come_over_and_the_process_goes_on(shared, method, message, status):
+    with pytest.raises(IsolatedError) as caught:
+        shared.call(method)
+    assert (str(caught.value), caught.value.status) == (message, status)
+    assert isinstance(caught.value, EdgeLabError)
+    assert shared.call("echo", value="still here") == "still here"
+
+
+def test_a_result_that_is_no_json_is_an_error(shared):
+    with pytest.raises(IsolatedError, match="TypeError: Object of type object is not JSON serializable"):
+        shared.call("unprintable")
+    assert shared.call("echo", value=2) == 2
+
+
+def test_an_allocation_that_fails_is_out_of_memory(shared):
+    with pytest.raises(IsolatedError, match="memory") as caught:
+        shared.call("huge")
+    assert caught.value.status == "oom"
+    assert "\n" not in str(caught.value)
+
+
+def test_a_crash_gives_the_exit_code_and_the_last_words(place):
+    with Isolated(place, threads=1, timeout_s=60) as process:
+        with pytest.raises(IsolatedError, match="^The process ended with exit code 3: last words$") as caught:
+            process.call("leave", code=3, last="last words")
+        assert caught.value.status == "error"
+
+
+def test_kill_9_is_out_of_memory(place):
+    with Isolated(place, threads=1, timeout_s=60) as process:
+        with pytest.raises(IsolatedError, match=r"was killed, most likely because memory ran out\.$") as caught:
+            process.call("killed")
+        assert caught.value.status == "oom"
+
+
+def test_time_limit_ends_the_process(place):
+    with Isolated(place, threads=1, timeout_s=30) as process:
+        pid = process.call("whoami")["pid"]
+        process.timeout_s = 0.3
+        started = time.monotonic()
+        with pytest.raises(IsolatedError, match="longer than the limit of 0 s") as caught:
+            process.call("sleep")
+        assert caught.value.status == "timeout"
+        assert time.monotonic() - started < 20
+        assert not psutil.pid_exists(pid)
+
+
+def test_a_call_after_the_end_is_an_error_of_the_package(place):
+    with Isolated(place, threads=1, timeout_s=60) as process:
+        with pytest.raises(IsolatedError):
+            process.call("killed")
+        with pytest.raises(IsolatedError):
+            process.call("echo", value=1)
+
+
+def test_leaving_the_context_ends_the_process(place):
+    with Isolated(place, threads=1, timeout_s=60) as process:
+        pid = process.call("whoami")["pid"]
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "message"),
+    [
+        ("isolated_subject:Subject", {"fail": True}, r"^It cannot be made\.$"),
+        ("isolated_subject:Nobody", {}, "^AttributeError: .*Nobody"),
+        ("no_such_module:Subject", {}, "^ModuleNotFoundError: No module named 'no_such_module'$"),
+    ],
+)
+def test_an_object_that_cannot_be_made_leaves_no_process(target, arguments, message, place):
+    before = children()
+    with pytest.raises(IsolatedError, match=message):
+        Isolated(target, threads=1, timeout_s=60, **arguments)
+    assert children() == before

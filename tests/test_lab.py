@@ -1,0 +1,124 @@
+"""The one road, gone with the tiny model: recipe, variant, fresh process, row."""
+
+import math
+
+import pytest
+
+from edgelab import lab, ledger
+from edgelab.errors import EdgeLabError
+from edgelab.measure import isolation
+
+
+@pytest.fixture
+def text(tmp_path, story):
+    file = tmp_path / "story.txt"
+    file.write_text(story.text, encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture
+def settings(tiny, text, monkeypatch):
+    monkeypatch.setenv("EDGELAB_FAST", "1")
+    return {"model": str(tiny), "corpus": text, "windows": 3, "threads": 1}
+
+
+def test_a_comparison_fills_every_field_that_was_measured(settings):
+    table = lab.compare(["none", "quantize.rtn:bits=4,group_size=32"], **settings)
+    none, rounded = (table.iloc[i] for i in range(2))
+    assert list(table.status) == ["ok", "ok"] and list(table.fast) == [True, True]
+    assert none.badge == rounded.badge == "packed" and rounded.kernel == "int4pack_mm bf16"
+    assert none.n_tokens == 3 * 511 and none.ppl == pytest.approx(math.exp(none.nll_sum / none.n_tokens))
+    assert rounded.delta_nll == pytest.approx((rounded.nll_sum - none.nll_sum) / none.n_tokens)
+    assert rounded.delta_nll_low < rounded.delta_nll < rounded.delta_nll_high
+    assert rounded.kld_mean > 0 and 0 < rounded.top1_agreement < 1
+    assert rounded.weights_mb < none.weights_mb and rounded.bits_per_weight < none.bits_per_weight == 32
+    assert rounded.weights_mb == pytest.approx(
+        rounded.linear_mb + rounded.embedding_mb + rounded.scales_mb, rel=0.01
+    )
+    for row in (none, rounded):
+        assert min(row.ttft_ms_p50, row.tpot_ms_p50, row.decode_tok_s, row.peak_rss_mb, row.load_s) > 0
+        assert row.tpot_ms_p95 >= row.tpot_ms_p50 and len(row.window_nll) == 3
+    assert rounded.decode_ratio_low <= rounded.decode_ratio <= rounded.decode_ratio_high
+    assert math.isnan(none.decode_ratio) and math.isnan(none.delta_nll) and none.energy_j_per_token is None
+
+
+def test_a_row_is_measured_once_and_again_only_when_forced(settings):
+    first = lab.measure("quantize.rtn:bits=8,group_size=0", only="quality", **settings)
+    assert lab.measure("quantize.rtn:group_size=0,bits=8", only="quality", **settings).row_id == first.row_id
+    again = lab.measure("quantize.rtn:bits=8,group_size=0", only="quality", force=True, **settings)
+    assert again.row_id != first.row_id and again.ppl == pytest.approx(first.ppl, rel=1e-6)
+    assert [row.recipe for row in ledger.own()].count(
+        "none"
+    ) == 1  # the baseline that both were compared with
+    assert first.decode_tok_s is None and first.peak_rss_mb is None
+
+
+def test_packed_and_simulated_give_the_same_quality(settings):
+    packed, simulated = (
+        lab.measure(f"quantize.rtn:bits=4,group_size=32{runtime}", only="quality", **settings)
+        for runtime in ("", " @ simulated")
+    )
+    assert (packed.badge, simulated.badge) == ("packed", "simulated")
+    assert packed.ppl == pytest.approx(simulated.ppl, rel=0.02)
+
+
+def test_a_failure_is_a_row_and_the_comparison_goes_on(settings):
+    table = lab.compare(["quantize.rtn:group_size=48", "quantize.bf16"], only="quality", **settings)
+    assert list(table.status) == ["error", "ok"] and "32, 64, 0" in table.error[0]
+    assert math.isnan(table.ppl[0])
+    with pytest.raises(lab.MeasureError, match="group_size=48 does not divide"):
+        lab.measure("quantize.rtn:group_size=48", only="quality", **settings)
+
+
+def test_a_killed_process_and_a_time_out_are_rows(settings, monkeypatch):
+    lab.measure("none", only="quality", **settings)
+    real = isolation.Isolated.call
+
+    def killed(self, method, *args, **kwargs):
+        if method == "quality":
+            self._process.kill()
+        return real(self, method, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(isolation.Isolated, "call", killed)
+        (row,) = lab.stream(["quantize.bf16"], only="quality", **settings)
+    assert row.status == "oom" and "memory ran out" in row.error
+    (row,) = lab.stream(["quantize.fp16"], only="quality", timeout_s=0.01, **settings)
+    assert row.status == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"only": "size"}, "none of quality, speed, memory"),
+        ({"windows": 0}, "from 1 on"),
+        ({"protocol": "gptq"}, "use one of edgelab-512"),
+        ({"corpus": "nowhere"}, "There is no corpus"),
+        ({"runtime": "llama"}, "Unknown runtime"),
+        ({"model": "./nowhere"}, "There is no model"),
+        ({"treads": 1}, "Unknown setting treads"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_runs(settings, change, sentence):
+    with pytest.raises(EdgeLabError, match=sentence):
+        lab.compare(["none"], **settings | change)
+    assert ledger.own() == []
+
+
+def test_a_text_shorter_than_a_window_is_refused(settings, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(EdgeLabError, match="fewer than one window of edgelab-512"):
+        lab.measure("none", **settings | {"corpus": str(short)})
+
+
+@pytest.mark.embedded
+def test_the_embedded_baseline_and_four_bits_have_the_known_perplexity(tmp_path, monkeypatch):
+    """First two of the 32 windows of the must-hold numbers, with the packed kernels, through the whole road."""
+    from edgelab import assets
+
+    (tmp_path / "assets").symlink_to(assets.home() / "assets")
+    monkeypatch.setenv("EDGELAB_HOME", str(tmp_path))
+    table = lab.compare(["none", "quantize.rtn:bits=8,group_size=0"], windows=2, only="quality")
+    assert table.ppl[1] == pytest.approx(table.ppl[0], rel=0.02) and table.kld_mean[1] < 0.01
+    assert table.model[0] == "SmolLM2-135M-Instruct-Q4_1" and table.parameters[0] == 134_515_008

@@ -1,0 +1,69 @@
+"""Peak memory of a process and the size of a key-value cache, against blocks and caches that exist."""
+
+import resource
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache
+
+from edgelab import reference
+from edgelab.measure import memory
+from edgelab.measure.isolation import Isolated
+from edgelab.measure.memory import kv_cache_mb_per_1k, peak_rss_mb
+
+SUBJECT = """
+from edgelab.measure.memory import peak_rss_mb
+
+class Subject:
+    def peak(self):
+        return peak_rss_mb()
+
+    def fill_and_free(self, megabytes):
+        block = bytearray(megabytes * 10**6)
+        block[::4096] = b"x" * len(block[::4096])
+        del block
+        return peak_rss_mb()
+"""
+
+
+def test_peak_of_a_fresh_process_starts_anew_and_stays_after_freeing(tmp_path, monkeypatch):
+    (tmp_path / "memory_subject.py").write_text(SUBJECT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ballast = bytearray(b"x" * 1_500_000_000)  # a peak of this process, which the child must not inherit
+    assert peak_rss_mb() > 1500
+    del ballast
+    with Isolated("memory_subject:Subject", threads=1, timeout_s=60) as process:
+        before = process.call("peak")
+        after = process.call("fill_and_free", megabytes=300)
+        assert process.call("peak") == after
+    assert 20 < before < 1500
+    assert after - before == pytest.approx(300, abs=10)
+
+
+def test_fallback_without_proc(monkeypatch):
+    """Kilobytes on Linux, bytes on macOS."""
+    monkeypatch.setattr(memory, "Path", lambda _: SimpleNamespace(exists=lambda: False))
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=250_000))
+    assert peak_rss_mb() == 256
+    monkeypatch.setattr(memory, "sys", SimpleNamespace(platform="darwin"))
+    assert peak_rss_mb() == 0.25
+
+
+def test_kv_cache_by_hand():
+    # The embedded model: 30 layers x 3 heads x 64 numbers x keys and values x 4 bytes = 46,080 bytes a token.
+    embedded = SimpleNamespace(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
+    assert kv_cache_mb_per_1k(embedded) == pytest.approx(46.08)
+    assert kv_cache_mb_per_1k(embedded, bytes_per_value=2) == pytest.approx(23.04)
+    plain = SimpleNamespace(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096)  # Llama-2-7B
+    assert kv_cache_mb_per_1k(plain, 2) == pytest.approx(524.288)
+
+
+def test_kv_cache_equals_the_bytes_of_a_real_one(layout, folder_of):
+    model = reference.load(str(folder_of(layout))).model
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.zeros(1, 1000, dtype=torch.int64), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert kv_cache_mb_per_1k(model.config) == pytest.approx(held / 1e6)
+    assert kv_cache_mb_per_1k(AutoConfig.from_pretrained(folder_of(layout))) == pytest.approx(held / 1e6)
