@@ -8,7 +8,7 @@ TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch lab compare test browser notebooks lint format bench lock clean
+.PHONY: help setup fetch lab compare test browser notebooks reference lint format bench lock clean
 
 help:
 	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
@@ -17,6 +17,7 @@ help:
 	@echo "make setup      create the environment only"
 	@echo "make notebooks  run every notebook from a clean kernel and keep its outputs"
 	@echo "make lint       format, lint, import and notebook checks;  make format mends what it can"
+	@echo "make reference  measure the rows of data/reference anew, and the picture of the README"
 	@echo "make bench      measure the measuring: against a plain loop and against lm-eval"
 	@echo "make lock       resolve the dependencies anew into requirements.lock"
 	@echo "make clean      remove the environment and build leftovers; weights, rows and results stay"
@@ -80,6 +81,17 @@ test: fetch browser
 notebooks: fetch
 	$(BIN)/python notebooks/build.py run $(NAMES)
 	$(BIN)/python notebooks/build.py check
+
+# The project's own rows, measured anew in a home of their own on the reference machine, and the picture of the README.
+REFERENCE_RECIPES := none quantize.bf16 quantize.rtn:bits=8,group_size=0 quantize.rtn:bits=4,group_size=64 \
+	quantize.rtn:bits=3,group_size=64 quantize.rtn:bits=4,group_size=32 quantize.rtn:bits=2,group_size=32 \
+	quantize.rtn:bits=4,group_size=64,embedding_bits=8 quantize.rtn:bits=8,group_size=0,embedding_bits=8
+reference: export EDGELAB_HOME := $(CURDIR)/results/reference
+reference: fetch
+	rm -f $$EDGELAB_HOME/ledger.sqlite*
+	$(BIN)/edgelab compare $(REFERENCE_RECIPES)
+	$(BIN)/edgelab ledger export data/reference/quantization.jsonl
+	$(BIN)/edgelab report --reference data/reference/tradeoff.png
 
 lint: setup
 	$(BIN)/ruff format --check

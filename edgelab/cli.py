@@ -164,13 +164,21 @@ def compare(
 
 @app.command(epilog="Example: `edgelab report results/report.html`")
 def report(
-    path: Annotated[Path, typer.Argument(help="Where to write the page.")] = Path("results/report.html"),
+    path: Annotated[
+        Path, typer.Argument(help="Where to write: an .html page, or a .png of the trade-off.")
+    ] = Path("results/report.html"),
     model: Model = "embedded",
+    reference: Annotated[bool, typer.Option("--reference", help="The project's rows alone.")] = False,
 ) -> None:
-    """Write an HTML report of the project's reference rows and your own."""
-    from edgelab import ledger
+    """Write an HTML report, or the trade-off plot, of the project's reference rows and your own."""
+    from edgelab import ledger, plots
 
-    _report(ledger.frame(), path, model)
+    rows = ledger.frame(ledger.reference(), "reference") if reference else ledger.frame()
+    if path.suffix == ".png":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plots.tradeoff(rows).savefig(path, dpi=120)
+    else:
+        _report(rows, path, model)
 
 
 @app.command(name="list", epilog="Example: `edgelab list techniques`")
@@ -278,13 +286,6 @@ def _checks():
     )
     if memory.available < 3e9:
         yield "memory", "note", "less than 3 GB are free; close other programs before measuring", ""
-    if sys.version_info < (3, 11):
-        yield (
-            "python",
-            "broken",
-            f"{sys.version.split()[0]} is older than 3.11",
-            "make setup PYTHON=python3.12",
-        )
     for package in (
         "torch",
         "transformers",

@@ -95,7 +95,7 @@ def identity(corpus: str) -> str:
     """What a row calls a corpus: its name, or for a file its name and a hash of its content."""
     path = Path(corpus).expanduser()
     named = corpus in EMBEDDED or corpus in HUB
-    return corpus if named or not path.is_file() else f"{path.name}-{assets.sha256(path)[:8]}"
+    return corpus if named or not path.is_file() else f"{path.name}-{assets.fingerprint(path)[:8]}"
 
 
 def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "text") -> TokenizedText:

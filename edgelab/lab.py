@@ -79,7 +79,7 @@ def measure(recipe: str, *, model: str = reference.EMBEDDED, **settings: object)
     (measure again although the ledger has the row), timeout_s. Raises MeasureError where it failed.
     """
     parsed, chosen = _prepare([recipe], model=model, **settings)
-    row = _row(parsed[0], chosen, beside=None)
+    row = _known(parsed[0], chosen) or _row(parsed[0], chosen)
     if row.status != "ok":
         raise MeasureError(f"{row.recipe}: {row.error}")
     return row
@@ -106,7 +106,7 @@ def stream(
             interleaved = (
                 interleave and chosen.latency and recipe != NOTHING and recipe.runtime != "simulated"
             )
-            known = None if chosen.force else _known(recipe, chosen, interleaved)
+            known = _known(recipe, chosen, interleaved)
             if known is None and interleaved and beside is None:
                 beside = stack.enter_context(_bench(NOTHING, chosen))
                 beside.call("build")
@@ -147,11 +147,8 @@ def _prepare(texts: Iterable[str], model: str, runtime: str | None = None, **set
 NOTHING = recipes.Recipe()
 
 
-def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None) -> Row:
-    """One row, from the ledger where it is there already, else measured and recorded."""
-    known = None if chosen.force else _known(recipe, chosen, beside is not None)
-    if known is not None:
-        return known
+def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None = None) -> Row:
+    """One row, measured and recorded; with `beside`, a loaded baseline, in turns with that."""
     baseline = _baseline(chosen) if chosen.quality and recipe != NOTHING else None
     source = reference.resolve(chosen.model)
     row = Row(
@@ -185,8 +182,10 @@ def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None) -> R
     return ledger.add(row)
 
 
-def _known(recipe: recipes.Recipe, chosen: Settings, interleaved: bool) -> Row | None:
-    """The newest row that answers the same question, on this machine, with these versions."""
+def _known(recipe: recipes.Recipe, chosen: Settings, interleaved: bool = False) -> Row | None:
+    """The newest row that answers the same question, on this machine, with these versions; None where forced."""
+    if chosen.force:
+        return None
     here = ledger.provenance(chosen.threads)
     same = {key: here[key] for key in ("host", "threads", "versions")}
     if chosen.quality:
@@ -220,7 +219,7 @@ def _baseline(chosen: Settings) -> Row:
     """The baseline's row with its windows; measured first where the ledger or its hidden states lack it."""
     states = states_file(reference.resolve(chosen.model).sha, chosen)
     quality = replace(chosen, only="quality", force=not states.exists())
-    row = _row(NOTHING, quality, None)
+    row = _known(NOTHING, quality) or _row(NOTHING, quality)
     if row.status != "ok":
         raise MeasureError(f"The baseline cannot be measured: {row.error}")
     return row

@@ -34,7 +34,6 @@ from edgelab.plot_style import (
     MACHINE_BOUND,
     METRICS,
     PALE,
-    PALE,
     PROTOCOL,
     QUALITY,
     SAME_QUALITY,
@@ -308,43 +307,38 @@ def protocols(
     `results` and `rules` hold the protocols by name; `chosen` stands out, by default all do.
     """
     span = max(rules[name].window for name in results)
+    bos = FAMILY_COLOURS["hybrid"]
     figure = new_chart(9.5, 1.5 + 0.5 * len(results))
     strips, perplexities, bits = figure.subplots(1, 3, sharey=True, width_ratios=[2.2, 1, 1])
-    tint = colour("baseline")
     for position, (name, found) in enumerate(results.items()):
-        rule, alpha = rules[name], 1 if chosen in (name, None) else 0.3
+        rule, dark = rules[name], FAMILY_COLOURS["baseline"] if chosen in (name, None) else PALE
+        skipped = {"all": 1, "half": rule.window // 2 + 1, "rolling": 0}[rule.scored]
         for begin in range(0, span, rule.window):
-            skipped = {"all": 1, "half": rule.window // 2 + 1, "rolling": 0}[rule.scored]
-            strips.barh(
-                position, rule.window - 6, 0.5, begin + 3, color=PALE, alpha=0.45 * alpha, linewidth=0
-            )
-            scored = (rule.window - skipped - 6, 0.5, begin + skipped + 3)
-            strips.barh(position, *scored, color=tint, alpha=alpha, linewidth=0)
+            look = {"height": 0.5, "linewidth": 0}
+            strips.barh(position, rule.window - 6, left=begin + 3, color="#e6e6e6", **look)
+            strips.barh(position, rule.window - skipped - 6, left=begin + skipped + 3, color=dark, **look)
             if rule.bos and (begin == 0 or rule.scored != "rolling"):
-                strips.plot(begin + 3, position, "|", color=FAMILY_COLOURS["prune"], alpha=alpha,
-                            markersize=19, markeredgewidth=2.5)  # fmt: skip
+                strips.barh(position, 16, left=begin + 3, color=bos, **look)
         for axes, value, digits in ((perplexities, found.ppl, 2), (bits, found.bits_per_byte, 3)):
-            axes.barh(position, value, 0.5, color=tint, alpha=alpha, linewidth=0)
-            weight = "bold" if name == chosen else "normal"
-            look = {"fontsize": 8, "va": "center", "textcoords": "offset points", "fontweight": weight}
+            axes.barh(position, value, 0.5, color=dark, linewidth=0)
+            look = {"fontsize": 8, "va": "center", "textcoords": "offset points"}
+            look["fontweight"] = "bold" if name == chosen else "normal"
             axes.annotate(f"{value:.{digits}f}", (value, position), (4, 0), **look)
     strips.set_yticks(range(len(results)), list(results), parse_math=False)
     strips.set_ylim(len(results) - 0.5, -0.5)
     strips.set_xlabel(f"Tokens of the text (the first {span:,})", fontsize=8.5)
-    strips.set_xlim(-20, span + 20)
-    parts = [(tint, 1, "scores"), (PALE, 0.45, "context only"), (FAMILY_COLOURS["prune"], 1, "BOS token")]
-    legend = [Patch(facecolor=face, alpha=alpha, label=text) for face, alpha, text in parts]
-    style_axes(strips, "What a window scores", legend)
-    for axes, title, unit in (
-        (perplexities, "Perplexity", "per token or word, lower is better"),
-        (bits, "Bits per byte", "of the scored text, lower is better"),
-    ):
-        axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-        style_axes(axes, title)
-        axes.set_xlabel(unit, fontsize=8.5)
+    parts = [(FAMILY_COLOURS["baseline"], "scores"), ("#e6e6e6", "context only"), (bos, "BOS token")]
     for axes in (strips, perplexities, bits):
-        axes.grid(axis="y", visible=False)
+        style_axes(axes, legend=[Patch(facecolor=face, label=text) for face, text in parts if axes is strips])
+        axes.grid(visible=False)
+    strips.set_title("What a window scores", loc="left", fontsize=10, fontweight="bold", pad=22)
+    for axes, title in (
+        (perplexities, "Perplexity\nper token or word"),
+        (bits, "Bits per byte\nof the scored text"),
+    ):
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_xlabel("lower is better", fontsize=8.5)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     return stamp(figure, pd.DataFrame({"fast": [fast()]}))
 
 
@@ -415,54 +409,45 @@ def weight_grid(weights: np.ndarray, rounded: np.ndarray, levels: np.ndarray, ti
     weights, rounded: (in_features,). levels: (groups, 2**bits), what the integers of each group stand for.
     The lower panel shows the neighbourhood of the largest error, with a line from each weight to its level.
     """
-    error = rounded - weights
-    group_size = len(weights) // len(levels)
-    worst = int(np.abs(error).argmax())
+    blue = FAMILY_COLOURS["quantize"]
+    inputs = np.arange(len(weights))
+    worst = int(np.abs(rounded - weights).argmax())
     first = max(0, min(worst - NEAR_WEIGHTS // 2, len(weights) - NEAR_WEIGHTS))
-    near = slice(first, min(first + NEAR_WEIGHTS, len(weights)))
+    near = inputs[first : first + NEAR_WEIGHTS]
+    borders = np.linspace(0, len(weights), len(levels) + 1) - 0.5  # (groups + 1,)
+    crowded = min(1, 16 / levels.shape[1]) ** 0.5  # thinner lines stay a grid instead of a wall
 
     figure = new_chart(8.5, 5.4)
     whole, detail = figure.subplots(2, 1, height_ratios=[1, 1.25])
-    starts = np.arange(len(levels)) * group_size - 0.5
-    for axes, shown, width in ((whole, slice(None), 0.35), (detail, near, 0.8)):
-        # Levels crowd at many bits: thinner and paler lines stay a grid instead of a wall.
-        line = {
-            "colors": FAMILY_COLOURS["quantize"],
-            "linewidth": width * min(1, 16 / levels.shape[1]) ** 0.5,
-        }
-        for start, group in zip(starts, levels, strict=True):
-            axes.hlines(group, start, start + group_size, alpha=0.45, zorder=1, **line)
-        axes.vlines(starts[1:], 0, 1, transform=axes.get_xaxis_transform(), color=PALE, linewidth=0.8)
-        index, size = np.arange(len(weights))[shown], 5 if axes is whole else 26
-        look = {"linewidth": 0, "zorder": 3}
-        axes.scatter(index, rounded[shown], s=size, marker="s", color=FAMILY_COLOURS["quantize"], **look)
-        axes.scatter(index, weights[shown], s=0.6 * size, color=WEIGHT, **look)
-        axes.set_xlim(index[0] - 1, index[-1] + 1)
-        style_axes(axes)
-        axes.grid(visible=False)
+    whole.axvspan(near[0] - 1, near[-1] + 1, color="#eeeeee", zorder=0)
+    for axes, shown, size, width in ((whole, inputs, 4, 0.5), (detail, near, 26, 0.9)):
+        starts, ends = (edge.repeat(levels.shape[1]) for edge in (borders[:-1], borders[1:]))
+        axes.hlines(levels.ravel(), starts, ends, color=blue, alpha=0.5, linewidth=width * crowded, zorder=1)
+        axes.vlines(borders[1:-1], 0, 1, transform=axes.get_xaxis_transform(), color=PALE, linewidth=0.8)
+        axes.vlines(shown, weights[shown], rounded[shown], color=WEIGHT, linewidth=1.3 * width, zorder=2)
+        axes.scatter(shown, rounded[shown], s=size, marker="s", color=blue, linewidth=0, zorder=3)
+        axes.scatter(shown, weights[shown], s=0.6 * size, color=WEIGHT, linewidth=0, zorder=3)
+        axes.set_xlim(shown[0] - 1, shown[-1] + 1)
         axes.set_ylabel("Weight", fontsize=9.5)
-    detail.vlines(
-        np.arange(len(weights))[near], weights[near], rounded[near], color=WEIGHT, linewidth=1.2, zorder=2
-    )
-    detail.annotate(
-        "largest error", (worst, rounded[worst]), (0, 14 if error[worst] > 0 else -14), fontsize=8, ha="center",
-        va="center", textcoords="offset points", path_effects=[withStroke(linewidth=2.5, foreground="white")],
-    )  # fmt: skip
-    low, high = min(weights[near].min(), rounded[near].min()), max(weights[near].max(), rounded[near].max())
-    detail.set_ylim(low - 0.14 * (high - low), high + 0.14 * (high - low))
-    whole.axvspan(index[0] - 1, index[-1] + 1, color="#f2f2f2", zorder=0)
+    middle = (weights[worst] + rounded[worst]) / 2
+    detail.scatter(worst, middle, s=220, facecolor="none", edgecolor="black", linewidth=1.3, zorder=4)
+    ends = np.concatenate([weights[near], rounded[near]])
+    margin = 0.14 * (np.ptp(ends) or 1)
+    detail.set_ylim(ends.min() - margin, ends.max() + margin)
     legend = [
         Line2D([], [], linestyle="", marker="o", color=WEIGHT, markersize=4, label="weight"),
-        Line2D(
-            [], [], linestyle="", marker="s", color=FAMILY_COLOURS["quantize"], markersize=5, label="rounded"
-        ),
-        Line2D([], [], color=FAMILY_COLOURS["quantize"], linewidth=0.8, label="levels of the grid"),
-        *([Line2D([], [], color=PALE, linewidth=0.8, label="border of a group")] if len(levels) > 1 else []),
+        Line2D([], [], linestyle="", marker="s", color=blue, markersize=5, label="rounded"),
+        Line2D([], [], color=blue, linewidth=0.8, label="levels of the grid"),
+        Line2D([], [], color=PALE, linewidth=0.8, label="border of a group"),
     ]
-    style_axes(whole, title, legend)
-    whole.grid(visible=False)
-    detail.set_title("The shaded part from nearby", loc="left", fontsize=9)
+    style_axes(whole, title, legend[: 4 if len(levels) > 1 else 3])
+    style_axes(detail)
+    detail.set_title(
+        "The shaded part from nearby; the ring is around the largest error", loc="left", fontsize=9
+    )
     detail.set_xlabel("Input of the row", fontsize=9.5)
+    for axes in (whole, detail):
+        axes.grid(visible=False)
     return figure
 
 

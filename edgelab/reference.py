@@ -71,7 +71,7 @@ def resolve(name: str = EMBEDDED) -> Source:
         return Source(assets.EMBEDDED_NAME, folder, sha[:16], EMBEDDED_NOTES)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return Source(path.stem, path.resolve(), assets.sha256(path)[:16])
+        return Source(path.stem, path.resolve(), assets.fingerprint(path)[:16])
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if not (path / "config.json").is_file() or not files:
@@ -79,7 +79,7 @@ def resolve(name: str = EMBEDDED) -> Source:
                 f"{path} holds no model: a folder needs config.json, tokenizer files and *.safetensors "
                 "(pickled weights are not loaded)."
             )
-        digest = hashlib.sha256("".join(assets.sha256(file) for file in files).encode())
+        digest = hashlib.sha256("".join(assets.fingerprint(file) for file in files).encode())
         return Source(path.resolve().name, path.resolve(), digest.hexdigest()[:16])
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix == ".gguf":
         raise ReferenceError(

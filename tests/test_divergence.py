@@ -74,7 +74,10 @@ def test_interval_is_that_of_student_for_windows_of_equal_length(pairs):
         return
     theirs = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
     assert found.mean == pytest.approx(difference.mean(), abs=1e-9)
-    assert (found.low, found.high) == (pytest.approx(theirs.low, abs=1e-6), pytest.approx(theirs.high, abs=1e-6))
+    assert (found.low, found.high) == (
+        pytest.approx(theirs.low, abs=1e-6),
+        pytest.approx(theirs.high, abs=1e-6),
+    )
 
 
 def test_interval_by_hand():
@@ -138,8 +141,10 @@ def test_divergence_of_a_candidate_equals_the_naive_loop(bits, states, tiny_refe
     total, agreed = 0.0, 0
     for begin in (0, 150, 300):
         with torch.no_grad():
-            p, q = (torch.log_softmax(model(story.ids[None, begin : begin + 150]).logits[0, :-1].double(), -1)
-                    for model in (tiny_reference.model, candidate))
+            p, q = (
+                torch.log_softmax(model(story.ids[None, begin : begin + 150]).logits[0, :-1].double(), -1)
+                for model in (tiny_reference.model, candidate)
+            )
         total += (p.exp() * (p - q)).sum().item()
         agreed += (p.argmax(-1) == q.argmax(-1)).sum().item()
     assert divergence.kld_mean == pytest.approx(total / 447, rel=1e-4)
@@ -160,6 +165,9 @@ def test_states_of_a_sixteen_bit_reference_are_kept_in_float32(tiny_reference, s
 
 def test_an_interrupted_recording_leaves_no_file(tiny_reference, story, tmp_path):
     cut = windows(story, PROTOCOLS["edgelab-512"], tiny_reference.tokenizer, 1)
-    with pytest.raises(KeyboardInterrupt), recording(tmp_path / "a" / "states.npy", cut, tiny_reference.model):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        recording(tmp_path / "a" / "states.npy", cut, tiny_reference.model),
+    ):
         raise KeyboardInterrupt
     assert list((tmp_path / "a").iterdir()) == []

@@ -3,9 +3,18 @@
 import pytest
 
 from edgelab.exercises import EXERCISES, UnknownExercise, check
+from edgelab.ledger import LedgerError, Row
+
+NUMBERS = [
+    "cache_of_70b",
+    "bits_for_13b",
+    "word_to_token_perplexity",
+    "windows_without_pairing",
+    "embedding_in_8_bits",
+]
 
 
-@pytest.mark.parametrize("name", ["cache_of_70b", "bits_for_13b"])
+@pytest.mark.parametrize("name", NUMBERS)
 def test_the_right_answer_is_right_and_nothing_else_is(name):
     asked = EXERCISES[name]()
     assert check(name, asked.answer).startswith("Right")
@@ -19,6 +28,30 @@ def test_the_right_answer_is_right_and_nothing_else_is(name):
 def test_the_answers_worked_by_hand():
     assert EXERCISES["cache_of_70b"]().answer == 2 * 80 * 8 * 128 * 4096 * 8 * 2 / 1e9
     assert EXERCISES["bits_for_13b"]().answer == 2
+    assert EXERCISES["word_to_token_perplexity"]().answer == pytest.approx(11.3524, abs=1e-4)
+    assert EXERCISES["windows_without_pairing"]().answer == pytest.approx(3600)
+    assert EXERCISES["embedding_in_8_bits"]().answer == pytest.approx(
+        (106_168_320 / 2 + 1_658_880 * 2.5 + 49_152 * 579 + 35_136 * 4) / 1e6
+    )
+
+
+def test_the_best_within_a_budget_is_read_from_the_reference_rows(monkeypatch):
+    like = {"protocol": "edgelab-512", "corpus": "wiki", "windows": 32, "badge": "packed"}
+    rows = [
+        Row("none", ppl=21.7, weights_mb=538.0, **like),
+        Row("quantize.rtn:bits=4,group_size=64", ppl=28.0, weights_mb=171.0, **like),
+        Row("quantize.rtn:bits=3,group_size=64", ppl=70.0, weights_mb=157.0, **like),
+        Row("quantize.rtn:bits=4,group_size=32", ppl=16.0, weights_mb=175.0, **like | {"windows": 4}),
+    ]
+    monkeypatch.setattr("edgelab.ledger.reference", lambda: rows)
+    assert check("best_within_200_mb", 28.0).startswith("Right")
+    assert "538 MB" in check("best_within_200_mb", 21.7)
+    assert "157 MB" in check("best_within_200_mb", 70.0)
+    assert "its size" in check("best_within_200_mb", 171.0)
+    assert check("best_within_200_mb", 16.0).startswith("Not yet")
+    monkeypatch.setattr("edgelab.ledger.reference", lambda: rows[:1])
+    with pytest.raises(LedgerError, match="no row within 200 MB"):
+        check("best_within_200_mb", 28.0)
 
 
 def test_an_unknown_exercise_is_answered_with_the_known_ones():

@@ -169,7 +169,9 @@ def test_a_crash_gives_the_exit_code_and_the_last_words(place):
 
 def test_kill_9_is_out_of_memory(place):
     with Isolated(place, threads=1, timeout_s=60) as process:
-        with pytest.raises(IsolatedError, match=r"was killed, most likely because memory ran out\.$") as caught:
+        with pytest.raises(
+            IsolatedError, match=r"was killed, most likely because memory ran out\.$"
+        ) as caught:
             process.call("killed")
         assert caught.value.status == "oom"
 

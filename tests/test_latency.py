@@ -1,4 +1,4 @@
-"""The arithmetic of latency on made-up iterations, and sessions whose clock is scripted. Nothing here measures time."""
+"""The arithmetic of latency on made-up times, and sessions whose clock is scripted. Nothing here measures time."""
 
 import itertools
 import math
@@ -9,52 +9,53 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelab.measure import latency
-from edgelab.measure.latency import Iteration, Latency, iterate, ratio, warm_up
+from edgelab.measure.latency import Latency, Timed, ratio
 
 MS = st.floats(0.1, 1000)
-ITERATION = st.builds(Iteration, MS, st.lists(MS, min_size=1, max_size=4))
-
-
-def test_iteration_by_hand():
-    assert Iteration(100, [10, 20, 30]).decode_tok_s == pytest.approx(50)
+TURN = st.lists(MS, min_size=1, max_size=4)
 
 
 def test_percentiles_by_hand():
-    found = Latency(128, 3, [Iteration(100, [10, 20, 30]), Iteration(300, [40, 50, 60]), Iteration(160, [5, 5, 100])])
+    found = Latency([100, 300, 160], [[10, 20, 30], [40, 50, 60], [5, 5, 100]])
     assert found.ttft_ms_p50 == 160
-    assert found.prefill_tok_s == pytest.approx(800)
+    assert found.prefill_tok_s == pytest.approx(128 / 0.160)
     # all nine tokens: 5 5 10 20 30 40 50 60 100; the 95th percentile lies at position 7.6 of 0 to 8
     assert found.tpot_ms(50) == 30
     assert found.tpot_ms(95) == pytest.approx(60 + 0.6 * 40)
     assert found.decode_tok_s == pytest.approx(1000 / 30)
-    assert found.seconds == pytest.approx((100 + 60 + 300 + 150 + 160 + 110) / 1000)
+    assert found.decode_s == pytest.approx(0.320)
 
 
-@pytest.mark.parametrize(("count", "ms", "enough"), [(10, 200, True), (9, 1000, False), (10, 199, False), (30, 67, True)])
-def test_enough_is_ten_iterations_and_two_seconds(count, ms, enough):
-    assert Latency(1, 1, [Iteration(ms / 2, [ms / 2])] * count).enough == enough
+def test_nothing_measured_yet():
+    assert Latency().decode_s == 0
+    assert Latency().ttft_ms is not Latency().ttft_ms
 
 
-def test_ratio_of_constant_pairs_is_certain():
-    slow, fast = Iteration(1, [20, 20]), Iteration(1, [10, 10])
-    assert ratio([fast] * 4, [slow] * 4) == pytest.approx((2, 2, 2))
+def test_what_the_design_promises():
+    assert (latency.PREFILL_TOKENS, latency.DECODE_TOKENS) == (128, 64)
+    assert latency.DECODE_TOKENS % latency.TURN_TOKENS == 0
+    assert (latency.WARM_UP_MIN, latency.PREFILLS_MIN, latency.SECONDS_MIN) == (3, 10, 2)
+
+
+def test_ratio_of_constant_turns_is_certain():
+    assert ratio([[10, 10]] * 4, [[20, 20]] * 4) == pytest.approx((2, 2, 2))
 
 
 def test_ratio_by_hand():
-    # Rates 2 and 8 times the baseline's: geometric mean 4. The logarithms spread by log(2) around log(4):
-    # standard error log(2), Student's t of one degree of freedom 12.706205.
-    found = ratio([Iteration(1, [10]), Iteration(1, [10])], [Iteration(1, [20]), Iteration(1, [80])])
+    # Rates 2 and 8 times the baseline's: geometric mean 4. The logarithms lie log(2) to either side of log(4), so
+    # their standard error is log(2); Student's t of one degree of freedom is 12.706205.
+    found = ratio([[4, 6], [5, 5]], [[15, 5], [40, 40]])
     reach = math.exp(12.706205 * math.log(2))
     assert found == pytest.approx((4, 4 / reach, 4 * reach), rel=1e-5)
 
 
-def test_one_pair_has_no_interval():
-    mean, low, high = ratio([Iteration(1, [10])], [Iteration(1, [30])])
+def test_one_turn_has_no_interval():
+    mean, low, high = ratio([[10]], [[30]])
     assert mean == pytest.approx(3)
     assert math.isnan(low) and math.isnan(high)
 
 
-@given(st.lists(st.tuples(ITERATION, ITERATION), min_size=2, max_size=6))
+@given(st.lists(st.tuples(TURN, TURN), min_size=2, max_size=6))
 def test_ratio_turned_round_is_the_inverse(pairs):
     one, other = (list(side) for side in zip(*pairs, strict=True))
     mean, low, high = ratio(one, other)
@@ -62,9 +63,9 @@ def test_ratio_turned_round_is_the_inverse(pairs):
     assert ratio(other, one)[0] == pytest.approx(1 / mean)
 
 
-def test_unpaired_iterations_are_refused():
-    with pytest.raises(ValueError, match="shorter"):
-        ratio([Iteration(1, [1])], [Iteration(1, [1])] * 2)
+def test_unpaired_turns_are_refused():
+    with pytest.raises(ValueError, match="longer"):
+        ratio([[1]], [[1], [1]])
 
 
 class Scripted:
@@ -86,12 +87,22 @@ class Scripted:
         return token + 1
 
 
-def test_an_iteration_times_each_step_and_feeds_back_the_tokens(monkeypatch):
-    session = Scripted(monkeypatch, [120], [4, 5, 6])
-    found = iterate(session, [1] * 128, 3)
-    assert found.ttft_ms == pytest.approx(120)
-    assert found.tpot_ms == pytest.approx([4, 5, 6])
-    assert session.calls == [("prefill", 128), ("decode", 7), ("decode", 8), ("decode", 9)]
+def test_each_step_is_timed_and_feeds_back_its_token(monkeypatch):
+    session = Scripted(monkeypatch, [120, 80], [4, 5, 6, 7])
+    timed = Timed(session, [1] * 128)
+    assert timed.prefill() == pytest.approx(120)
+    assert timed.decode(2) == pytest.approx([4, 5])
+    assert timed.decode(1) == pytest.approx([6])  # the next turn goes on where the last one stopped
+    assert timed.prefill() == pytest.approx(80)
+    assert timed.decode(1) == pytest.approx([7])
+    assert session.calls == [
+        ("prefill", 128),
+        ("decode", 7),
+        ("decode", 8),
+        ("decode", 9),
+        ("prefill", 128),
+        ("decode", 7),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +116,7 @@ def test_an_iteration_times_each_step_and_feeds_back_the_tokens(monkeypatch):
     ],
 )
 def test_warm_up_stops_when_three_in_a_row_agree(times, count, monkeypatch):
-    steps = itertools.chain.from_iterable([ms] * latency.WARM_UP_TOKENS for ms in times)
+    steps = itertools.chain.from_iterable([ms] * latency.TURN_TOKENS for ms in times)
     session = Scripted(monkeypatch, itertools.repeat(1), steps)
-    assert warm_up(session, [1, 2]) == count
+    assert Timed(session, [1, 2]).warm_up() == count
     assert session.calls.count(("prefill", 2)) == count

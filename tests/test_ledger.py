@@ -52,7 +52,7 @@ def test_exports_hold_the_same_values_in_every_form(tmp_path):
 
 
 def test_an_unknown_form_or_place_is_one_sentence(tmp_path):
-    with pytest.raises(LedgerError, match="not to '.xls'"):
+    with pytest.raises(LedgerError, match=r"not to '.xls'"):
         ledger.export([ROW], tmp_path / "rows.xls")
     (tmp_path / "file").write_text("")
     with pytest.raises(LedgerError, match="choose a place"):

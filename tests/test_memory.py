@@ -52,7 +52,9 @@ def test_fallback_without_proc(monkeypatch):
 
 def test_kv_cache_by_hand():
     # The embedded model: 30 layers x 3 heads x 64 numbers x keys and values x 4 bytes = 46,080 bytes a token.
-    embedded = SimpleNamespace(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
+    embedded = SimpleNamespace(
+        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576
+    )
     assert kv_cache_mb_per_1k(embedded) == pytest.approx(46.08)
     assert kv_cache_mb_per_1k(embedded, bytes_per_value=2) == pytest.approx(23.04)
     plain = SimpleNamespace(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096)  # Llama-2-7B
@@ -63,7 +65,9 @@ def test_kv_cache_equals_the_bytes_of_a_real_one(layout, folder_of):
     model = reference.load(str(folder_of(layout))).model
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(torch.zeros(1, 1000, dtype=torch.int64), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(
+            torch.zeros(1, 1000, dtype=torch.int64), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_cache_mb_per_1k(model.config) == pytest.approx(held / 1e6)
     assert kv_cache_mb_per_1k(AutoConfig.from_pretrained(folder_of(layout))) == pytest.approx(held / 1e6)

@@ -26,8 +26,12 @@ from edgelab.measure.perplexity import (
     windows,
 )
 
-IDENTITY = {"edgelab-512": (512, "all"), "gptq-2048": (2048, "all"), "llamacpp-512": (512, "half"),
-            "lm-eval-word": (2048, "rolling")}
+IDENTITY = {
+    "edgelab-512": (512, "all"),
+    "gptq-2048": (2048, "all"),
+    "llamacpp-512": (512, "half"),
+    "lm-eval-word": (2048, "rolling"),
+}
 
 
 def log_probabilities(model, ids: list[int]) -> Tensor:
@@ -109,8 +113,10 @@ def test_rolling_windows_score_every_token_once(tokens, tiny_reference, story):
     one = replace(PROTOCOLS["lm-eval-word"], window=32)
     text = head_of(story, tokens)
     cut = windows(text, one, tiny_reference.tokenizer)
-    theirs = [(context + continuation, len(continuation)) for context, continuation in
-              rolling_windows(text.ids.tolist(), 0, 32)]
+    theirs = [
+        (context + continuation, len(continuation))
+        for context, continuation in rolling_windows(text.ids.tolist(), 0, 32)
+    ]
     assert [(window.ids.tolist(), window.scored) for window in cut] == theirs
     covered = [token for window in cut for token in range(window.first, window.first + window.scored)]
     assert covered == list(range(tokens))
@@ -120,10 +126,15 @@ def test_windows_by_hand(tiny_reference):
     text = TokenizedText("text", "abcdefghijk", torch.arange(10, 21), torch.arange(1, 12))
     every = windows(text, replace(PROTOCOLS["edgelab-512"], window=5), tiny_reference.tokenizer)
     assert [(w.ids.tolist(), w.first, w.scored) for w in every] == [
-        ([10, 11, 12, 13, 14], 1, 4), ([15, 16, 17, 18, 19], 6, 4)]
+        ([10, 11, 12, 13, 14], 1, 4),
+        ([15, 16, 17, 18, 19], 6, 4),
+    ]
     half = windows(text, replace(PROTOCOLS["llamacpp-512"], window=6), tiny_reference.tokenizer)
     assert [(w.ids.tolist(), w.first, w.scored) for w in half] == [([0, 11, 12, 13, 14, 15], 4, 2)]
-    assert len(windows(text, replace(PROTOCOLS["edgelab-512"], window=2), tiny_reference.tokenizer, limit=3)) == 3
+    assert (
+        len(windows(text, replace(PROTOCOLS["edgelab-512"], window=2), tiny_reference.tokenizer, limit=3))
+        == 3
+    )
 
 
 def test_limit_takes_the_first_windows(tiny_reference, story):
@@ -135,7 +146,9 @@ def test_limit_takes_the_first_windows(tiny_reference, story):
 
 
 @pytest.mark.parametrize("name", ["edgelab-512", "llamacpp-512", "gptq-2048"])
-def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(name, new_model, tiny_reference, story):
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(
+    name, new_model, tiny_reference, story
+):
     model = new_model("stablelm")
     model.lm_head.weight.data.zero_()
     found = evaluate(model, tiny_reference.tokenizer, story, replace(PROTOCOLS[name], window=48), limit=4)
@@ -161,7 +174,9 @@ def test_bits_per_byte_counts_the_bytes_of_the_scored_tokens(name, tiny_referenc
         # The bytes behind a token of a byte-level tokenizer: as many as its piece has characters.
         scored = ids[window.first : window.first + window.scored]
         n_bytes += sum(len(piece) for piece in tiny_reference.tokenizer.convert_ids_to_tokens(scored))
-    assert found.bits_per_byte == pytest.approx(found.nll_sum / math.log(2) / n_bytes, rel=0.01)  # split characters
+    assert found.bits_per_byte == pytest.approx(
+        found.nll_sum / math.log(2) / n_bytes, rel=0.01
+    )  # split characters
     if name == "lm-eval-word":
         assert found.n_bytes == len(story.characters(0, 5 * 64).encode())
         assert found.n_words == len(re.split(r"\s+", story.characters(0, 5 * 64)))
@@ -180,16 +195,21 @@ def test_slices_equal_the_logits_of_the_whole(layout, folder_of, story):
         ours = torch.cat([piece.logits for piece in mine])
         torch.testing.assert_close(ours, answer.logits[0, -window.scored - 1 : -1], rtol=1e-4, atol=1e-4)
         hidden = torch.cat([piece.hidden for piece in mine])
-        torch.testing.assert_close(hidden, answer.hidden_states[-1][0, -window.scored - 1 : -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            hidden, answer.hidden_states[-1][0, -window.scored - 1 : -1], rtol=1e-4, atol=1e-4
+        )
         assert torch.equal(torch.cat([piece.targets for piece in mine]), window.ids[-window.scored :])
         assert ours.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("family", "config"), [
-    ("gemma2", {"final_logit_softcapping": 2.0, "head_dim": 16}),
-    ("granite", {"logits_scaling": 3.0}),
-    ("cohere", {"logit_scale": 0.25}),
-])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0, "head_dim": 16}),
+        ("granite", {"logits_scaling": 3.0}),
+        ("cohere", {"logit_scale": 0.25}),
+    ],
+)
 def test_logits_that_a_model_changes_after_its_head(family, config, new_model):
     model = new_model(family, **config)
     ids = torch.arange(2, 50)
@@ -200,8 +220,10 @@ def test_logits_that_a_model_changes_after_its_head(family, config, new_model):
 
 
 def test_softcapping_by_hand():
-    capped = SimpleNamespace(get_output_embeddings=lambda: lambda hidden: 10 * hidden,
-                             config=SimpleNamespace(final_logit_softcapping=5.0))
+    capped = SimpleNamespace(
+        get_output_embeddings=lambda: lambda hidden: 10 * hidden,
+        config=SimpleNamespace(final_logit_softcapping=5.0),
+    )
     expected = [[5 * math.tanh(2.0), 0.0, 5 * math.tanh(-0.2)]]
     torch.testing.assert_close(head(capped, torch.tensor([[1.0, 0.0, -0.1]])), torch.tensor(expected))
 
@@ -209,7 +231,14 @@ def test_softcapping_by_hand():
 def test_further_accumulators_see_every_slice(tiny_reference, story):
     seen = []
     one = replace(PROTOCOLS["edgelab-512"], window=100)
-    evaluate(tiny_reference.model, tiny_reference.tokenizer, story, one, 2, track=[SimpleNamespace(add=seen.append)])
+    evaluate(
+        tiny_reference.model,
+        tiny_reference.tokenizer,
+        story,
+        one,
+        2,
+        track=[SimpleNamespace(add=seen.append)],
+    )
     assert [(piece.window, len(piece.targets)) for piece in seen] == [(0, 64), (0, 35), (1, 64), (1, 35)]
 
 
@@ -231,7 +260,9 @@ def test_no_gradients_are_kept(tiny_reference, story):
 
 def test_text_shorter_than_a_window(tiny_reference, story):
     text = head_of(story, 511)
-    with pytest.raises(CorpusError, match=r"'story' has 511 tokens, fewer than one window of edgelab-512 \(512\)"):
+    with pytest.raises(
+        CorpusError, match=r"'story' has 511 tokens, fewer than one window of edgelab-512 \(512\)"
+    ):
         evaluate(tiny_reference.model, tiny_reference.tokenizer, text)
     found = evaluate(tiny_reference.model, tiny_reference.tokenizer, text, PROTOCOLS["lm-eval-word"])
     assert found.n_tokens == 511
@@ -240,8 +271,12 @@ def test_text_shorter_than_a_window(tiny_reference, story):
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_empty_text(name, tiny_reference):
     with pytest.raises(CorpusError):
-        evaluate(tiny_reference.model, tiny_reference.tokenizer, tokenize_text("", tiny_reference.tokenizer),
-                 PROTOCOLS[name])
+        evaluate(
+            tiny_reference.model,
+            tiny_reference.tokenizer,
+            tokenize_text("", tiny_reference.tokenizer),
+            PROTOCOLS[name],
+        )
 
 
 def test_eos_stands_in_for_a_missing_bos(story):
@@ -253,7 +288,9 @@ def test_eos_stands_in_for_a_missing_bos(story):
 
 def test_unknown_protocol():
     assert protocol("gptq-2048") is PROTOCOLS["gptq-2048"]
-    with pytest.raises(ProtocolError, match="no protocol 'gptq'; use one of edgelab-512, gptq-2048, llamacpp-512"):
+    with pytest.raises(
+        ProtocolError, match="no protocol 'gptq'; use one of edgelab-512, gptq-2048, llamacpp-512"
+    ):
         protocol("gptq")
 
 

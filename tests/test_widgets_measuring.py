@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 
 from edgelab.measure.perplexity import PROTOCOLS, Perplexity
-from edgelab.plots import protocols
+from edgelab.plots import NothingToDraw, protocols
 from edgelab.widgets.measuring import protocol_picker
+from edgelab.widgets.side_by_side import best_within, budget_slider, comparable
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -17,7 +18,8 @@ def results():
     """Two windows of 100 tokens each, 300 words of 1,200 bytes in all, NLL by protocol."""
     nll = {"edgelab-512": 600.0, "gptq-2048": 560.0, "llamacpp-512": 550.0, "lm-eval-word": 560.0}
     return {
-        name: Perplexity([half / 2] * 2, [100, 100], 150, 800, PROTOCOLS[name].unit) for name, half in nll.items()
+        name: Perplexity([half / 2] * 2, [100, 100], 150, 800, PROTOCOLS[name].unit)
+        for name, half in nll.items()
     }
 
 
@@ -46,12 +48,69 @@ def test_strips_show_the_windows_of_each_protocol(results):
     strips, perplexities, bits = protocols(results, PROTOCOLS, "gptq-2048").axes
     assert [tick.get_text() for tick in strips.get_yticklabels()] == list(PROTOCOLS)
     bars = [bar for bar in strips.patches if bar.get_width()]
-    # Four windows of 512 or one of 2048 in 2,048 tokens, each drawn as seen and as scored.
-    assert len(bars) == 2 * (4 + 1 + 4 + 1)
-    assert [text.get_text() for text in perplexities.texts][0] == f"{math.exp(3):.2f}"
-    assert [text.get_text() for text in bits.texts][0] == f"{600 / math.log(2) / 800:.3f}"
+    # Four windows of 512 or one of 2048 in 2,048 tokens, each drawn as seen and as scored, and 4 + 1 BOS tokens.
+    assert len(bars) == 2 * (4 + 1 + 4 + 1) + 4 + 1
+    assert perplexities.texts[0].get_text() == f"{math.exp(3):.2f}"
+    assert bits.texts[0].get_text() == f"{600 / math.log(2) / 800:.3f}"
 
 
 def test_fast_mode_is_stamped(results, monkeypatch):
     monkeypatch.setenv("EDGELAB_FAST", "1")
     assert "FAST" in protocols(results, PROTOCOLS).get_suptitle()
+
+
+# The budget slider
+
+
+@pytest.fixture
+def rows():
+    found = [
+        ("none", 20.0, 500.0, 600.0, "packed", 2044),
+        ("quantize.bf16", 20.1, 250.0, 320.0, "packed", 2044),
+        ("quantize.rtn:bits=4,group_size=64", 26.0, 120.0, 400.0, "packed", 2044),
+        ("quantize.rtn:bits=4,group_size=64 @ simulated", 25.0, 110.0, None, "simulated", 2044),
+        ("quantize.rtn:bits=8,group_size=0", 10.0, 90.0, 100.0, "packed", 511),  # other windows: no order
+    ]
+    names = ["recipe", "ppl", "weights_mb", "peak_rss_mb", "badge", "n_tokens"]
+    frame = pd.DataFrame(found, columns=names)
+    return frame.assign(
+        status="ok",
+        model="tiny",
+        protocol="edgelab-512",
+        corpus="wiki",
+        family="quantize",
+        source="reference",
+    )
+
+
+def test_only_rows_of_the_same_windows_are_ranked(rows):
+    assert "quantize.rtn:bits=8,group_size=0" not in set(comparable(rows)["recipe"])
+    assert len(comparable(rows)) == 4
+    with pytest.raises(NothingToDraw, match="no row has ppl"):
+        comparable(rows.assign(status="error"))
+
+
+def test_the_best_within_a_budget_by_hand(rows):
+    rows = comparable(rows)
+    assert best_within(rows, 1000)["recipe"] == "none"
+    assert best_within(rows, 499)["recipe"] == "quantize.bf16"
+    assert best_within(rows, 120)["recipe"] == "quantize.rtn:bits=4,group_size=64"  # not the simulated one
+    assert best_within(rows, 119) is None
+    assert best_within(rows, 350, "peak_rss_mb")["recipe"] == "quantize.bf16"
+
+
+def test_slider_and_kind_of_budget_change_sentence_and_picture(rows):
+    of, budget, answer, picture = budget_slider(rows, budget_mb=200).children
+    assert "bits=4" in answer.value and "perplexity 26.00" in answer.value
+    assert "next better one needs 250.0 MB" in answer.value
+    for control, value, expected in [
+        (budget, 100, "Nothing measured fits"),
+        (budget, 260, "quantize.bf16"),
+        (budget, 350, "quantize.bf16"),
+        (of, "peak_rss_mb", "next better one needs 600.0 MB"),
+        (budget, 600, "Nothing measured has a lower perplexity"),
+    ]:
+        before = bytes(picture.value)
+        control.value = value
+        assert expected in answer.value
+        assert bytes(picture.value).startswith(PNG) and bytes(picture.value) != before

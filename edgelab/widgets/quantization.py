@@ -17,7 +17,7 @@ from edgelab.measure.divergence import paired_delta
 from edgelab.plots import NothingToDraw, label, tradeoff, weight_grid
 from edgelab.recipes import parse
 from edgelab.reference import EMBEDDED, resolve
-from edgelab.techniques.quantization.packed import QuantizedTensor, pack
+from edgelab.techniques.quantization.packed import QuantizedTensor
 from edgelab.techniques.quantization.rtn import quantize_affine
 from edgelab.widgets import figure_png
 
@@ -29,7 +29,7 @@ WIDE = {"style": {"description_width": "90px"}, "layout": {"width": "auto", "max
 def grid_explorer(weight: Tensor) -> ipywidgets.VBox:
     """Pick a row of `weight`, (out_features, in_features), bits, group size and symmetry; its grid answers at once.
 
-    Beside the picture it says mean squared error, the largest error in steps of the grid, and effective bits per weight.
+    Beside the picture it says mean squared error, largest error in steps of the grid, and effective bits per weight.
     """
     out_features, in_features = weight.shape
     fitting = [(_group_words(size), size) for size in GROUP_SIZES if not size or in_features % size == 0]
@@ -68,20 +68,19 @@ def grid_sentence(weights: Tensor, tensor: QuantizedTensor) -> str:
     mse = error.square().mean().item()
     steps = (error.unflatten(-1, (tensor.scale.shape[1], -1)).abs() / tensor.scale[..., None]).max().item()
     noise_db = 10 * math.log10(weights.square().mean().item() / mse) if mse else math.inf
+    symmetric = tensor.zero_point is None
+    stored = effective_bits(tensor.bits, tensor.group_size, symmetric)
+    share = "scales" if symmetric else "scales and zero-points"
     return (
         f'<span class="edgelab-grid" data-mse="{mse:.6e}">Mean squared error <b>{mse:.3e}</b>, '
         f"{noise_db:.1f} dB below the weights. Largest error <b>{steps:.2f} steps</b> of its grid. "
-        f"<b>{effective_bits(tensor):.2f} bits per weight</b>: {tensor.bits} and the share of the scales"
-        f"{'' if tensor.zero_point is None else ' and zero-points'}.</span>"
+        f"<b>{stored:.3f} bits per weight</b>: {tensor.bits} and a share of the {share}.</span>"
     )
 
 
-def effective_bits(tensor: QuantizedTensor) -> float:
-    """Stored bits per weight: packed integers, a 16-bit scale per group and, unless symmetric, a zero-point."""
-    packed = [pack(tensor.integers, tensor.bits), tensor.scale]
-    if tensor.zero_point is not None:
-        packed.append(pack(tensor.zero_point, tensor.bits))
-    return 8 * sum(part.nbytes for part in packed) / tensor.integers.numel()
+def effective_bits(bits: int, group_size: int, symmetric: bool) -> float:
+    """Stored bits per weight, with a 16-bit scale and, unless symmetric, a zero-point of `bits` bits per group."""
+    return bits + (16 + (0 if symmetric else bits)) / group_size
 
 
 def tradeoff_explorer(rows: pd.DataFrame | None = None, windows: int = 4) -> ipywidgets.VBox:

@@ -1,0 +1,187 @@
+"""Widgets as a reader meets them: JupyterLab in Chromium, notebook 02 run, a slider moved, the picture redrawn."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import psutil
+import pytest
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = "02_quantization_basics.ipynb"
+SERVER_SECONDS = 60
+NOTEBOOK_SECONDS = 400
+CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of view stay in the page
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+# Runs every cell of the open notebook and answers when the last one is done.
+RUN_ALL = """async (milliseconds) => {
+    const widget = window.jupyterapp.shell.currentWidget;
+    await widget.context.ready;
+    await widget.sessionContext.ready;
+    const late = new Promise((_, fail) => setTimeout(() => fail(new Error("the cells took too long")), milliseconds));
+    await Promise.race([window.jupyterapp.commands.execute("notebook:run-all-cells"), late]);
+    return widget.content.model.toJSON().cells
+        .flatMap((cell) => cell.outputs || [])
+        .filter((output) => output.output_type === "error")
+        .map((output) => `${output.ename}: ${output.evalue}`);
+}"""
+PICTURE = """async (image) => {
+    const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+    return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}"""
+
+
+@pytest.fixture
+def chromium() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.fail(
+            "Chromium is not installed; `apt-get install chromium` installs it on Debian.", pytrace=False
+        )
+    return found
+
+
+@contextmanager
+def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
+    """JupyterLab on a folder, with settings and workspaces of its own; yields its address with the token.
+
+    The settings that the project ships lie in the environment, where every JupyterLab finds them.
+    """
+    private = Path(tempfile.mkdtemp(prefix="jupyter-"))  # short: sockets have paths of limited length
+    settings = private / "settings"
+    for name, values in SETTINGS.items():
+        file = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(values))
+    places = {f"JUPYTER_{name}_DIR": str(private / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    places |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(settings),
+        "JUPYTERLAB_WORKSPACES_DIR": str(private / "workspaces"),
+        "IPYTHONDIR": str(private / "ipython"),
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    log = private / "log.txt"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
+    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    command += [f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+    with log.open("wb") as said:
+        server = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=os.environ | places | {"EDGELAB_FAST": "1", "EDGELAB_HOME": str(home)},
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        _wait_for(f"{address}/api/status?token={token}", server, log)
+        yield f"{address}/lab/tree/{NOTEBOOK}?token={token}"
+    finally:
+        _end(server)
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + SERVER_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urlopen(address, timeout=5):
+                return
+        except (URLError, OSError):
+            time.sleep(0.2)
+    pytest.fail(
+        f"JupyterLab did not answer within {SERVER_SECONDS} s:\n{log.read_text()[-2000:]}", pytrace=False
+    )
+
+
+def _end(server: subprocess.Popen) -> None:
+    """End the server, its kernels and what they started; each lives in a session of its own."""
+    if server.poll() is not None:
+        return
+    family = [*psutil.Process(server.pid).children(recursive=True), psutil.Process(server.pid)]
+    server.terminate()  # it then ends its kernels
+    _, alive = psutil.wait_procs(family, timeout=15)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    server.wait()
+
+
+@pytest.mark.browser
+@pytest.mark.embedded
+def test_a_moved_slider_changes_the_value_and_the_picture(chromium: str, home: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "notebooks" / NOTEBOOK, tmp_path)
+    with jupyterlab(tmp_path, home) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1300, "height": 1000})
+        page.goto(address)
+        page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext", timeout=60_000)
+        errors = page.evaluate(RUN_ALL, 1000 * NOTEBOOK_SECONDS)
+        try:
+            assert errors == []
+            _move_bits(page)
+        finally:
+            screenshot = ROOT / "results" / "browser.png"
+            screenshot.parent.mkdir(exist_ok=True)
+            page.screenshot(path=screenshot)
+            browser.close()
+
+
+def _move_bits(page: Page) -> None:
+    """One bit less in the grid explorer: value, picture and the number beside the slider all change."""
+    explorer = page.locator(".widget-vbox", has=page.locator(".edgelab-grid"))
+    bits = explorer.locator(".widget-slider", has_text="Bits")
+    explorer.scroll_into_view_if_needed()
+    before = _state(explorer)
+    assert before.picture.startswith(b"\x89PNG".hex())
+    expect(bits.locator(".widget-readout")).to_have_text("4")
+
+    handle = bits.locator(".noUi-handle")
+    handle.focus()
+    handle.press("ArrowLeft")
+    expect(bits.locator(".widget-readout")).to_have_text("3")
+    expect(explorer.locator(".edgelab-grid")).not_to_have_attribute("data-mse", before.mse, timeout=20_000)
+    expect(explorer.locator("img")).not_to_have_attribute("src", before.source, timeout=20_000)
+    after = _state(explorer)
+    assert float(after.mse) > 2 * float(before.mse)  # half the levels
+    assert after.picture.startswith(b"\x89PNG".hex()) and after.picture != before.picture
+
+
+class State(NamedTuple):
+    """What the grid explorer shows: the value in the page, and the picture's address and bytes in hexadecimal."""
+
+    mse: str
+    source: str
+    picture: str
+
+
+def _state(explorer: Locator) -> State:
+    image = explorer.locator("img")
+    mse = explorer.locator(".edgelab-grid").get_attribute("data-mse")
+    return State(mse, image.get_attribute("src"), image.evaluate(PICTURE))
