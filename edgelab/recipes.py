@@ -96,7 +96,7 @@ def parse(text: str, runtimes: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"The recipe '{text}' names no runtime after '@'.")
     if runtime and runtimes and runtime not in runtimes:
         raise RecipeError(f"Unknown runtime '{runtime}'; {_nearest(runtime, runtimes)}.")
-    parts = [part.strip() for part in body.split("+")]
+    parts = [part.strip() for part in re.split(r"(?<!\de)\+", body)]  # the plus of 1e+20 joins nothing
     if not all(parts):
         raise RecipeError(
             f"The recipe '{text}' has an empty part; write 'none' or 'family.method:key=value'."

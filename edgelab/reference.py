@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -130,7 +131,7 @@ def load_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrained
             return assets.read_gguf(Path(folder) / options["gguf_file"]).to(dtype)
         with assets.no_progress_bar():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ReferenceError(
             f"{source.name} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from None

@@ -6,6 +6,7 @@ and packed zero-points; `config.json` of the model; `variant.json`, which says w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,7 +78,8 @@ def build(recipe: Recipe, source: Source, seed: int, progress: Callable[[int, in
     """Apply a recipe to a reference and save the variant, unless it is there already; returns its folder."""
     folder = address(recipe, source, seed)
     if (folder / "variant.json").is_file():
-        os.utime(folder)  # the cache forgets what was used longest ago
+        with contextlib.suppress(OSError):  # a cache that cannot be written can still be read
+            os.utime(folder)  # the cache forgets what was used longest ago
         return folder
     model = load_model(source)
     torch.manual_seed(seed)
@@ -125,25 +127,31 @@ def load(folder: Path) -> PreTrainedModel:
     about = read_about(folder)
     try:
         config = load_config(folder)
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            # Copies: a tensor that stays mapped to its file is read from disk in the middle of a measurement.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
+        tensors = _read_tensors(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
         raise VariantError(
-            f"The variant in {folder} is damaged ({error}); `edgelab cache clear` removes it."
+            f"The variant in {folder} is damaged ({reason}); `edgelab cache clear` removes it."
         ) from None
     model = skeleton(config, getattr(torch, about["dtype"]))
     matrices: dict[str, QuantizedTensor] = {}
     for name, how in about["quantized"].items():
         matrix = how.get("same_as", name)
         if matrix not in matrices:
-            matrices[matrix] = _read_matrix(tensors, matrix, how)
+            try:
+                matrices[matrix] = _read_matrix(tensors, matrix, how)
+            except KeyError as lost:
+                raise VariantError(
+                    f"The variant in {folder} lacks {lost.args[0]}; `edgelab cache clear` removes it."
+                ) from None
         bias = tensors.get(f"{name}.bias")
         layer = PackedLinear(
             matrices[matrix], None if bias is None else nn.Parameter(bias, requires_grad=False)
         )
         if how["kind"] == "embedding":
-            layer = PackedEmbedding(matrices[matrix], getattr(torch, about["dtype"]))
+            layer = PackedEmbedding(
+                matrices[matrix], getattr(torch, about["dtype"]), how.get("multiplier", 1.0)
+            )
         model.set_submodule(name, layer)
     model.load_state_dict(tensors, strict=False, assign=True)
     for name, buffer in list(model.named_buffers()):  # rotary frequencies and the like
@@ -158,15 +166,30 @@ def load(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Copies of all tensors of a file.
+
+    A tensor that stays mapped is read from disk in the middle of a measurement; and the mapping is opened anew for
+    each, since the pages of one mapping count as memory of the process beside the copies, until it is closed.
+    """
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    tensors = {}
+    for name in names:
+        with safe_open(file, "pt") as opened:
+            tensors[name] = opened.get_tensor(name).clone()
+    return tensors
+
+
 def read_about(folder: Path) -> dict:
     """What `variant.json` says. Raises VariantError for a folder that is no variant of this format."""
     try:
         about = json.loads((folder / "variant.json").read_text())
     except (OSError, ValueError):
         raise VariantError(f"{folder} holds no variant; measure its recipe to make it.") from None
-    if about["format"] != FORMAT:
+    if about.get("format") != FORMAT:
         raise VariantError(
-            f"{folder} is of format {about['format']}, not {FORMAT}; `edgelab cache clear` removes it."
+            f"{folder} is of format {about.get('format')}, not {FORMAT}; `edgelab cache clear` removes it."
         )
     return about
 
@@ -187,6 +210,8 @@ def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str,
             "groups": matrix.scale.shape[1],
             "symmetric": matrix.zero_point is None,
         }
+        if isinstance(module, PackedEmbedding):
+            how["multiplier"] = module.multiplier
         if id(matrix) in first_name:
             how["same_as"] = first_name[id(matrix)]
         else:

@@ -23,6 +23,7 @@ CELL_SECONDS = 1800
 LARGEST_BYTES = 1_000_000
 LONGEST_CELL = 20  # lines that are not blank
 LONGEST_FUNCTION = 10
+PROGRESS = re.compile(r"^[^\n]*\d+%\|")
 MACHINE_PATH = re.compile(
     r"/(?:home|Users)/\w|/tmp/|/var/folders/|\b[A-Z]:\\+Users\\|site-packages|dist-packages"
     + "".join(f"|{re.escape(str(path))}/" for path in (Path.home(), HERE.parent) if len(path.parts) > 1)
@@ -46,6 +47,9 @@ def run(path: Path) -> float:
     ).execute()
     minutes = (time.monotonic() - start) / 60
     notebook.metadata.language_info.pop("version", None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # progress bars that have gone leave their first line behind
+            cell.outputs = [one for one in cell.outputs if not any(map(PROGRESS.search, _texts(one)))]
     notebook.metadata.edgelab = {"minutes": round(minutes, 1)}
     draft = path.with_suffix(".part")
     nbformat.write(notebook, draft)

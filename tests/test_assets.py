@@ -154,7 +154,7 @@ def test_another_sha256_is_refused(index, home, tmp_path):
 def test_a_home_that_cannot_be_written(index, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("EDGELAB_HOME", str(tmp_path / "file"))
-    with pytest.raises(AssetError, match="^Cannot write to .*file") as caught:
+    with pytest.raises(AssetError, match=r"^Cannot write to .*file") as caught:
         assets.fetch()
     one_sentence(caught)
 
@@ -162,7 +162,7 @@ def test_a_home_that_cannot_be_written(index, tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", ["../outside.txt", "texts/../../outside.txt", "/tmp/outside.txt"])
 def test_no_path_leaves_the_folder(place, archive, tmp_path):
     target = tmp_path / "target"
-    with pytest.raises(AssetError, match="would be written outside .*; nothing was unpacked"):
+    with pytest.raises(AssetError, match=r"would be written outside .*; nothing was unpacked"):
         unpack(archive, {"package/wiki.utf8": "texts/wiki.txt", "package/model.bin": place}, target)
     assert not (tmp_path / "outside.txt").exists() and not Path("/tmp/outside.txt").exists()
     assert not target.exists() or files_below(target) == set()

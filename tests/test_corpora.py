@@ -127,7 +127,7 @@ def test_the_hub_without_network(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        CorpusError, match="comes from the Hub, which cannot be reached now; use one of wiki, .* offline"
+        CorpusError, match=r"comes from the Hub, which cannot be reached now; use one of wiki, .* offline"
     ):
         load("wikitext-2")
 

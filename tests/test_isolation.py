@@ -162,7 +162,9 @@ def test_an_allocation_that_fails_is_out_of_memory(shared):
 
 def test_a_crash_gives_the_exit_code_and_the_last_words(place):
     with Isolated(place, threads=1, timeout_s=60) as process:
-        with pytest.raises(IsolatedError, match="^The process ended with exit code 3: last words$") as caught:
+        with pytest.raises(
+            IsolatedError, match=r"^The process ended with exit code 3: last words$"
+        ) as caught:
             process.call("leave", code=3, last="last words")
         assert caught.value.status == "error"
 

@@ -61,7 +61,7 @@ def test_names_that_lead_nowhere(name, sentence):
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(ReferenceError, match="holds no model: a folder needs config.json"):
+    with pytest.raises(ReferenceError, match=r"holds no model: a folder needs config.json"):
         load(str(tmp_path))
 
 
@@ -80,7 +80,7 @@ def cut(path):
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_damaged_files_give_one_sentence(file, folder):
     cut(folder / file)
-    with pytest.raises(ReferenceError, match="^model cannot be loaded as a causal language model") as caught:
+    with pytest.raises(ReferenceError, match=r"^model cannot be loaded as a causal language model") as caught:
         load(str(folder))
     assert "\n" not in str(caught.value)
 
@@ -88,7 +88,7 @@ def test_damaged_files_give_one_sentence(file, folder):
 def test_a_folder_without_a_tokenizer(folder):
     for file in folder.glob("token*"):
         file.unlink()
-    with pytest.raises(ReferenceError, match="^No tokenizer can be loaded for model"):
+    with pytest.raises(ReferenceError, match=r"^No tokenizer can be loaded for model"):
         load(str(folder))
 
 
@@ -104,7 +104,7 @@ def test_a_hub_name_without_network(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
-        ReferenceError, match="^'HuggingFaceTB/SmolLM2-135M' is neither a local folder nor"
+        ReferenceError, match=r"^'HuggingFaceTB/SmolLM2-135M' is neither a local folder nor"
     ) as caught:
         load("HuggingFaceTB/SmolLM2-135M")
     assert "use 'embedded', which works offline." in str(caught.value)
@@ -135,7 +135,7 @@ def test_the_embedded_model():
 
 @pytest.mark.embedded
 def test_embedded_weights_are_those_of_the_gguf_file():
-    """Against the gguf package's own decoding. Queries and keys are left out: GGUF stores their rows in another order."""
+    """Against the gguf package's own decoding; queries and keys are left out, whose rows GGUF reorders."""
     import gguf
 
     tensors = {one.name: one for one in gguf.GGUFReader(assets.fetch() / "gguf" / assets.GGUF_FILE).tensors}

@@ -155,6 +155,7 @@ def test_longer_rows_answer_for_their_first_windows():
             row(RTN4, [1.0, 1.0], corpus="stories"),
             row(RTN4, [1.0, 1.0], protocol="gptq-2048"),
             row(RTN4, [1.0, 1.0], model="other"),
+            row(RTN4, [1.0, 1.0], fast=True),
             Row(RTN4, status="oom", model="tiny"),
         ]
     )

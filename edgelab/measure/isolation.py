@@ -64,6 +64,8 @@ class Isolated:
         progress(done, total) is called as the method reports it. Raises IsolatedError where the method raised (with
         its message), the process died, ran out of memory or took longer than the time limit.
         """
+        if self._process.stdin.closed:
+            raise IsolatedError("The process has ended already.")
         deadline = time.monotonic() + self.timeout_s
         try:
             self._process.stdin.write(json.dumps([method, arguments]).encode() + b"\n")
@@ -86,7 +88,9 @@ class Isolated:
             while b"\n" not in self._received:
                 if not selector.select(timeout=max(deadline - time.monotonic(), 0)):
                     self.close()
-                    raise IsolatedError(f"It took longer than the limit of {self.timeout_s:.0f} s.", "timeout")
+                    raise IsolatedError(
+                        f"It took longer than the limit of {self.timeout_s:.0f} s.", "timeout"
+                    )
                 data = os.read(pipe, 1 << 16)
                 if not data:
                     raise self._death()

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgelab.corpora import CorpusError, TokenizedText
@@ -172,7 +174,7 @@ def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
     One window at a time: activations of 511 tokens stay in the cache of a CPU, those of a batch do not.
     """
     device = next(model.parameters()).device
-    with torch.inference_mode():
+    with torch.inference_mode(), prepacked(model, max((len(window.ids) - 1 for window in cut), default=1)):
         for index, window in enumerate(cut):
             ids = window.ids[None, :-1].to(device)  # (1, time)
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (1, time, hidden)
@@ -182,9 +184,39 @@ def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
                 yield Slice(index, head(model, part), answers, part)
 
 
+@contextmanager
+def prepacked(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+    """Run float32 linear layers on weights in oneDNN's blocked layout, made once instead of for every product.
+
+    The products are the same up to the order of their float32 sums. tokens: rows of the usual input. The copies, as
+    large as the layers, are gone afterwards. Other layers and machines without oneDNN are left as they are.
+    """
+    usable = torch.backends.mkldnn.is_available() and next(model.parameters()).device.type == "cpu"
+    layers = [
+        layer
+        for layer in model.modules()
+        if usable and type(layer) is nn.Linear and layer.weight.dtype == torch.float32
+    ]
+    try:
+        for layer in layers:
+            rows = SLICE if layer is model.get_output_embeddings() else tokens
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
+            layer.forward = partial(_packed_forward, weight, layer.bias)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _packed_forward(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
 def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Float32 logits (positions, vocabulary) from final hidden states (positions, hidden)."""
     logits = model.get_output_embeddings()(hidden).float()
+    logits = logits * (getattr(model.config, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(model.config, "logits_scaling", None) or 1.0)  # Granite
     cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
     return torch.tanh(logits / cap) * cap if cap else logits
 

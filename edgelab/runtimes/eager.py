@@ -27,8 +27,8 @@ LONG = 16  # tokens from which int8 goes through a dense bfloat16 product
 class Int4Linear(nn.Module):
     """A linear layer on torch's int4 kernel: bfloat16 activations, weights (q - 8) * scale + offset per group.
 
-    Scales and offsets are rounded to bfloat16, whose steps are 2**-8 of a value: see `tests/test_kernels.py` for the
-    precision that follows.
+    Narrower integers sit in the middle of the kernel's, so that offsets stay small. Scales and offsets are rounded to
+    bfloat16, by at most 2**-8 of a value: see `tests/test_kernels.py` for the precision that follows.
     """
 
     kernel = "int4pack_mm bf16"
@@ -39,10 +39,11 @@ class Int4Linear(nn.Module):
         self.bias = bias
         repeats = tensor.group_size // self.group_size
         scale = tensor.scale.float()
-        offset = (8 - tensor.centre()) * scale  # (q - z) s = (q - 8) s + (8 - z) s
+        middle = 2 ** (tensor.bits - 1)
+        offset = (middle - tensor.centre()) * scale  # (q - z) s = (q - middle) s + (middle - z) s
         grid = torch.stack([scale, offset], -1).repeat_interleave(repeats, 1)  # (out, groups, 2)
         self.register_buffer("grid", grid.transpose(0, 1).contiguous().bfloat16(), persistent=False)
-        packed = torch._convert_weight_to_int4pack_for_cpu(tensor.integers.int(), 1)
+        packed = torch._convert_weight_to_int4pack_for_cpu(tensor.integers.int() + 8 - middle, 1)
         self.register_buffer("packed", packed, persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -156,6 +157,6 @@ class Simulated(Eager):
                 dense.bias = layer.bias
                 self.model.set_submodule(name, dense)
             elif isinstance(layer, PackedEmbedding):
-                dense = nn.Embedding.from_pretrained(layer.tensor.dequantize(layer.dtype))
+                dense = nn.Embedding.from_pretrained(layer.scaled(layer.tensor.dequantize()))
                 self.model.set_submodule(name, dense)
         return f"dense {str(self.model.dtype).removeprefix('torch.')}"

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from edgelab import corpora, ledger
+from edgelab import assets, corpora, ledger
 from edgelab.errors import EdgeLabError
 from edgelab.lab import Settings, measure
 from edgelab.measure.divergence import paired_delta
@@ -23,6 +23,7 @@ from edgelab.widgets import figure_png
 
 BITS = tuple(range(2, 9))
 GROUP_SIZES = (32, 64, 96, 192, 0)
+BROKEN_PPL = 1000  # a row above is drawn only where it is the chosen one: it presses all others into a line
 WIDE = {"style": {"description_width": "90px"}, "layout": {"width": "auto", "max_width": "480px"}}
 
 
@@ -110,7 +111,8 @@ def tradeoff_explorer(rows: pd.DataFrame | None = None, windows: int = 4) -> ipy
             point_sentence(found.iloc[-1]) if len(found) else f"{chosen()} has not been measured yet."
         )
         try:
-            picture.value = figure_png(tradeoff(frame, highlight=chosen() if len(found) else None))
+            shown = frame[(frame["ppl"] < BROKEN_PPL) | (frame["recipe"] == chosen())]
+            picture.value = figure_png(tradeoff(shown, highlight=chosen() if len(found) else None))
         except NothingToDraw:
             answer.value += " Nor has anything else; the button measures it and the baseline."
 
@@ -153,6 +155,7 @@ def same_windows(rows: pd.DataFrame, windows: int) -> pd.DataFrame:
         "protocol": Settings.protocol,
         "corpus": corpora.identity("wiki"),
     }
+    rows = rows[rows["fast"].eq(False) | assets.fast()]  # rows of fast mode stay out of full mode
     long_enough = rows["window_nll"].map(lambda nll: isinstance(nll, list) and len(nll) >= windows)
     rows = rows[long_enough & (rows["status"] == "ok") & (rows[list(asked)] == asked).all(axis=1)].copy()
     tokens = rows["n_tokens"] / rows["window_nll"].map(len)  # every window scores as many

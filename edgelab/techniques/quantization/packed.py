@@ -85,12 +85,22 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """An embedding over a QuantizedTensor of shape (vocabulary, hidden); rows come out in `dtype`."""
+    """An embedding over a QuantizedTensor of shape (vocabulary, hidden); rows come out in `dtype`.
 
-    def __init__(self, tensor: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
+    multiplier: what rows are multiplied by when looked up, in Gemma models the root of the hidden size.
+    """
+
+    def __init__(
+        self, tensor: QuantizedTensor, dtype: torch.dtype = torch.float32, multiplier: float = 1.0
+    ) -> None:
         super().__init__()
         self.tensor = tensor
         self.dtype = dtype
+        self.multiplier = multiplier
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.tensor.rows(ids).to(self.dtype)
+        return self.scaled(self.tensor.rows(ids))
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows in `dtype`, times the multiplier in `dtype`."""
+        return rows.to(self.dtype) * torch.tensor(self.multiplier, dtype=self.dtype)

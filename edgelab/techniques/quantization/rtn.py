@@ -120,12 +120,14 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 def quantize_embedding(model: PreTrainedModel, bits: int, symmetric: bool = False) -> None:
     """Round the embedding of the model in place, one group per row; a tied head shares its integers."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) is not nn.Embedding or not isinstance(head, nn.Linear):
+    multiplier = getattr(embedding, "scalar_embed_scale", 1.0)  # Gemma's embedding
+    plain = type(embedding) is nn.Embedding or hasattr(embedding, "scalar_embed_scale")
+    if not plain or not isinstance(head, nn.Linear):
         raise RecipeError(
             f"embedding_bits works on plain float embeddings, not on {type(embedding).__name__}."
         )
     tensor = quantize_affine(embedding.weight.detach(), bits, 0, symmetric)
     tied = head.weight is embedding.weight
     head_tensor = tensor if tied else quantize_affine(head.weight.detach(), bits, 0, symmetric)
-    model.set_input_embeddings(PackedEmbedding(tensor, embedding.weight.dtype))
+    model.set_input_embeddings(PackedEmbedding(tensor, embedding.weight.dtype, multiplier))
     model.set_output_embeddings(PackedLinear(head_tensor, head.bias))
