@@ -84,7 +84,7 @@ notebooks: fetch
 
 # The project's own rows, measured anew in a home of their own on the reference machine, and the picture of the README.
 REFERENCE_RECIPES := none quantize.bf16 quantize.rtn:bits=8,group_size=0 quantize.rtn:bits=4,group_size=64 \
-	quantize.rtn:bits=3,group_size=64 quantize.rtn:bits=4,group_size=32 quantize.rtn:bits=2,group_size=32 \
+	quantize.rtn:bits=3,group_size=64 quantize.rtn:bits=4,group_size=32 \
 	quantize.rtn:bits=4,group_size=64,embedding_bits=8
 reference: export EDGELAB_HOME := $(CURDIR)/results/reference
 reference: fetch

@@ -1,6 +1,8 @@
 """edgelab: one small language model through every technique for the edge, measured side by side."""
 
 import importlib
+import sys
+import types
 from typing import Any
 
 __version__ = "0.1.0"
@@ -9,7 +11,6 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "edgelab.reference",
     "Reference": "edgelab.reference",
-    "measure": "edgelab.lab",
     "compare": "edgelab.lab",
     "parse": "edgelab.recipes",
     "EdgeLabError": "edgelab.errors",
@@ -20,7 +21,7 @@ _PUBLIC = {
     "plots": None,
     "widgets": None,
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, "measure"])
 
 
 def __getattr__(name: str) -> Any:
@@ -28,3 +29,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'edgelab' has no attribute '{name}'")
     module = importlib.import_module(_PUBLIC[name] or f"edgelab.{name}")
     return getattr(module, name) if _PUBLIC[name] else module
+
+
+class _Package(types.ModuleType):
+    """`edgelab.measure` is the function; importing the subpackage of that name does not hide it."""
+
+    @property
+    def measure(self) -> Any:
+        return importlib.import_module("edgelab.lab").measure
+
+    @measure.setter
+    def measure(self, subpackage: types.ModuleType) -> None:
+        """What the import system sets is found in sys.modules, too."""
+
+
+sys.modules[__name__].__class__ = _Package

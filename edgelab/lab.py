@@ -373,7 +373,9 @@ class Bench:
             if record:
                 other = stack.enter_context(divergence.recording(Path(states), cut, runtime.model))
             else:
-                other = divergence.DivergenceSum(Path(states), reference.load_model(self.source))
+                compared = reference.load_model(self.source)
+                stack.enter_context(perplexity.prepacked(compared, perplexity.SLICE, only_head=True))
+                other = divergence.DivergenceSum(Path(states), compared)
             for piece in perplexity.slices(runtime.model, cut):
                 total.add(piece)
                 other.add(piece)

@@ -122,3 +122,13 @@ def test_the_embedded_baseline_and_four_bits_have_the_known_perplexity(tmp_path,
     table = lab.compare(["none", "quantize.rtn:bits=8,group_size=0"], windows=2, only="quality")
     assert table.ppl[1] == pytest.approx(table.ppl[0], rel=0.02) and table.kld_mean[1] < 0.01
     assert table.model[0] == "SmolLM2-135M-Instruct-Q4_1" and table.parameters[0] == 134_515_008
+
+
+def test_the_public_measure_stays_the_function():
+    import edgelab
+    import edgelab.measure.latency
+
+    assert edgelab.measure is lab.measure and "measure" in edgelab.__all__
+    from edgelab.measure import latency
+
+    assert latency.PREFILL_TOKENS == 128

@@ -62,9 +62,11 @@ def paired_delta(nll: list[float], baseline: list[float], tokens: list[int]) -> 
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
     """KL(reference || candidate) of each position in nats, from logits (positions, vocabulary): (positions,)."""
-    log_p = torch.log_softmax(reference.float(), -1)
-    log_q = torch.log_softmax(candidate.float(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return _divergence(torch.log_softmax(reference.float(), -1), torch.log_softmax(candidate.float(), -1))
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
 
 
 def top1_agreement(reference: Tensor, candidate: Tensor) -> Tensor:
@@ -113,7 +115,8 @@ class DivergenceSum:
         end = self.position + len(piece.targets)
         hidden = torch.from_numpy(self.states[self.position : end].copy())
         logits = head(self.reference, hidden)
-        self.divergence += kl_divergence(logits, piece.logits).double().sum().item()
+        log_p = torch.log_softmax(logits, -1)
+        self.divergence += _divergence(log_p, piece.log_probs).double().sum().item()
         self.agreed += int(top1_agreement(logits, piece.logits).sum())
         self.position = end
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -167,6 +167,11 @@ class Slice:
     targets: Tensor
     hidden: Tensor
 
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """Logarithm of the softmax, (positions, vocabulary) float32: one fused pass, shared by all who add up."""
+        return torch.log_softmax(self.logits, -1)
+
 
 def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
     """Run a model over windows and give the logits of scored positions, in order, at most SLICE at a time.
@@ -185,21 +190,22 @@ def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
 
 
 @contextmanager
-def prepacked(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+def prepacked(model: PreTrainedModel, tokens: int, only_head: bool = False) -> Iterator[None]:
     """Run float32 linear layers on weights in oneDNN's blocked layout, made once instead of for every product.
 
     The products are the same up to the order of their float32 sums. tokens: rows of the usual input. The copies, as
     large as the layers, are gone afterwards. Other layers and machines without oneDNN are left as they are.
     """
+    output = model.get_output_embeddings()
     usable = torch.backends.mkldnn.is_available() and next(model.parameters()).device.type == "cpu"
     layers = [
         layer
-        for layer in model.modules()
+        for layer in ([output] if only_head else model.modules())
         if usable and type(layer) is nn.Linear and layer.weight.dtype == torch.float32
     ]
     try:
         for layer in layers:
-            rows = SLICE if layer is model.get_output_embeddings() else tokens
+            rows = SLICE if layer is output else tokens
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
             layer.forward = partial(_packed_forward, weight, layer.bias)
         yield
@@ -229,8 +235,7 @@ class PerplexitySum:
         self.cut = cut
 
     def add(self, piece: Slice) -> None:
-        chosen = piece.logits.gather(1, piece.targets[:, None])[:, 0]
-        nll = torch.logsumexp(piece.logits, -1) - chosen  # (positions,)
+        nll = -piece.log_probs.gather(1, piece.targets[:, None])[:, 0]  # (positions,)
         self.nll[piece.window] += nll.double().sum().item()
 
     def result(self, text: TokenizedText, protocol: Protocol) -> Perplexity:
