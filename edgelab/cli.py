@@ -71,7 +71,7 @@ Corpus = Annotated[
 ]
 ProtocolName = Annotated[str, typer.Option("--protocol", help="A name of `edgelab list protocols`.")]
 Windows = Annotated[
-    int | None, typer.Option(help="How many windows score (default 32; 4 with EDGELAB_FAST=1).")
+    int | None, typer.Option(help="How many windows score (default 16; 4 with EDGELAB_FAST=1).")
 ]
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="A name of `edgelab list runtimes`.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]

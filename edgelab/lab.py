@@ -52,7 +52,7 @@ class Settings:
     model: str = reference.EMBEDDED
     corpus: str = "wiki"
     protocol: str = "edgelab-512"
-    windows: int = 32
+    windows: int = 16
     seed: int = 0
     threads: int = 2
     only: str | None = None
@@ -126,7 +126,7 @@ def _prepare(texts: Iterable[str], model: str, runtime: str | None = None, **set
                 f"Unknown runtime '{runtime}'; there is {', '.join(runtimes.RUNTIMES)}."
             )
         parsed = [replace(one, runtime=runtime) for one in parsed]
-    defaults = {"threads": psutil.cpu_count(logical=False) or 1, "windows": 4 if assets.fast() else 32}
+    defaults = {"threads": psutil.cpu_count(logical=False) or 1, "windows": 4 if assets.fast() else 16}
     given = {key: value for key, value in settings.items() if value is not None}
     unknown = set(given) - set(Settings.__dataclass_fields__)
     if unknown:
