@@ -216,6 +216,8 @@ def frame(rows: Iterable[Row] | None = None, source: str = "reader") -> pd.DataF
         parts = [frame(reference(), "reference"), frame(own(), "reader")]
         return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     table = pd.DataFrame([vars(row) for row in rows], columns=FIELDS)
+    numbers = [name for name, kind in _types().items() if kind != "TEXT" and name not in _BOOLS]
+    table[numbers] = table[numbers].apply(pd.to_numeric)  # a column of nothing but null holds numbers, too
     return table.assign(source=source)
 
 

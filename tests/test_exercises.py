@@ -36,7 +36,7 @@ def test_the_answers_worked_by_hand():
 
 
 def test_the_best_within_a_budget_is_read_from_the_reference_rows(monkeypatch):
-    like = {"protocol": "edgelab-512", "corpus": "wiki", "windows": 32, "badge": "packed"}
+    like = {"protocol": "edgelab-512", "corpus": "wiki", "windows": 16, "badge": "packed"}
     rows = [
         Row("none", ppl=21.7, weights_mb=538.0, **like),
         Row("quantize.rtn:bits=4,group_size=64", ppl=28.0, weights_mb=171.0, **like),

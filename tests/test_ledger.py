@@ -42,6 +42,12 @@ def test_a_ledger_of_an_earlier_version_gains_the_new_columns():
     assert [row.row_id for row in ledger.own()] == ["old", ROW.row_id]
 
 
+def test_a_column_of_numbers_is_numeric_also_where_nothing_was_measured():
+    table = ledger.frame([ROW])
+    assert all(pd.api.types.is_numeric_dtype(table[name]) for name in ("ppl", "decode_ratio", "iterations"))
+    assert table.fast.dtype == bool and table.recipe[0] == "none"
+
+
 def test_exports_hold_the_same_values_in_every_form(tmp_path):
     for suffix in ("csv", "parquet", "jsonl"):
         ledger.export([ROW], tmp_path / f"rows.{suffix}")
