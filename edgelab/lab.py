@@ -345,6 +345,7 @@ class Bench:
         self.folder = variants.build(self.recipe, self.source, self.seed, isolation.report)
         about = variants.read_about(self.folder)
         size = variants.Size(**about["size"])
+        record = recipes.Record(**about["record"])
         isolation.report(1, 1)
         return {
             "parameters": size.parameters,
@@ -358,6 +359,9 @@ class Bench:
                 variants.load_config(self.folder), 4 if about["dtype"] == "float32" else 2
             ),
             "apply_s": about["apply_s"],
+            "calibration_tokens": record.calibration_tokens,
+            "train_tokens": record.train_tokens,
+            "notes": " ".join(record.notes) or None,
         }
 
     def quality(

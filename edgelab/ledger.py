@@ -88,6 +88,7 @@ class Row:
     apply_s: float | None = None
     train_tokens: int | None = None
     calibration_tokens: int | None = None
+    notes: str | None = None  # what a technique has to say about this run
     # energy
     energy_j_per_token: float | None = None
     energy_basis: str | None = None

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import typing
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, get_type_hints
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgelab.errors import EdgeLabError
 
@@ -29,12 +30,27 @@ def _ignore(done: int, total: int) -> None:
     pass
 
 
+@dataclass
+class Record:
+    """What a technique leaves behind beside the model: what it cost, and what a reader of the row has to know.
+
+    curve: points of a training run, {"step", "tokens", "seconds", "loss"}.
+    """
+
+    calibration_tokens: int | None = None
+    train_tokens: int | None = None
+    notes: list[str] = field(default_factory=list)
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Context:
-    """What a technique may use beside the model: a seed, and a way to report progress."""
+    """What a technique may use beside the model: a seed, the tokenizer, a way to report progress, and a record."""
 
     seed: int = 0
     progress: Callable[[int, int], None] = _ignore
+    tokenizer: PreTrainedTokenizerBase | None = None
+    record: Record = field(default_factory=Record)
 
 
 class Technique(Protocol):
@@ -135,6 +151,11 @@ def _parse_technique(text: str) -> Technique:
 
 
 def _read_value(text: str, kind: type, name: str) -> Any:
+    if typing.get_origin(kind) is typing.Literal:
+        options = typing.get_args(kind)
+        if text in options:
+            return text
+        raise RecipeError(f"{name} is one of {', '.join(options)}, not '{text}'.")
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -147,9 +168,11 @@ def _read_value(text: str, kind: type, name: str) -> Any:
 
 
 def _print_technique(technique: Technique) -> str:
+    # What is always named stands first, whatever class it is declared in.
+    fields = sorted(dataclasses.fields(technique), key=lambda f: f.name not in technique.shown)
     settings = [
         f"{f.name}={_print_value(getattr(technique, f.name))}"
-        for f in dataclasses.fields(technique)
+        for f in fields
         if f.name in technique.shown or getattr(technique, f.name) != f.default
     ]
     return technique.method + (":" + ",".join(settings) if settings else "")

@@ -24,17 +24,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from edgelab import assets
 from edgelab.errors import EdgeLabError
-from edgelab.recipes import Context, Recipe
-from edgelab.reference import Source, load_model
+from edgelab.recipes import Context, Recipe, Record
+from edgelab.reference import Source, load_model, load_tokenizer
 from edgelab.techniques.quantization.packed import (
+    GRIDS,
+    ActivationGrid,
+    CodebookTensor,
     PackedEmbedding,
     PackedLinear,
     QuantizedTensor,
-    pack,
-    unpack,
 )
 
-FORMAT = 1
+FORMAT = 2
 DEFAULT_LIMIT_GB = 20.0
 
 
@@ -83,9 +84,11 @@ def build(recipe: Recipe, source: Source, seed: int, progress: Callable[[int, in
         return folder
     model = load_model(source)
     torch.manual_seed(seed)
+    record = Record()
+    context = Context(seed, progress, load_tokenizer(source), record)
     started = time.perf_counter()
     for technique in recipe.techniques:
-        model = technique.apply(model, Context(seed=seed, progress=progress))
+        model = technique.apply(model, context)
     save(
         model,
         folder,
@@ -94,6 +97,7 @@ def build(recipe: Recipe, source: Source, seed: int, progress: Callable[[int, in
             "model": source.name,
             "model_sha": source.sha,
             "apply_s": time.perf_counter() - started if recipe.techniques else None,
+            "record": asdict(record),
         },
     )
     trim(keep=folder)
@@ -134,25 +138,22 @@ def load(folder: Path) -> PreTrainedModel:
             f"The variant in {folder} is damaged ({reason}); `edgelab cache clear` removes it."
         ) from None
     model = skeleton(config, getattr(torch, about["dtype"]))
-    matrices: dict[str, QuantizedTensor] = {}
+    matrices = {}
     for name, how in about["quantized"].items():
-        matrix = how.get("same_as", name)
-        if matrix not in matrices:
-            try:
-                matrices[matrix] = _read_matrix(tensors, matrix, how)
-            except KeyError as lost:
-                raise VariantError(
-                    f"The variant in {folder} lacks {lost.args[0]}; `edgelab cache clear` removes it."
-                ) from None
-        bias = tensors.get(f"{name}.bias")
-        layer = PackedLinear(
-            matrices[matrix], None if bias is None else nn.Parameter(bias, requires_grad=False)
-        )
-        if how["kind"] == "embedding":
-            layer = PackedEmbedding(
-                matrices[matrix], getattr(torch, about["dtype"]), how.get("multiplier", 1.0)
+        parts = {key.rpartition(".")[2]: tensors[key] for key in tensors if key.rpartition(".")[0] == name}
+        try:
+            if "same_as" not in how:
+                matrices[name] = GRIDS[how["grid"]].restored(parts, how)
+            layer = _read_layer(
+                matrices[how.get("same_as", name)], parts, how, getattr(torch, about["dtype"])
             )
+        except KeyError as lost:
+            raise VariantError(
+                f"The variant in {folder} lacks {name}.{lost.args[0]}; `edgelab cache clear` removes it."
+            ) from None
         model.set_submodule(name, layer)
+        for part in parts.keys() - {"bias"}:
+            del tensors[f"{name}.{part}"]
     model.load_state_dict(tensors, strict=False, assign=True)
     for name, buffer in list(model.named_buffers()):  # rotary frequencies and the like
         if buffer.is_meta:
@@ -203,23 +204,19 @@ def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str,
         if not isinstance(module, PackedLinear | PackedEmbedding):
             continue
         matrix = module.tensor
-        how = {
-            "kind": "embedding" if isinstance(module, PackedEmbedding) else "linear",
-            "bits": matrix.bits,
-            "shape": list(matrix.integers.shape),
-            "groups": matrix.scale.shape[1],
-            "symmetric": matrix.zero_point is None,
-        }
+        parts, how = (
+            matrix.stored() if id(matrix) not in first_name else ({}, {"same_as": first_name[id(matrix)]})
+        )
+        first_name.setdefault(id(matrix), name)
+        how["kind"] = "embedding" if isinstance(module, PackedEmbedding) else "linear"
         if isinstance(module, PackedEmbedding):
             how["multiplier"] = module.multiplier
-        if id(matrix) in first_name:
-            how["same_as"] = first_name[id(matrix)]
-        else:
-            first_name[id(matrix)] = name
-            tensors[f"{name}.packed"] = pack(matrix.integers, matrix.bits)
-            tensors[f"{name}.scale"] = matrix.scale.contiguous()
-            if matrix.zero_point is not None:
-                tensors[f"{name}.zero_point"] = pack(matrix.zero_point, matrix.bits)
+        elif module.activation is not None:
+            how["activation"] = "token" if module.activation.scale is None else "tensor"
+            if module.activation.scale is not None:
+                parts["input_scale"] = module.activation.scale
+                parts["input_zero_point"] = module.activation.zero_point
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         quantized[name] = how
     seen: set[int] = set()
     # Tied weights are one object here; buffers hold rotary frequencies, which no state dict has.
@@ -243,7 +240,13 @@ def measure_size(model: PreTrainedModel, tensors: dict[str, Tensor], quantized: 
     for name in tensors.keys() - buffers:
         tensor = tensors[name]
         layer, _, kind = name.rpartition(".")
-        if layer in quantized and kind in ("scale", "zero_point"):
+        if layer in quantized and kind in (
+            "scale",
+            "zero_point",
+            "codebook",
+            "input_scale",
+            "input_zero_point",
+        ):
             part = "scales"
         elif layer in embeddings:
             part = "embedding"
@@ -257,11 +260,16 @@ def measure_size(model: PreTrainedModel, tensors: dict[str, Tensor], quantized: 
     return Size(parameters, *(parts[part] for part in ("linear", "embedding", "scales", "other")))
 
 
-def _read_matrix(tensors: dict[str, Tensor], name: str, how: dict) -> QuantizedTensor:
-    shape, grid = tuple(how["shape"]), (how["shape"][0], how["groups"])
-    integers = unpack(tensors.pop(f"{name}.packed"), how["bits"], shape)
-    zero_point = None if how["symmetric"] else unpack(tensors.pop(f"{name}.zero_point"), how["bits"], grid)
-    return QuantizedTensor(integers, tensors.pop(f"{name}.scale"), zero_point, how["bits"])
+def _read_layer(
+    matrix: QuantizedTensor | CodebookTensor, parts: dict[str, Tensor], how: dict, dtype: torch.dtype
+) -> PackedLinear | PackedEmbedding:
+    if how["kind"] == "embedding":
+        return PackedEmbedding(matrix, dtype, how["multiplier"])
+    bias = nn.Parameter(parts["bias"], requires_grad=False) if "bias" in parts else None
+    activation = {"token": ActivationGrid(), None: None}.get(how.get("activation"))
+    if how.get("activation") == "tensor":
+        activation = ActivationGrid(parts["input_scale"], parts["input_zero_point"])
+    return PackedLinear(matrix, bias, activation)
 
 
 def load_config(folder: Path) -> PretrainedConfig:

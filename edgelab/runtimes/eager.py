@@ -38,7 +38,7 @@ class Int4Linear(nn.Module):
         self.group_size = int4_group_size(tensor)
         self.bias = bias
         repeats = tensor.group_size // self.group_size
-        scale = tensor.scale.float()
+        scale = tensor.scale.float().expand(len(tensor.integers), -1)  # (out, groups)
         middle = 2 ** (tensor.bits - 1)
         offset = (middle - tensor.centre()) * scale  # (q - z) s = (q - middle) s + (middle - z) s
         grid = torch.stack([scale, offset], -1).repeat_interleave(repeats, 1)  # (out, groups, 2)
@@ -68,7 +68,8 @@ class Int8Linear(nn.Module):
         middle = 2 ** (tensor.bits - 1)
         integers = (tensor.integers.short() - middle).to(torch.int8)
         self.register_buffer("integers", integers, persistent=False)
-        self.register_buffer("scale", tensor.scale[:, 0].bfloat16(), persistent=False)
+        scale = tensor.scale.bfloat16().expand(len(integers), -1)[:, 0].contiguous()
+        self.register_buffer("scale", scale, persistent=False)
         # With the kernel's own bfloat16 scale, so that integers and zero-point stay on one grid.
         offset = None if tensor.zero_point is None else (middle - tensor.centre()[:, 0]) * self.scale.float()
         self.register_buffer("offset", offset, persistent=False)
@@ -93,6 +94,8 @@ def int4_group_size(tensor: QuantizedTensor) -> int:
 def kernel_for(tensor: QuantizedTensor) -> type[Int4Linear] | type[Int8Linear] | None:
     """The packed layer that can run a quantized matrix, or None."""
     out_features = tensor.integers.shape[0]
+    if not isinstance(tensor, QuantizedTensor):
+        return None
     if tensor.bits <= 4 and int4_group_size(tensor) and out_features % 16 == 0:
         return Int4Linear
     return Int8Linear if tensor.scale.shape[1] == 1 else None
@@ -116,7 +119,7 @@ class Eager:
         for name, layer in list(self.model.named_modules()):
             if not isinstance(layer, PackedLinear):
                 continue
-            fast = kernel_for(layer.tensor)
+            fast = kernel_for(layer.tensor) if layer.activation is None else None
             if fast is None:
                 names[f"unpacked when used, {dtype}"] = None
                 continue

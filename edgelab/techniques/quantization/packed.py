@@ -17,8 +17,9 @@ from torch.nn import functional
 class QuantizedTensor:
     """A matrix on a uniform grid: w ~ (integers - zero_point) * scale.
 
-    integers: (out_features, in_features) uint8 in [0, 2**bits - 1]. scale: (out_features, groups) float16.
-    zero_point: (out_features, groups) uint8, or None for the middle of the grid, 2**(bits - 1).
+    integers: (out_features, in_features) uint8 in [0, 2**bits - 1]. scale: (out_features, groups) float16, or (1, 1)
+    for the whole matrix. zero_point: of scale's shape, uint8, or float16 where it lies between integers; None for the
+    middle of the grid: 2**(bits - 1), and for the two levels of one bit 0.5.
     """
 
     integers: Tensor
@@ -32,9 +33,10 @@ class QuantizedTensor:
         return self.integers.shape[1] // self.scale.shape[1]
 
     def centre(self) -> Tensor:
-        """The integer that stands for zero, (out_features, groups) float32."""
+        """The integer that stands for zero, float32, of scale's shape."""
         if self.zero_point is None:
-            return torch.full_like(self.scale, 2 ** (self.bits - 1), dtype=torch.float32)
+            middle = 2 ** (self.bits - 1) if self.bits > 1 else 0.5
+            return torch.full_like(self.scale, middle, dtype=torch.float32)
         return self.zero_point.float()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,6 +50,96 @@ class QuantizedTensor:
         return QuantizedTensor(
             self.integers[indices], self.scale[indices], zero_point, self.bits
         ).dequantize()
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Tensors to store, by the last part of their names, and what `restored` has to know beside them."""
+        tensors = {"packed": pack(self.integers, self.bits), "scale": self.scale.contiguous()}
+        how = {"grid": "uniform", "bits": self.bits, "shape": list(self.integers.shape), "zero_point": None}
+        if self.zero_point is not None:
+            whole = self.zero_point.dtype == torch.uint8
+            tensors["zero_point"] = (
+                pack(self.zero_point, self.bits) if whole else self.zero_point.contiguous()
+            )
+            how["zero_point"] = "integer" if whole else "float"
+        return tensors, how
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], how: dict) -> QuantizedTensor:
+        """The inverse of `stored`. Raises KeyError with the name of a tensor that is missing."""
+        scale, zero_point = tensors["scale"], None
+        if how["zero_point"] is not None:
+            zero_point = tensors["zero_point"]
+            if how["zero_point"] == "integer":
+                zero_point = unpack(zero_point, how["bits"], tuple(scale.shape))
+        integers = unpack(tensors["packed"], how["bits"], tuple(how["shape"]))
+        return cls(integers, scale, zero_point, how["bits"])
+
+
+@dataclass
+class CodebookTensor:
+    """A matrix on a grid of its own: w ~ codebook[integers] * scale.
+
+    integers: (out_features, in_features) uint8. codebook: (rows, 2**bits) float16, rows being 1 (one table for the
+    matrix) or out_features. scale: (out_features, groups) float16.
+    """
+
+    integers: Tensor
+    codebook: Tensor
+    scale: Tensor
+    bits: int
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share one scale."""
+        return self.integers.shape[1] // self.scale.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix in floating point, (out_features, in_features)."""
+        tables = self.codebook.float().expand(len(self.integers), -1)
+        levels = tables.gather(1, self.integers.long()).unflatten(-1, (self.scale.shape[1], -1))
+        return (levels * self.scale.float()[..., None]).flatten(-2).to(dtype)
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Tensors to store, by the last part of their names, and what `restored` has to know beside them."""
+        tensors = {
+            "packed": pack(self.integers, self.bits),
+            "codebook": self.codebook.contiguous(),
+            "scale": self.scale.contiguous(),
+        }
+        return tensors, {"grid": "codebook", "bits": self.bits, "shape": list(self.integers.shape)}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], how: dict) -> CodebookTensor:
+        """The inverse of `stored`. Raises KeyError with the name of a tensor that is missing."""
+        integers = unpack(tensors["packed"], how["bits"], tuple(how["shape"]))
+        return cls(integers, tensors["codebook"], tensors["scale"], how["bits"])
+
+
+GRIDS: dict[str, type[QuantizedTensor] | type[CodebookTensor]] = {
+    "uniform": QuantizedTensor,
+    "codebook": CodebookTensor,
+}
+
+
+@dataclass
+class ActivationGrid:
+    """How the inputs of a layer are rounded to int8 before the product.
+
+    scale, zero_point: scalars, float32, found by calibration (w ~ (q - zero_point) * scale, q in [0, 255]). None for
+    both: each token gets the symmetric scale max|x| / 127 at run time.
+    """
+
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+    def round(self, inputs: Tensor) -> Tensor:
+        """Inputs (..., in_features) on their grid, in their own dtype: the definition a kernel is compared with."""
+        values = inputs.float()
+        if self.scale is None:
+            scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+            return (torch.round(values / scale).clamp(-127, 127) * scale).to(inputs.dtype)
+        integers = torch.round(values / self.scale + self.zero_point).clamp(0, 255)
+        return ((integers - self.zero_point) * self.scale).to(inputs.dtype)
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:
@@ -72,15 +164,26 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer over a QuantizedTensor, (..., in_features) -> (..., out_features), in the input's dtype."""
+    """A linear layer over a quantized matrix, (..., in_features) -> (..., out_features), in the input's dtype.
 
-    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None = None) -> None:
+    activation: the grid its inputs are rounded to first; None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        tensor: QuantizedTensor | CodebookTensor,
+        bias: Tensor | None = None,
+        activation: ActivationGrid | None = None,
+    ) -> None:
         super().__init__()
         self.tensor = tensor
         self.bias = bias
+        self.activation = activation
         self.out_features, self.in_features = tensor.integers.shape
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.activation is not None:
+            inputs = self.activation.round(inputs)
         return functional.linear(inputs, self.tensor.dequantize(inputs.dtype), self.bias)
 
 
