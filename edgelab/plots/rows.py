@@ -7,24 +7,20 @@ rows are never drawn but counted in a note. Every plot raises NothingToDraw wher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.special import stdtrit
 
 from edgelab.assets import fast
-from edgelab.devices import Device, MemoryNeed
 from edgelab.labels import Mark, label_marks
 from edgelab.plot_style import (
-    BADGE_MARKERS,
     BADGE_SIGNS,
     BASELINE_LINE,
     BASELINE_VALUE,
@@ -42,7 +38,6 @@ from edgelab.plot_style import (
     SIZE_PARTS,
     NothingToDraw,
     Rows,
-    UnknownMetric,
     as_frame,
     cautions,
     colour,
@@ -62,35 +57,6 @@ from edgelab.plot_style import (
 
 if TYPE_CHECKING:  # measuring imports torch, drawing does not need it
     from edgelab.measure.perplexity import Perplexity, Protocol
-
-__all__ = [  # with the names that readers of plots also need
-    "BADGE_MARKERS",
-    "FAMILY_COLOURS",
-    "METRICS",
-    "NothingToDraw",
-    "UnknownMetric",
-    "gigabytes",
-    "label",
-    "latency",
-    "memory_bars",
-    "pareto_front",
-    "protocols",
-    "size_bars",
-    "tradeoff",
-    "weight_grid",
-    "window_delta",
-]
-
-NEED_PARTS = {  # field of a MemoryNeed: words, colour of the same palette
-    "weights_gb": ("weights", "#0072B2"),
-    "kv_cache_gb": ("KV cache", "#56B4E9"),
-    "gradients_gb": ("gradients", "#E69F00"),
-    "optimizer_gb": ("optimizer", "#CC79A7"),
-    "activations_gb": ("activations", "#009E73"),
-}
-WEIGHT = "#D55E00"  # a weight before rounding, beside the blue of its grid
-NEAR_WEIGHTS = 48  # of a weight row, this many are shown from nearby
-SYSTEM_SHARE = 0.1  # a device with less than this share of its memory left is called tight
 
 
 def pareto_front(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -340,133 +306,6 @@ def protocols(
         axes.set_xlabel("lower is better", fontsize=8.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
     return stamp(figure, pd.DataFrame({"fast": [fast()]}))
-
-
-def memory_bars(
-    needs: Mapping[str, MemoryNeed],
-    devices: Iterable[Device],
-    chosen: str | None = None,
-    title: str = "Memory needed",
-) -> Figure:
-    """Needs by what fills them above the memory of devices; a line carries the `chosen` need down to those.
-
-    `chosen` is a key of `needs`, by default the first. Devices without a memory figure are left out. Where
-    the axis is too short for a bar, its label ends in an arrow.
-    """
-    chosen = chosen or next(iter(needs))
-    need = needs[chosen]
-    known = sorted((device for device in devices if device.memory_gb), key=lambda device: device.memory_gb)
-    longest = max(need.total_gb, *(device.memory_gb for device in known))
-    limit = min(1.32 * longest, 4 * max(each.total_gb for each in needs.values()))
-
-    figure = new_chart(8.5, 2.0 + 0.27 * (len(needs) + len(known)))
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[len(needs) + 0.4, len(known) + 0.4])
-    parts = {
-        field: look
-        for field, look in NEED_PARTS.items()
-        if any(getattr(each, field) for each in needs.values())
-    }
-    tints = [tint for _, tint in parts.values()]
-    for position, (name, each) in enumerate(needs.items()):
-        widths = [getattr(each, field) for field in parts]
-        starts = np.cumsum([0, *widths[:-1]])
-        alpha, weight = (1, "bold") if name == chosen else (0.35, "normal")
-        upper.barh(position, widths, left=starts, height=0.66, color=tints, alpha=alpha, linewidth=0)
-        _label_bar(upper, position, each.total_gb, limit, gigabytes(each.total_gb), fontweight=weight)
-    for position, device in enumerate(known):
-        left = device.memory_gb - need.total_gb
-        if not device.holds(need):
-            verdict, tint, text = f"{gigabytes(-left)} too small", "#D9D9D9", GREY
-        elif left < SYSTEM_SHARE * device.memory_gb:
-            verdict, tint, text = f"tight, {gigabytes(left)} left", "#8FD3BC", "#00664B"
-        else:
-            verdict, tint, text = f"fits, {gigabytes(left)} left", "#009E73", "#00664B"
-        lower.barh(position, device.memory_gb, height=0.66, color=tint, linewidth=0)
-        _label_bar(lower, position, max(device.memory_gb, need.total_gb), limit, verdict, color=text)
-
-    upper.set_yticks(range(len(needs)), list(needs), parse_math=False)
-    upper.invert_yaxis()
-    lower.set_yticks(
-        range(len(known)), [f"{each.name}, {each.memory_gb:g} GB" for each in known], parse_math=False
-    )
-    for axes, marked in ((upper, chosen), (lower, "This machine")):
-        axes.axvline(need.total_gb, **BASELINE_LINE | {"zorder": 3})
-        axes.set_xlim(0, limit)
-        for tick in axes.get_yticklabels():
-            tick.set_fontweight("bold" if tick.get_text().startswith(marked) else "normal")
-    legend = [Patch(facecolor=tint, label=words) for words, tint in parts.values()]
-    style_axes(upper, f"{title} (analytic: computed from shapes)", legend)
-    style_axes(lower, f"Memory of devices, beside the {gigabytes(need.total_gb)} of {chosen}")
-    for axes in (upper, lower):
-        axes.grid(axis="y", visible=False)
-    lower.set_xlabel("Memory (GB of 10⁹ bytes)", fontsize=9.5)
-    return figure
-
-
-def weight_grid(weights: np.ndarray, rounded: np.ndarray, levels: np.ndarray, title: str = "") -> Figure:
-    """A weight row on its grid: the levels of each group, where every weight was and where it went.
-
-    weights, rounded: (in_features,). levels: (groups, 2**bits), what the integers of each group stand for.
-    The lower panel shows the neighbourhood of the largest error, with a line from each weight to its level.
-    """
-    blue = FAMILY_COLOURS["quantize"]
-    inputs = np.arange(len(weights))
-    worst = int(np.abs(rounded - weights).argmax())
-    first = max(0, min(worst - NEAR_WEIGHTS // 2, len(weights) - NEAR_WEIGHTS))
-    near = inputs[first : first + NEAR_WEIGHTS]
-    borders = np.linspace(0, len(weights), len(levels) + 1) - 0.5  # (groups + 1,)
-    crowded = min(1, 16 / levels.shape[1]) ** 0.5  # thinner lines stay a grid instead of a wall
-
-    figure = new_chart(8.5, 5.4)
-    whole, detail = figure.subplots(2, 1, height_ratios=[1, 1.25])
-    whole.axvspan(near[0] - 1, near[-1] + 1, color="#eeeeee", zorder=0)
-    for axes, shown, size, width in ((whole, inputs, 4, 0.5), (detail, near, 26, 0.9)):
-        starts, ends = (edge.repeat(levels.shape[1]) for edge in (borders[:-1], borders[1:]))
-        axes.hlines(levels.ravel(), starts, ends, color=blue, alpha=0.5, linewidth=width * crowded, zorder=1)
-        axes.vlines(borders[1:-1], 0, 1, transform=axes.get_xaxis_transform(), color=PALE, linewidth=0.8)
-        axes.vlines(shown, weights[shown], rounded[shown], color=WEIGHT, linewidth=1.3 * width, zorder=2)
-        axes.scatter(shown, rounded[shown], s=size, marker="s", color=blue, linewidth=0, zorder=3)
-        axes.scatter(shown, weights[shown], s=0.6 * size, color=WEIGHT, linewidth=0, zorder=3)
-        axes.set_xlim(shown[0] - 1, shown[-1] + 1)
-        axes.set_ylabel("Weight", fontsize=9.5)
-    middle = (weights[worst] + rounded[worst]) / 2
-    detail.scatter(worst, middle, s=220, facecolor="none", edgecolor="black", linewidth=1.3, zorder=4)
-    ends = np.concatenate([weights[near], rounded[near]])
-    margin = 0.14 * (np.ptp(ends) or 1)
-    detail.set_ylim(ends.min() - margin, ends.max() + margin)
-    legend = [
-        Line2D([], [], linestyle="", marker="o", color=WEIGHT, markersize=4, label="weight"),
-        Line2D([], [], linestyle="", marker="s", color=blue, markersize=5, label="rounded"),
-        Line2D([], [], color=blue, linewidth=0.8, label="levels of the grid"),
-        Line2D([], [], color=PALE, linewidth=0.8, label="border of a group"),
-    ]
-    style_axes(whole, title, legend[: 4 if len(levels) > 1 else 3])
-    style_axes(detail)
-    detail.set_title(
-        "The shaded part from nearby; the ring is around the largest error", loc="left", fontsize=9
-    )
-    detail.set_xlabel("Input of the row", fontsize=9.5)
-    for axes in (whole, detail):
-        axes.grid(visible=False)
-    return figure
-
-
-def _label_bar(axes: Axes, position: float, length: float, limit: float, text: str, **look: str) -> None:
-    """Write `text` behind a bar of `length`, or inside where the axis, which ends at `limit`, has no room."""
-    text += " →" if length > limit else ""
-    inside = length > limit * (1 - 0.011 * len(text))
-    written = axes.text(
-        0.995 * limit if inside else length + 0.008 * limit, position, text,
-        ha="right" if inside else "left", va="center", fontsize=8, zorder=4,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if inside else None, **look,
-    )  # fmt: skip
-    written.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-
-
-def gigabytes(value_gb: float) -> str:
-    """The value with three meaningful digits: 0.210 GB, 3.37 GB, 13.5 GB, 1,112 GB."""
-    digits = 3 if value_gb < 1 else 2 if value_gb < 10 else 1 if value_gb < 100 else 0
-    return f"{value_gb:,.{digits}f} GB"
 
 
 def _mean_interval(values: np.ndarray) -> tuple[float, float, float]:
