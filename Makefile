@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch lab compare test browser notebooks reference lint format bench lock clean
+.PHONY: help setup fetch lab compare test browser notebooks reference lint format bench peers lock clean
 
 help:
 	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
@@ -19,6 +20,7 @@ help:
 	@echo "make lint       format, lint, import and notebook checks;  make format mends what it can"
 	@echo "make reference  measure the rows of data/reference anew, and the picture of the README"
 	@echo "make bench      measure the measuring: against a plain loop and against lm-eval"
+	@echo "make peers      quantize with llm-compressor, auto-round, hqq and torchao too, in an environment of theirs"
 	@echo "make lock       resolve the dependencies anew into requirements.lock"
 	@echo "make clean      remove the environment and build leftovers; weights, rows and results stay"
 
@@ -106,6 +108,17 @@ format: setup
 bench: $(VENV)/bench.stamp fetch
 	$(BIN)/python -m benchmarks
 
+# Without dependencies: peers.lock holds them all, and benchmarks/peers.txt says why pip would not agree with it.
+$(PEERS)/installed.stamp: benchmarks/peers.lock
+	$(PYTHON) -m venv $(PEERS)
+	$(call install_torch,$(PEERS)/bin/python,$(shell sed -n '/^torch==/p' benchmarks/peers.lock))
+	DISABLE_CUDA=1 $(PEERS)/bin/python -m pip install --disable-pip-version-check --no-deps \
+		--requirement benchmarks/peers.lock
+	@touch $@
+
+peers: $(PEERS)/installed.stamp fetch
+	$(BIN)/python -m benchmarks.peers
+
 # Resolved together with `bench`, so that adding it later changes no version that was tested; frozen without it.
 lock: PIN := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",/\1/p' pyproject.toml)
 lock:
@@ -121,5 +134,5 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) .venv-lock build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .venv-lock build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import psutil
 
 from edgelab.assets import data_dir
@@ -241,6 +242,49 @@ def training_memory(
 def kv_cache_mb_per_1k(shape: ModelShape, bits: int = 16) -> float:
     """MB of keys and values for 1,000 tokens of one sequence."""
     return _kv_cache_bits(shape, 1000, bits) / 8e6
+
+
+def longest_context(
+    shape: ModelShape,
+    weights_gb: float,
+    device: Device,
+    kv_bits: int = 16,
+    group_size: int = 32,
+    residual: int = 32,
+) -> int | None:
+    """Tokens of one sequence whose keys and values fit the device's memory beside the weights; 0 where none do.
+
+    Below 16 bits every `group_size` keys or values add a 16-bit scale and a 16-bit minimum, and the last `residual`
+    tokens stay at 16 bits. Activations and the system are left out, and so is how far the model was trained to look
+    (`shape.context_length`). None where the device's memory is not known.
+    Raises ShapeError for sizes that are not positive.
+    """
+    _positive(kv_bits=kv_bits, group_size=group_size)
+    if device.memory_gb is None:
+        return None
+    room = max(0.0, device.memory_gb - weights_gb) * 8e9
+    full = _kv_cache_bits(shape, 1, max(kv_bits, 16))  # bits of one token
+    recent = min(residual if kv_bits < 16 else 0, int(room // full))
+    scales = _kv_cache_bits(shape, 1, 2 * SCALE_BITS) / group_size if kv_bits < 16 else 0
+    return recent + int((room - recent * full) // (_kv_cache_bits(shape, 1, kv_bits) + scales))
+
+
+def context_table(
+    shape: ModelShape,
+    weights_gb: float,
+    devices: list[Device] | None = None,
+    kv_bits: tuple[int, ...] = (16, 8, 4, 2),
+) -> pd.DataFrame:
+    """`longest_context` of every device (the catalogue's by default), a row each, and a column for each `kv_bits`."""
+    rows = {
+        device.name: {
+            "memory_gb": device.memory_gb,
+            **{f"{bits}-bit cache": longest_context(shape, weights_gb, device, bits) for bits in kv_bits},
+        }
+        for device in (catalogue() if devices is None else devices)
+        if device.memory_gb is not None
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("device")
 
 
 def models() -> dict[str, ModelShape]:

@@ -356,7 +356,9 @@ class Bench:
             "bits_per_weight": 8 * size.total_bytes / size.parameters,
             "file_mb": (self.folder / "model.safetensors").stat().st_size / 1e6,
             "kv_cache_mb_per_1k": memory.kv_cache_mb_per_1k(
-                variants.load_config(self.folder), 4 if about["dtype"] == "float32" else 2
+                variants.load_config(self.folder),
+                4 if about["dtype"] == "float32" else 2,
+                variants.read_cache_grid(about),
             ),
             "apply_s": about["apply_s"],
             "calibration_tokens": record.calibration_tokens,

@@ -51,6 +51,7 @@ class Context:
     progress: Callable[[int, int], None] = _ignore
     tokenizer: PreTrainedTokenizerBase | None = None
     record: Record = field(default_factory=Record)
+    reference: PreTrainedModel | None = None  # the model before all techniques; nothing may change it
 
 
 class Technique(Protocol):

@@ -26,6 +26,7 @@ from edgelab import assets
 from edgelab.errors import EdgeLabError
 from edgelab.recipes import Context, Recipe, Record
 from edgelab.reference import Source, load_model, load_tokenizer
+from edgelab.techniques.quantization.kv import CacheGrid
 from edgelab.techniques.quantization.packed import (
     GRIDS,
     ActivationGrid,
@@ -85,7 +86,7 @@ def build(recipe: Recipe, source: Source, seed: int, progress: Callable[[int, in
     model = load_model(source)
     torch.manual_seed(seed)
     record = Record()
-    context = Context(seed, progress, load_tokenizer(source), record)
+    context = Context(seed, progress, load_tokenizer(source), record, reference=model)
     started = time.perf_counter()
     for technique in recipe.techniques:
         model = technique.apply(model, context)
@@ -114,6 +115,7 @@ def save(model: PreTrainedModel, folder: Path, origin: dict[str, object]) -> Non
         "format": FORMAT,
         **origin,
         "quantized": quantized,
+        "cache": asdict(model.cache_grid) if hasattr(model, "cache_grid") else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "size": asdict(measure_size(model, tensors, quantized)),
     }
@@ -164,6 +166,8 @@ def load(folder: Path) -> PreTrainedModel:
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise VariantError(f"The variant in {folder} lacks {left[0]}; `edgelab cache clear` removes it.")
+    if grid := read_cache_grid(about):
+        model.cache_grid = grid
     return model.eval()
 
 
@@ -193,6 +197,11 @@ def read_about(folder: Path) -> dict:
             f"{folder} is of format {about.get('format')}, not {FORMAT}; `edgelab cache clear` removes it."
         )
     return about
+
+
+def read_cache_grid(about: dict) -> CacheGrid | None:
+    """How the variant keeps its keys and values; None where they stay as they are."""
+    return CacheGrid(**about["cache"]) if about.get("cache") else None
 
 
 def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, dict]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
+from typing import Protocol
 
 from transformers import PretrainedConfig
 
@@ -19,8 +20,21 @@ def peak_rss_mb() -> float:
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-def kv_cache_mb_per_1k(config: PretrainedConfig, bytes_per_value: float = 4) -> float:
-    """MB of keys and values of 1,000 tokens: layers x KV heads x head size x 2 x bytes."""
+class CacheGrid(Protocol):
+    """How a model keeps its keys and values where they are quantized."""
+
+    def nbytes(self, config: PretrainedConfig, tokens: int, bytes_per_value: float) -> float: ...
+
+
+def kv_cache_mb_per_1k(
+    config: PretrainedConfig, bytes_per_value: float = 4, grid: CacheGrid | None = None
+) -> float:
+    """MB of keys and values of 1,000 tokens: layers x KV heads x head size x 2 x bytes.
+
+    grid: how they are quantized; the bytes are then those of the packed cache, scales and recent tokens included.
+    """
+    if grid is not None:
+        return grid.nbytes(config, 1000, bytes_per_value) / 1e6
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers * heads * head_dim * 2 * bytes_per_value * 1000 / 1e6

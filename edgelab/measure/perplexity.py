@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from edgelab.corpora import CorpusError, TokenizedText
 from edgelab.errors import EdgeLabError
 
+CHUNK = 32  # tokens that a model with a quantized cache reads at a time
 SLICE = 64  # positions whose logits exist at one time: 12.6 MB in float32 for a vocabulary of 49,152
 
 
@@ -182,11 +183,25 @@ def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
     with torch.inference_mode(), prepacked(model, max((len(window.ids) - 1 for window in cut), default=1)):
         for index, window in enumerate(cut):
             ids = window.ids[None, :-1].to(device)  # (1, time)
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (1, time, hidden)
+            hidden = last_hidden_states(model, ids)  # (1, time, hidden)
             states = hidden[0, -window.scored :]  # (scored, hidden)
             targets = window.ids[-window.scored :].to(device)
             for part, answers in zip(states.split(SLICE), targets.split(SLICE), strict=True):
                 yield Slice(index, head(model, part), answers, part)
+
+
+def last_hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Final hidden states (1, time, hidden) of tokens (1, time), in one pass.
+
+    A model with a quantized cache (`cache_grid`) reads CHUNK tokens at a time through it, so that it attends to a
+    quantized past, as in decoding; a chunk sees itself before it is rounded, so at most CHUNK - 1 tokens later.
+    """
+    grid = getattr(model, "cache_grid", None)
+    if grid is None:
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    cache = grid.new_cache(model.config)
+    read = partial(model.base_model, past_key_values=cache, use_cache=True)
+    return torch.cat([read(input_ids=chunk).last_hidden_state for chunk in ids.split(CHUNK, 1)], 1)
 
 
 @contextmanager

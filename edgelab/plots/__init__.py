@@ -8,7 +8,10 @@ from edgelab.plot_style import (
     UnknownMetric,
     label,
 )
+from edgelab.plots.activations import activation_outliers
+from edgelab.plots.allocation import bit_allocation, largest_factor, predicted_measured, predictions
 from edgelab.plots.memory import NEED_PARTS, gigabytes, memory_bars
+from edgelab.plots.methods import method_lines
 from edgelab.plots.rows import latency, pareto_front, protocols, size_bars, tradeoff, window_delta
 from edgelab.plots.weights import weight_grid
 
@@ -19,11 +22,17 @@ __all__ = [
     "NEED_PARTS",
     "NothingToDraw",
     "UnknownMetric",
+    "activation_outliers",
+    "bit_allocation",
     "gigabytes",
     "label",
+    "largest_factor",
     "latency",
     "memory_bars",
+    "method_lines",
     "pareto_front",
+    "predicted_measured",
+    "predictions",
     "protocols",
     "size_bars",
     "tradeoff",

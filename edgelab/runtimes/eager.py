@@ -4,6 +4,7 @@
 | --------------------------------------------------- | ---------------------------------------------------------- |
 | 2 to 4 bits, groups that 32 divides, or whole rows  | `_weight_int4pack_mm_for_cpu`, bfloat16                    |
 | 5 to 8 bits, one scale per row                      | `_weight_int8pack_mm`, bfloat16                            |
+| one scale per row, symmetric, int8 activations      | `_int_mm`, int8 x int8 -> int32                            |
 | any other                                           | unpacked to one byte, dequantized whenever it is used      |
 
 Fewer bits are unpacked at loading to the next width that has a kernel; bits per weight on disk stay as they are.
@@ -11,15 +12,21 @@ Fewer bits are unpacked at loading to the next width that has a kernel; bits per
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from edgelab import variants
-from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor
+from edgelab.techniques.quantization.packed import (
+    ActivationGrid,
+    PackedEmbedding,
+    PackedLinear,
+    QuantizedTensor,
+)
 
 LONG = 16  # tokens from which int8 goes through a dense bfloat16 product
 
@@ -86,16 +93,55 @@ class Int8Linear(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
 
+class Int8ActivationLinear(nn.Module):
+    """A linear layer on torch's integer product: int8 activations, int8 weights with one symmetric scale per row.
+
+    Static activations are uint8 with a zero-point; the product takes them less 128, and what that and the zero-point
+    add to a row is a whole number known beforehand: (q - z) = (q - 128) - (z - 128). Sums are exact, in int32.
+    """
+
+    kernel = "int8 x int8 int_mm"
+
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None, activation: ActivationGrid) -> None:
+        super().__init__()
+        self.bias = bias
+        self.activation = activation
+        integers = (tensor.integers.short() - 2 ** (tensor.bits - 1)).to(torch.int8)
+        self.register_buffer("integers", integers, persistent=False)
+        scale, offset = tensor.scale.float().expand(len(integers), -1)[:, 0].contiguous(), None
+        if activation.scale is not None:
+            scale = scale * activation.scale
+            offset = integers.sum(1, dtype=torch.int32) * (activation.zero_point.int() - 128)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.reshape(-1, inputs.shape[-1]).float()  # (tokens, in_features)
+        if self.activation.scale is None:
+            scale = flat.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+            rounded = torch.round(flat / scale).clamp_(-127, 127).to(torch.int8)
+            outputs = torch._int_mm(rounded, self.integers.t()) * scale * self.scale
+        else:
+            steps = torch.round(flat / self.activation.scale + self.activation.zero_point)
+            rounded = steps.clamp_(0, 255).sub_(128).to(torch.int8)
+            outputs = (torch._int_mm(rounded, self.integers.t()) - self.offset) * self.scale
+        if self.bias is not None:
+            outputs += self.bias
+        return outputs.to(inputs.dtype).reshape(*inputs.shape[:-1], -1)
+
+
 def int4_group_size(tensor: QuantizedTensor) -> int:
     """The largest group size of the int4 kernel that divides the tensor's groups; 0 where none does."""
     return next((size for size in (256, 128, 64, 32) if tensor.group_size % size == 0), 0)
 
 
-def kernel_for(tensor: QuantizedTensor) -> type[Int4Linear] | type[Int8Linear] | None:
-    """The packed layer that can run a quantized matrix, or None."""
+def kernel_for(tensor: QuantizedTensor, activation: ActivationGrid | None = None) -> type[nn.Module] | None:
+    """The packed layer that can run a quantized matrix behind that activation grid, or None."""
     out_features = tensor.integers.shape[0]
     if not isinstance(tensor, QuantizedTensor):
         return None
+    if activation is not None:
+        return Int8ActivationLinear if tensor.scale.shape[1] == 1 and tensor.zero_point is None else None
     if tensor.bits <= 4 and int4_group_size(tensor) and out_features % 16 == 0:
         return Int4Linear
     return Int8Linear if tensor.scale.shape[1] == 1 else None
@@ -109,7 +155,10 @@ class Eager:
     def __init__(self, variant: Path) -> None:
         self.model: PreTrainedModel = variants.load(variant)
         self.kernel = self._prepare()
-        self._cache: DynamicCache | None = None
+        self.cache_grid = getattr(self.model, "cache_grid", None)
+        if self.cache_grid is not None:
+            self.kernel += f" + int{self.cache_grid.bits} cache"
+        self._cache: Cache | None = None
 
     def _prepare(self) -> str:
         """Put kernels in place; returns their names."""
@@ -119,12 +168,14 @@ class Eager:
         for name, layer in list(self.model.named_modules()):
             if not isinstance(layer, PackedLinear):
                 continue
-            fast = kernel_for(layer.tensor) if layer.activation is None else None
+            fast = kernel_for(layer.tensor, layer.activation)
             if fast is None:
-                names[f"unpacked when used, {dtype}"] = None
+                rounded = "" if layer.activation is None else " after rounding the inputs"
+                names[f"unpacked when used, {dtype}{rounded}"] = None
                 continue
             if id(layer.tensor) not in made:
-                made[id(layer.tensor)] = fast(layer.tensor, layer.bias)
+                grids = [] if layer.activation is None else [layer.activation]
+                made[id(layer.tensor)] = fast(layer.tensor, layer.bias, *grids)
             stored = layer.tensor.bits
             width = 4 if fast is Int4Linear else 8
             names[fast.kernel + (f" ({stored} bits unpacked to {width})" if stored < width else "")] = None
@@ -132,7 +183,8 @@ class Eager:
         return " + ".join(names) or f"{dtype} linear"
 
     def prefill(self, ids: list[int]) -> int:
-        self._cache = DynamicCache(config=self.model.config)
+        config = self.model.config
+        self._cache = self.cache_grid.new_cache(config) if self.cache_grid else DynamicCache(config=config)
         return self._step(ids)
 
     def decode(self, token: int) -> int:
@@ -144,6 +196,10 @@ class Eager:
                 torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
         return int(answer.logits[0, -1].argmax())
+
+
+def _round_inputs(grid: ActivationGrid, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    return grid.round(inputs[0])
 
 
 class Simulated(Eager):
@@ -158,6 +214,8 @@ class Simulated(Eager):
                 dense = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")
                 dense.weight = nn.Parameter(layer.tensor.dequantize(self.model.dtype), requires_grad=False)
                 dense.bias = layer.bias
+                if layer.activation is not None:
+                    dense.register_forward_pre_hook(partial(_round_inputs, layer.activation))
                 self.model.set_submodule(name, dense)
             elif isinstance(layer, PackedEmbedding):
                 dense = nn.Embedding.from_pretrained(layer.scaled(layer.tensor.dequantize()))

@@ -1,5 +1,35 @@
 """The techniques: importing this package enters every one of them into `edgelab.recipes.TECHNIQUES`."""
 
-from edgelab.techniques.quantization import floats, rtn
+from edgelab.techniques.quantization import (
+    activations,
+    autoround,
+    awq,
+    floats,
+    gptq,
+    hqq,
+    kv,
+    mixed,
+    nonuniform,
+    one_bit,
+    qat,
+    rtn,
+    smooth,
+    unpack,
+)
 
-__all__ = ["floats", "rtn"]
+__all__ = [
+    "activations",
+    "autoround",
+    "awq",
+    "floats",
+    "gptq",
+    "hqq",
+    "kv",
+    "mixed",
+    "nonuniform",
+    "one_bit",
+    "qat",
+    "rtn",
+    "smooth",
+    "unpack",
+]

@@ -70,6 +70,25 @@ class Block:
                 hook.remove()
         return [Group(tuple(names), producers.get(tensor)) for tensor, names in members.items()]
 
+    def on_the_way(
+        self, hidden: Tensor, groups: list[Group], visit: Callable[[Group, Tensor], None]
+    ) -> Tensor:
+        """Run the block once and call `visit` with each group and its inputs as they arrive; returns the outputs.
+
+        Where `visit` changes the layers of the group, later groups and the outputs see what that makes of theirs.
+        """
+
+        def arrive(group: Group) -> Callable:
+            return lambda module, inputs: visit(group, inputs[0])
+
+        first = [(self.module.get_submodule(group.layers[0]), group) for group in groups]
+        hooks = [layer.register_forward_pre_hook(arrive(group)) for layer, group in first]
+        try:
+            return self(hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the transformer blocks. Raises RecipeError for a model that is not a stack of blocks."""
@@ -117,6 +136,16 @@ def blocks(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Block], Tensor]
 
 class _Enough(Exception):
     """The first block has been reached, and nothing after it is wanted."""
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16 or AMX)."""
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def half_precision() -> torch.autocast:
+    """Linear layers in bfloat16, where the CPU has it in hardware; residuals and norms stay in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_is_fast())
 
 
 def longest(model: PreTrainedModel) -> int:

@@ -2,6 +2,8 @@
 
 scale = (max(w, 0) - min(w, 0)) / (2**bits - 1)      zero_point = round(-min(w, 0) / scale)
 q = clamp(round(w / scale) + zero_point, 0, 2**bits - 1)      w ~ (q - zero_point) * scale
+
+The range from min to max is the first choice and not the best one: see `ranges`.
 """
 
 from __future__ import annotations
@@ -15,45 +17,54 @@ from transformers import PreTrainedModel
 
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor
+from edgelab.techniques.quantization.ranges import (
+    SMALLEST_SCALE,
+    Range,
+    affine_grid,
+    find_grid,
+    round_to_grid,
+)
 
-SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: a group of zeros still needs a scale to divide by
+__all__ = [
+    "SMALLEST_SCALE",
+    "GroupSizeError",
+    "RoundToNearest",
+    "affine_grid",
+    "check_group_size",
+    "linear_layers",
+    "quantize_affine",
+    "quantize_embedding",
+]
 
 
 class GroupSizeError(RecipeError):
     """The group size does not divide the inputs of a layer."""
 
 
-def quantize_affine(weight: Tensor, bits: int, group_size: int, symmetric: bool = False) -> QuantizedTensor:
-    """Round `weight` onto a uniform grid, one scale and zero-point per group of inputs.
+def quantize_affine(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    per_tensor: bool = False,
+    range: Range = "minmax",
+    percentile: float = 99.9,
+) -> QuantizedTensor:
+    """Round `weight` onto a uniform grid, one scale and zero-point per group of inputs, or one for the matrix.
 
     weight: (out_features, in_features), float. group_size must divide in_features; 0 means one group per row.
     Returns integers in [0, 2**bits - 1] of the same shape, scale (float16) and zero_point (uint8) of shape
-    (out_features, groups); zero_point is None where symmetric, and then stands for 2**(bits - 1).
+    (out_features, groups), per_tensor (1, 1); zero_point is None where symmetric, and then stands for 2**(bits - 1).
     Raises GroupSizeError, naming group sizes that fit, where group_size does not divide in_features.
     Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
     out_features, in_features = weight.shape
     check_group_size(group_size, [in_features])
-    groups = weight.float().reshape(out_features, -1, group_size or in_features)  # (out, groups, group_size)
-    scale, zero_point = affine_grid(groups, bits, symmetric)
-    centre = 2 ** (bits - 1) if zero_point is None else zero_point.float()[..., None]
-    integers = torch.round(groups / scale.float()[..., None]).add_(centre).clamp_(0, 2**bits - 1)
+    shape = (1, 1, -1) if per_tensor else (out_features, -1, group_size or in_features)
+    groups = weight.float().reshape(shape)  # (out, groups, group_size)
+    scale, zero_point = find_grid(groups, bits, symmetric, range, percentile)
+    integers = round_to_grid(groups, scale, zero_point, bits)
     return QuantizedTensor(integers.to(torch.uint8).reshape(weight.shape), scale, zero_point, bits)
-
-
-def affine_grid(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero-point of the min-max range of each group, widened so that it holds zero.
-
-    groups: (..., group_size), float32. Returns scale (...) in float16 and zero_point (...) in uint8, or None.
-    """
-    if symmetric:
-        scale = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
-        return scale.clamp(min=SMALLEST_SCALE).half(), None
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    # The stored scale is the one that rounding uses, so that the float16 of it costs nothing but range.
-    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE).half()
-    zero_point = torch.round(-low / scale.float()).clamp(0, 2**bits - 1)
-    return scale, zero_point.to(torch.uint8)
 
 
 def check_group_size(group_size: int, in_features: list[int]) -> None:
@@ -73,13 +84,17 @@ class RoundToNearest:
     """Round every linear layer but the head; `embedding_bits` rounds the embedding (and head) per row as well.
 
     bits: 2 to 8. group_size: inputs that share a scale, 0 for a whole row. symmetric: zero-point in the middle.
-    embedding_bits: 2 to 8, or 0 to leave the embedding as it is.
+    embedding_bits: 2 to 8, or 0 to leave the embedding as it is. per_tensor: one scale for a whole matrix, with
+    group_size=0. range: how the ends of the grid are chosen; percentile: above 50 to 100, where that is the range.
     """
 
     bits: int = 4
     group_size: int = 64
     symmetric: bool = False
     embedding_bits: int = 0
+    per_tensor: bool = False
+    range: Range = "minmax"
+    percentile: float = 99.9
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -92,6 +107,19 @@ class RoundToNearest:
             raise RecipeError(
                 f"quantize.rtn:group_size={self.group_size} is negative; 0 means one group per row."
             )
+        if self.per_tensor and self.group_size:
+            raise RecipeError(
+                f"quantize.rtn:per_tensor=true has no groups of {self.group_size}; write group_size=0 beside it."
+            )
+        if not 50 < self.percentile <= 100:
+            raise RecipeError(
+                f"quantize.rtn:percentile={self.percentile} is outside what is above 50 and at most 100."
+            )
+        if self.percentile != 99.9 and self.range != "percentile":
+            raise RecipeError(
+                f"quantize.rtn:percentile={self.percentile} has no effect with range={self.range}; "
+                "write range=percentile beside it."
+            )
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear (and PackedEmbedding) in place of the rounded layers."""
@@ -100,7 +128,15 @@ class RoundToNearest:
         model = copy.deepcopy(model)
         for done, name in enumerate(layers, 1):
             layer = model.get_submodule(name)
-            tensor = quantize_affine(layer.weight.detach(), self.bits, self.group_size, self.symmetric)
+            tensor = quantize_affine(
+                layer.weight.detach(),
+                self.bits,
+                self.group_size,
+                self.symmetric,
+                self.per_tensor,
+                self.range,
+                self.percentile,
+            )
             model.set_submodule(name, PackedLinear(tensor, layer.bias))
             context.progress(done, len(layers))
         if self.embedding_bits:
@@ -109,11 +145,23 @@ class RoundToNearest:
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Every linear layer but the output head, by name. Raises RecipeError where none is left to change."""
+    """Every linear layer but the output head, by name. Raises RecipeError where one is packed, or none found."""
     head = model.get_output_embeddings()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | PackedLinear) and module is not head
+    }
+    packed = [name for name, module in layers.items() if isinstance(module, PackedLinear)]
+    if packed:
+        raise RecipeError(
+            f"{len(packed)} of {len(layers)} linear layers are quantized already, {packed[0]} first; put "
+            "quantize.unpack before what shall change them again."
+        )
     if not layers:
-        raise RecipeError("The model has no float linear layers left to change: it is quantized already.")
+        raise RecipeError(
+            f"{type(model).__name__} has no linear layers (torch.nn.Linear) that could be changed."
+        )
     return layers
 
 

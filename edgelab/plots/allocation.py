@@ -1,0 +1,176 @@
+"""Which layer got how many bits, how much each minds, and whether the predicted loss came true."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from edgelab.labels import Mark, label_marks
+from edgelab.plot_style import (
+    BASELINE_LINE,
+    FAMILY_COLOURS,
+    PALE,
+    PROTOCOL,
+    NothingToDraw,
+    Rows,
+    as_frame,
+    label,
+    new_chart,
+    scale_axis,
+    stamp,
+    style_axes,
+)
+
+PREDICTED = re.compile(
+    r"Predicted ΔNLL (\d+(?:\.\d+)?(?:e-?\d+)?) nats"
+)  # as techniques write it into their notes
+BIT_COLOURS = colormaps[
+    "viridis"
+]  # dark for few bits; even steps for readers with any kind of colour blindness
+FEWEST, MOST = 2, 8
+WHITE_BELOW = 6  # bits whose colour is dark enough for white digits
+SMALLEST = 1e-6  # nats per token; less is drawn as this
+
+
+def bit_allocation(layers: pd.DataFrame, title: str = "Bits of each layer") -> Figure:
+    """Bits of every layer, blocks along x and one row per kind of layer; under it how much the same layers mind.
+
+    layers: a row per layer with block (0, 1, ...), kind (q_proj, ...), bits, and sensitivity: nats per token where
+    that layer alone has 4 bits. Raises NothingToDraw without layers.
+    """
+    if layers.empty:
+        raise NothingToDraw("the table has no layers: compute sensitivities first, with quantize.mixed")
+    kinds = list(dict.fromkeys(layers["kind"]))
+    bits, sensitivity = (
+        layers.pivot(index="kind", columns="block", values=column).loc[kinds]
+        for column in ("bits", "sensitivity")
+    )
+    figure = new_chart(max(6.5, 2.2 + 0.29 * bits.shape[1]), 1.9 + 0.5 * len(kinds))
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper.pcolormesh(
+        *_edges(bits), bits, cmap=BIT_COLOURS, vmin=FEWEST, vmax=MOST, edgecolor="white", linewidth=0.6
+    )
+    for (row, column), width in np.ndenumerate(bits.to_numpy(float)):
+        if np.isfinite(width):
+            ink = "white" if width < WHITE_BELOW else "black"
+            place = {"ha": "center", "va": "center", "fontsize": 7}
+            upper.text(bits.columns[column], row, f"{width:.0f}", color=ink, **place)
+    drawn = sensitivity.clip(lower=SMALLEST)
+    norm = LogNorm(drawn.min().min(), max(drawn.max().max(), 1.01 * drawn.min().min()))
+    shades = lower.pcolormesh(
+        *_edges(bits), drawn, cmap="Oranges", norm=norm, edgecolor="white", linewidth=0.6
+    )
+    bar = figure.colorbar(shades, ax=lower, pad=0.01, aspect=12)
+    bar.set_label("nats per token", fontsize=8)
+    bar.ax.tick_params(labelsize=7.5)
+    bar.outline.set_visible(False)
+    present = sorted(set(layers["bits"]))
+    style_axes(upper, title, [Patch(facecolor=_shade(width), label=f"{width} bits") for width in present])
+    style_axes(lower)
+    lower.set_title(
+        "How much each layer minds: KL divergence predicted where it alone has 4 bits", loc="left", fontsize=9
+    )
+    lower.set_xlabel("Block", fontsize=9.5)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (upper, lower):
+        _name_rows(axes, kinds)
+    return figure
+
+
+def _shade(bits: float) -> tuple[float, ...]:
+    return BIT_COLOURS((bits - FEWEST) / (MOST - FEWEST))
+
+
+def _edges(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    return np.append(table.columns, table.columns[-1] + 1) - 0.5, np.arange(len(table) + 1) - 0.5
+
+
+def _name_rows(axes: Axes, kinds: list[str]) -> None:
+    axes.set_yticks(range(len(kinds)), kinds, parse_math=False)
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
+    axes.grid(visible=False)
+
+
+def predictions(rows: Rows) -> pd.DataFrame:
+    """Rows whose notes hold a predicted difference of NLL and that measured one: name, predicted, measured.
+
+    Of rows of one recipe, model and protocol the newest counts. Raises NothingToDraw where there is none.
+    """
+    frame = as_frame(rows)
+    found = frame.get("notes", pd.Series("", frame.index)).astype(str).str.extract(PREDICTED)[0].astype(float)
+    frame = frame.assign(predicted=found, measured=frame["delta_nll"], name=frame["recipe"].map(label))
+    frame = frame[(frame["status"] == "ok") & np.isfinite(frame[["predicted", "measured"]]).all(axis=1)]
+    frame = frame.sort_values(["reader", "started_at"], kind="stable")
+    frame = frame.drop_duplicates(["recipe", *PROTOCOL], keep="last")
+    if frame.empty:
+        raise NothingToDraw(
+            "no row has a predicted and a measured difference of NLL: measure the baseline and a recipe such as "
+            'quantize.mixed:bits=4, with el.compare(["none", "quantize.mixed:bits=4"])'
+        )
+    return frame[["name", "predicted", "measured", "fast"]].reset_index(drop=True)
+
+
+def largest_factor(points: pd.DataFrame) -> float:
+    """By how much the worst prediction is off, as a factor of at least 1. Only points above zero count."""
+    points = points[(points[["predicted", "measured"]] > 0).all(axis=1)]
+    return math.exp(np.log(points["predicted"] / points["measured"]).abs().max()) if len(points) else math.nan
+
+
+def predicted_measured(points: pd.DataFrame, title: str = "Predicted loss against measured") -> Figure:
+    """Predicted difference of NLL along x, measured along y; on the dashed line the prediction came true.
+
+    points: columns name, predicted and measured, in nats per token; a name may be empty. The grey band holds every
+    point that is off by no more than the worst factor, which the title says. Points at or below zero are counted in
+    a note. Raises NothingToDraw where no point is left.
+    """
+    positive = (points[["predicted", "measured"]] > 0).all(axis=1)
+    shown = points[positive]
+    if shown.empty:
+        raise NothingToDraw("no point has a predicted and a measured loss above zero")
+    factor = largest_factor(shown)
+    blue = FAMILY_COLOURS["quantize"]
+    figure = new_chart(6.6, 5.4)
+    axes = figure.subplots()
+    both = shown[["predicted", "measured"]].stack()
+    for side in "xy":
+        scale_axis(axes, side, both)
+    span = np.array([both.min() / 1.4, both.max() * 1.4])
+    axes.fill_between(span, span / factor, span * factor, color=PALE, alpha=0.25, linewidth=0, zorder=0)
+    axes.plot(span, span, **BASELINE_LINE)
+    many = len(shown) > 40
+    axes.scatter(
+        shown["predicted"], shown["measured"], s=14 if many else 42, color=blue, edgecolor="white", linewidth=0.5,
+        alpha=0.7 if many else 1, zorder=3,
+    )  # fmt: skip
+    axes.set(xlim=span, ylim=span)
+    axes.set_xlabel("Predicted: sum over layers rounded alone (nats per token)", fontsize=9.5)
+    axes.set_ylabel("Measured (nats per token)", fontsize=9.5)
+    legend = [
+        Line2D([], [], label="as predicted", **BASELINE_LINE),
+        Patch(facecolor=PALE, alpha=0.25, label="off by the worst factor at most"),
+    ]
+    style_axes(axes, f"{title}: within a factor of {factor:.2f}", legend)
+    left_out = int((~positive).sum())
+    notes = [f"Not drawn, because not above zero: {left_out}."] if left_out else []
+    stamp(figure, points.reindex(columns=["fast"]).eq(True), notes)
+    names = shown["name"] if "name" in shown else pd.Series("", shown.index)
+    label_marks(
+        axes,
+        [
+            Mark(x, y, name, blue)
+            for x, y, name in zip(shown["predicted"], shown["measured"], names, strict=True)
+            if name
+        ],
+        [np.column_stack([span, span])],
+    )
+    return figure

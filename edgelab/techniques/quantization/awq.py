@@ -1,0 +1,121 @@
+"""AWQ: give the input channels that carry much a finer grid, by scaling their weights up and their inputs down.
+
+W x = (W diag(s)) (diag(s)^-1 x)          s_j = mean|x_j|**alpha, alpha searched for the least output error
+E = Q(W diag(s)) diag(s)^-1 - W           output error = trace(E H E^T) with H = mean of x x^T
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from edgelab.recipes import Context, RecipeError, register
+from edgelab.techniques.calibration import Calibrated
+from edgelab.techniques.folding import fold_scale
+from edgelab.techniques.quantization.gptq import input_products
+from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
+from edgelab.techniques.quantization.ranges import find_grid, on_grid, round_to_grid
+from edgelab.techniques.quantization.rtn import check_group_size, linear_layers
+from edgelab.techniques.structure import Block, Group, blocks, half_precision, longest
+
+ALPHAS = 20  # steps of the search from no scaling to scaling by the whole mean magnitude
+
+
+def search_scale(
+    weight: Tensor, magnitude: Tensor, hessian: Tensor, bits: int, group_size: int, symmetric: bool = False
+) -> tuple[Tensor, float]:
+    """The scale of input channels that makes the rounding error of the outputs least, and its alpha.
+
+    weight: (out_features, in_features). magnitude: mean |x| of each input, (in_features,). hessian: mean of x x^T.
+    Returns (in_features,) with geometric middle of the extremes 1. Lin et al. 2024, arXiv:2306.00978, section 3.2.
+    """
+    best, least, best_alpha = torch.ones_like(magnitude), torch.inf, 0.0
+    for step in range(ALPHAS):
+        alpha = step / ALPHAS
+        scale = magnitude.clamp(min=1e-4) ** alpha
+        scale = scale / (scale.amax() * scale.amin()).sqrt()
+        groups = (weight * scale).unflatten(-1, (-1, group_size or weight.shape[1]))
+        rounded = on_grid(groups, *find_grid(groups, bits, symmetric), bits)
+        error = rounded.flatten(1) / scale - weight
+        loss = float(((error @ hessian) * error).sum())
+        if loss < least:
+            best, least, best_alpha = scale, loss, alpha
+    return best, best_alpha
+
+
+@register("quantize.awq", shown=("bits", "group_size"))
+@dataclass(frozen=True, kw_only=True)
+class AWQ(Calibrated):
+    """Activation-aware scales for every group of layers that read the same input, clipped ranges, then rounding.
+
+    Scales are folded into what makes the input, a norm or a linear layer; where nothing can take them, only clipping
+    is left. clip: search the share of each range that makes the output error least. scales_only: fold the scales and
+    leave the weights in float, for another technique to round: quantize.awq:scales_only=true + quantize.gptq.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    clip: bool = True
+    scales_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"quantize.awq:bits={self.bits} is outside 2 to 8.")
+
+    def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """A copy of the model with folded scales and, unless scales_only, PackedLinear layers."""
+        check_group_size(self.group_size, [layer.in_features for layer in linear_layers(model).values()])
+        tokens = self.draw(context, longest(model))
+        model = copy.deepcopy(model)
+        found, hidden = blocks(model, tokens)
+        with torch.no_grad(), half_precision():
+            for done, block in enumerate(found, 1):
+                hidden = self._change_block(block, hidden, context)
+                context.progress(done, len(found))
+        return model
+
+    def _change_block(self, block: Block, hidden: Tensor, context: Context) -> Tensor:
+        """Scale and round the layers of one block in place; returns the hidden states behind it."""
+        seen: dict[Group, tuple[Tensor, Tensor]] = {}
+
+        def visit(group: Group, inputs: Tensor) -> None:
+            hessian, lost = input_products(inputs)
+            if lost:
+                context.record.notes.append(f"{block.name}: {lost} tokens with non-finite inputs left out.")
+            seen[group] = hessian, inputs.nan_to_num(0, 0, 0).abs().flatten(0, -2).mean(0).float()
+
+        outputs = block.on_the_way(hidden, block.groups(hidden[:1]), visit)
+        layers = block.linear()
+        with torch.autocast("cpu", enabled=False):
+            for group, (hessian, magnitude) in seen.items():
+                weight = torch.cat([layers[name].weight for name in group.layers])
+                scale = torch.ones_like(magnitude)
+                if fold_scale(
+                    block.module, group, scale
+                ):  # ones change nothing, and say whether others would do
+                    scale, _ = search_scale(
+                        weight, magnitude, hessian, self.bits, self.group_size, self.symmetric
+                    )
+                    fold_scale(block.module, group, scale)
+                seen[group] = hessian / scale / scale[:, None], magnitude
+            if self.scales_only:
+                return outputs
+            for group, (hessian, _) in seen.items():
+                for name in group.layers:
+                    tensor = self._round(layers[name].weight, hessian)
+                    block.module.set_submodule(name, PackedLinear(tensor, layers[name].bias))
+        return block(hidden)
+
+    def _round(self, weight: Tensor, hessian: Tensor) -> QuantizedTensor:
+        groups = weight.float().unflatten(-1, (-1, self.group_size or weight.shape[1]))
+        importance = hessian.diagonal().view(groups.shape[1:])
+        rule = "mse" if self.clip else "minmax"
+        scale, zero_point = find_grid(groups, self.bits, self.symmetric, rule, importance=importance)
+        integers = round_to_grid(groups, scale, zero_point, self.bits)
+        return QuantizedTensor(integers.flatten(1).to(torch.uint8), scale, zero_point, self.bits)

@@ -1,0 +1,224 @@
+"""GPTQ: round one input column after the other, and let the columns that are left make up for the error.
+
+H = X^T X / n + damping * mean(diag) * I         U = upper Cholesky factor of H^-1
+for each column j:  q_j = round(w_j);  e = (w_j - q_j) / U_jj;  w_k -= e * U_jk  for every k > j
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from edgelab.recipes import Context, RecipeError, register
+from edgelab.techniques.calibration import Calibrated
+from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
+from edgelab.techniques.quantization.ranges import find_grid
+from edgelab.techniques.quantization.rtn import check_group_size, linear_layers
+from edgelab.techniques.structure import Block, Group, blocks, half_precision, longest
+
+CHUNK = 4096  # tokens whose products are summed in one matrix product
+LAZY = 128  # columns that are rounded before the error reaches the rest of the matrix
+LARGEST_DAMPING = 1.0
+
+# Weights (out_features, groups, group_size), and which groups these are -> scale, zero_point (out_features, groups)
+FindGrid = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group_size: int,
+    find: FindGrid,
+    activation_order: bool = True,
+    static_groups: bool = True,
+    damping: float = 0.01,
+) -> tuple[QuantizedTensor, float]:
+    """Round `weight` so that the outputs on the calibration text change little; also returns the damping it took.
+
+    weight: (out_features, in_features). hessian: (in_features, in_features), mean of x x^T over tokens. find: scale
+    and zero_point of groups of weights. activation_order: columns with the largest inputs first. static_groups: the
+    grid of a group comes from the original weights, else from the weights as they are when its first column is due.
+    damping: share of the mean diagonal added to it; tenfold until the Cholesky factor exists.
+    Frantar et al. 2023, arXiv:2210.17323.
+    """
+    out_features, in_features = weight.shape
+    size = group_size or in_features
+    weight = weight.float().clone()
+    groups = weight.view(out_features, -1, size)  # a view: follows the updates
+    dead = hessian.diagonal() == 0
+    weight[:, dead] = 0  # inputs that are never seen; their column may be anything, and zero is on every grid
+    scale, zero_point = find(groups)
+    order = hessian.diagonal().argsort(descending=True) if activation_order else torch.arange(in_features)
+    factor, damping = inverse_factor(hessian[order][:, order], damping)
+    work = weight[:, order]
+    integers = torch.empty_like(weight)
+    begun: set[int] = set()
+    for start in range(0, in_features, LAZY):
+        end = min(start + LAZY, in_features)
+        errors = torch.empty(out_features, end - start)
+        part, triangle = work[:, start:end], factor[start:end, start:end]
+        for j in range(end - start):
+            column = int(order[start + j])
+            group = column // size
+            if not static_groups and group not in begun:
+                begun.add(group)
+                weight[:, order[start:]] = work[:, start:]
+                now_scale, now_zero = find(groups[:, [group]], [group])
+                scale[:, group] = now_scale[:, 0]
+                if zero_point is not None:
+                    zero_point[:, group] = now_zero[:, 0]
+            step = scale[:, group].float()
+            centre = 2.0 ** (bits - 1) if zero_point is None else zero_point[:, group].float()
+            rounded = torch.round(part[:, j] / step).add_(centre).clamp_(0, 2**bits - 1)
+            integers[:, column] = rounded
+            errors[:, j] = (part[:, j] - (rounded - centre) * step) / triangle[j, j]
+            part[:, j + 1 :].addr_(errors[:, j], triangle[j, j + 1 :], alpha=-1)
+        work[:, end:] -= errors @ factor[start:end, end:]
+    return QuantizedTensor(integers.to(torch.uint8), scale, zero_point, bits), damping
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper Cholesky factor of the inverse of the damped matrix, and the damping that made it possible.
+
+    hessian: (n, n). Raises RecipeError where a damping of LARGEST_DAMPING is not enough.
+    """
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    extra = (diagonal == 0).float() * mean
+    while True:
+        damped = hessian + torch.diag(damping * mean + extra)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed and upper.isfinite().all():
+                return upper, damping
+        damping *= 10
+        if damping > LARGEST_DAMPING:
+            raise RecipeError(
+                "The Hessian of a layer cannot be inverted; use more or longer calibration samples."
+            )
+
+
+def input_products(inputs: Tensor) -> tuple[Tensor, int]:
+    """Mean of x x^T over tokens (in_features, in_features), and how many tokens were left out as not finite.
+
+    inputs: (..., in_features). float32: sums of bfloat16 products would leave small matrices without a factor.
+    """
+    tokens = inputs.flatten(0, -2)
+    finite = tokens.isfinite().all(-1)
+    lost = len(tokens) - int(finite.sum())
+    if lost:
+        tokens = tokens[finite]
+    total = torch.zeros(tokens.shape[-1], tokens.shape[-1])
+    with torch.autocast("cpu", enabled=False):
+        for chunk in tokens.split(CHUNK):
+            chunk = chunk.float()
+            total.addmm_(chunk.T, chunk)
+    return total / max(len(tokens), 1), lost
+
+
+@register("quantize.gptq", shown=("bits", "group_size"))
+@dataclass(frozen=True, kw_only=True)
+class GPTQ(Calibrated):
+    """Round every linear layer but the head with GPTQ, block after block, on the inputs that rounded blocks give.
+
+    bits: 2 to 8. group_size: inputs that share a scale, 0 for a whole row. true_sequential: within a block, a layer
+    sees its inputs after the layers before it have been rounded. range: how each group's grid is found.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    range: Literal["minmax", "mse"] = "minmax"
+    activation_order: bool = True
+    static_groups: bool = True
+    true_sequential: bool = True
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"quantize.gptq:bits={self.bits} is outside 2 to 8.")
+        if not 0 < self.damping <= LARGEST_DAMPING:
+            raise RecipeError(f"quantize.gptq:damping={self.damping} is outside 0 to 1; 0.01 is usual.")
+
+    def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """A copy of the model with PackedLinear in place of the rounded layers."""
+        layers = linear_layers(model)
+        check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
+        tokens = self.draw(context, longest(model))
+        model = copy.deepcopy(model)
+        found, hidden = blocks(model, tokens)
+        with torch.no_grad():
+            for done, block in enumerate(found, 1):
+                hidden = self._round_block(block, hidden, context)
+                context.progress(done, len(found))
+        return model
+
+    def _round_block(self, block: Block, hidden: Tensor, context: Context) -> Tensor:
+        """Round the layers of one block in place; returns the hidden states behind it."""
+        groups = block.groups(hidden[:1])
+        layers = block.linear()
+        packed: dict[str, PackedLinear] = {}
+        products: dict[Group, Tensor] = {}
+
+        def round_group(group: Group, hessian: Tensor) -> None:
+            weights = [layers[name].weight for name in group.layers]
+            tensor, damping = gptq(
+                torch.cat(weights),  # layers with the same inputs share one factor
+                hessian,
+                self.bits,
+                self.group_size,
+                self._find(hessian),
+                self.activation_order,
+                self.static_groups,
+                self.damping,
+            )
+            if damping > self.damping:
+                context.record.notes.append(f"{block.name}.{group.layers[0]}: damping raised to {damping:g}.")
+            parts = split_rows(tensor, [len(weight) for weight in weights])
+            for name, weight, part in zip(group.layers, weights, parts, strict=True):
+                packed[name] = PackedLinear(part, layers[name].bias)
+                weight.data = part.dequantize(weight.dtype)
+
+        def visit(group: Group, inputs: Tensor) -> None:
+            hessian, lost = input_products(inputs)
+            if lost:
+                context.record.notes.append(f"{block.name}: {lost} tokens with non-finite inputs left out.")
+            if self.true_sequential:
+                round_group(group, hessian)
+            else:
+                products[group] = hessian
+
+        with half_precision():
+            outputs = block.on_the_way(hidden, groups, visit)
+            for group, hessian in products.items():
+                round_group(group, hessian)
+            if products:
+                outputs = block(hidden)
+        for name, layer in packed.items():
+            block.module.set_submodule(name, layer)
+        return outputs
+
+    def _find(self, hessian: Tensor) -> FindGrid:
+        importance = hessian.diagonal().view(-1, self.group_size or len(hessian))  # (groups, group_size)
+
+        def find(groups: Tensor, which: slice | list[int] = slice(None)) -> tuple[Tensor, Tensor | None]:
+            return find_grid(groups, self.bits, self.symmetric, self.range, importance=importance[which])
+
+        return find
+
+
+def split_rows(tensor: QuantizedTensor, rows: list[int]) -> list[QuantizedTensor]:
+    """A quantized matrix cut into parts of so many rows."""
+    zero_points = [None] * len(rows) if tensor.zero_point is None else tensor.zero_point.split(rows)
+    parts = zip(tensor.integers.split(rows), tensor.scale.split(rows), zero_points, strict=True)
+    return [QuantizedTensor(*part, tensor.bits) for part in parts]

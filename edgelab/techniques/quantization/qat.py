@@ -1,0 +1,277 @@
+"""Quantization-aware training: the forward pass sees rounded weights, the gradient goes to the weights behind them.
+
+q(w) = (clamp(round(w / s + z), low, high) - z) s
+dq/dw = 1 where round(w / s + z) is on the grid, else 0                                    (straight through)
+dq/ds = (q(w) - w) / s on the grid, else low - z or high - z                               (learned step size)
+
+What comes out is stored like the result of any other quantization: the same bytes and kernels, other integers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from edgelab.recipes import Context, RecipeError, register
+from edgelab.techniques.quantization.floats import BFloat16
+from edgelab.techniques.quantization.one_bit import binary_scale, ternary_scale
+from edgelab.techniques.quantization.packed import ActivationGrid, PackedLinear, QuantizedTensor
+from edgelab.techniques.quantization.ranges import SMALLEST_SCALE, Range, find_grid
+from edgelab.techniques.quantization.rtn import check_group_size
+from edgelab.techniques.structure import bfloat16_is_fast
+from edgelab.training import Divergence, Trained, cross_entropy
+
+
+def round_to_grid(groups: Tensor, scale: Tensor, centre: Tensor, low: int, high: int) -> Tensor:
+    """Integers (out_features, groups, group_size), float32, of weights of that shape. scale, centre: (..., groups)."""
+    return torch.div(groups, scale[..., None]).add_(centre[..., None]).round_().clamp_(low, high)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Weights rounded to their grid in the forward pass; see the top of the file for the backward pass.
+
+    weight: (out_features, in_features). scale, centre: (out_features, groups) float32. bounded: gradients stop where
+    the grid ends; otherwise they always pass, since a grid that moves with the weights has no end. dtype: of the
+    result.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, scale, centre, low: int, high: int, bounded: bool, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(weight, scale, centre)
+        ctx.settings = low, high, bounded
+        groups = weight.unflatten(-1, (scale.shape[-1], -1))
+        stored = stored_scale(scale)
+        integers = round_to_grid(groups, stored, centre, low, high)
+        return integers.sub_(centre[..., None]).mul_(stored[..., None]).flatten(-2).to(dtype)
+
+    @staticmethod
+    def backward(ctx, outer: Tensor):
+        weight, scale, centre = ctx.saved_tensors
+        low, high, bounded = ctx.settings
+        outer = outer.to(weight.dtype)
+        by_scale = None
+        if bounded:
+            groups = weight.unflatten(-1, (scale.shape[-1], -1))
+            place = groups / stored_scale(scale)[..., None] + centre[..., None]
+            rounded = place.round()
+            integers = rounded.clamp(low, high)
+            inside = integers == rounded
+            grouped = outer.unflatten(-1, (scale.shape[-1], -1))
+            outer = (grouped * inside).flatten(-2)
+            if ctx.needs_input_grad[1]:
+                slope = integers - torch.where(inside, place, centre[..., None])
+                share = 1 / math.sqrt(weight.numel() / scale.numel() * (high - low))
+                by_scale = (grouped * slope).sum(-1).sum_to_size(scale.shape) * share
+        return outer, by_scale, None, None, None, None, None
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """The scale as it will be stored: a positive float16, here in float32."""
+    return scale.clamp(min=SMALLEST_SCALE).half().float()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers low to high in so many stored bits; find: groups (..., group_size) -> scale, zero_point."""
+
+    bits: int
+    low: int
+    high: int
+    find: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def grid_of(bits: str, range: Range = "minmax") -> Grid:
+    """The grid of a setting of bits: two levels for 1, three for 1.58, else 2**bits."""
+    if bits == "1":
+        return Grid(1, 0, 1, lambda groups: (binary_scale(groups), None))
+    if bits == "1.58":
+        return Grid(2, 1, 3, lambda groups: (ternary_scale(groups), None))
+    width = int(bits)
+    return Grid(width, 0, 2**width - 1, partial(find_grid, bits=width, symmetric=False, range=range))
+
+
+class FakeQuantLinear(nn.Module):
+    """A linear layer that computes with rounded weights and keeps the float weights behind them for training.
+
+    scale, zero_point: the grid, as in QuantizedTensor; None for a grid found anew from the weights at each step.
+    learned: the scale is a parameter.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        grid: Grid,
+        groups: int,
+        scale: Tensor | None = None,
+        zero_point: Tensor | None = None,
+        learned: bool = False,
+        activation: ActivationGrid | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().clone())
+        self.bias = bias
+        self.grid, self.groups, self.activation = grid, groups, activation
+        self.scale = None if scale is None else nn.Parameter(scale.float(), requires_grad=learned)
+        self.zero_point = zero_point
+
+    def current(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero-point now."""
+        if self.scale is not None:
+            return self.scale, self.zero_point
+        return self.grid.find(self.weight.detach().unflatten(-1, (self.groups, -1)))
+
+    def rounded(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights on their grid, with the gradients of the top of the file."""
+        scale, zero_point = self.current()
+        centre = _centre(scale, zero_point, self.grid)
+        bounded = self.scale is not None
+        return FakeQuantize.apply(
+            self.weight, scale.float(), centre, self.grid.low, self.grid.high, bounded, dtype
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.activation is not None:
+            inputs = inputs + (self.activation.round(inputs) - inputs).detach()
+        half = torch.is_autocast_enabled("cpu")
+        weight = self.rounded(torch.get_autocast_dtype("cpu") if half else inputs.dtype)
+        return functional.linear(inputs, weight, self.bias)
+
+    @torch.no_grad()
+    def packed(self) -> PackedLinear:
+        """The layer as it is stored: the same rounded weights."""
+        scale, zero_point = self.current()
+        stored = stored_scale(scale.float())
+        centre = _centre(scale, zero_point, self.grid)
+        groups = self.weight.unflatten(-1, (self.groups, -1))
+        integers = round_to_grid(groups, stored, centre, self.grid.low, self.grid.high)
+        tensor = QuantizedTensor(
+            integers.flatten(-2).to(torch.uint8), stored.half(), zero_point, self.grid.bits
+        )
+        return PackedLinear(tensor, self.bias, self.activation)
+
+
+def _centre(scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    return QuantizedTensor(torch.empty(0), scale.detach(), zero_point, grid.bits).centre()
+
+
+@register("qat", shown=("bits", "group_size"))
+@dataclass(frozen=True)
+class QuantizationAwareTraining(Trained):
+    """Train every linear layer but the head behind its rounding; then store it like any other quantized layer.
+
+    bits: 1 (signs), 1.58 (-1, 0, 1) or 2 to 8. group_size: inputs that share a scale, 0 for a whole row. loss: kl, the
+    divergence to the reference's predictions, or ce, next-token cross-entropy. range: minmax follows the weights as
+    they are trained; percentile and mse are found once, and stay. learned_step: the scales are trained too, from the
+    grid of the range at the beginning. activation_bits: 8 rounds the inputs of the layers per
+    token as well, 0 leaves them. Norms and biases are trained along, a few thousand numbers that are stored in float
+    anyway; the embedding and a head tied to it are not: they would take a quarter more time and memory, and what is
+    gained would no longer come from quantized weights alone.
+
+    Layers that are quantized already start from their own weights and grid, which stays or is learned, and the
+    reference is then the model before all techniques.
+    Jacob et al. 2018, arXiv:1712.05877; Bengio et al. 2013, arXiv:1308.3432; Esser et al. 2020, arXiv:1902.08153.
+    """
+
+    bits: Literal["1", "1.58", "2", "3", "4", "5", "6", "7", "8"] = "3"
+    group_size: int = 64
+    loss: Literal["kl", "ce"] = "kl"
+    range: Range = "minmax"
+    learned_step: bool = False
+    activation_bits: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "bits", str(self.bits))  # bits=3 reads better in Python than bits="3"
+        if self.bits not in ("1", "1.58", *map(str, (2, 3, 4, 5, 6, 7, 8))):
+            raise RecipeError(f"qat:bits={self.bits} is none of 1, 1.58 and 2 to 8.")
+        if self.group_size < 0:
+            raise RecipeError(f"qat:group_size={self.group_size} is negative; 0 means one group per row.")
+        if self.activation_bits not in (0, 8):
+            raise RecipeError(f"qat:activation_bits={self.activation_bits} is neither 8 nor 0 (float).")
+        if self.range != "minmax" and self.bits in ("1", "1.58"):
+            raise RecipeError(
+                f"qat:bits={self.bits} takes its scale from mean magnitudes; leave out range={self.range}."
+            )
+
+    def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """A copy of the model, trained, with PackedLinear in place of the linear layers."""
+        half = bfloat16_is_fast()
+        loss = Divergence(self._reference(model, context, half)) if self.loss == "kl" else cross_entropy
+        model = self.prepare(model)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.fit(model, loss, parameters, context, half)
+        return convert(model)
+
+    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A copy of the model with FakeQuantLinear layers; what is to be trained, and only that, requires gradients."""
+        head = model.get_output_embeddings()
+        found = [
+            name
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Linear | PackedLinear) and m is not head
+        ]
+        if not found:
+            raise RecipeError("The model has no linear layers that could be trained.")
+        for name in found:
+            self._check(name, model.get_submodule(name))
+        model = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.dim() < 2)
+        for name in found:
+            model.set_submodule(name, self._trainable(model.get_submodule(name)))
+        return model
+
+    def _check(self, name: str, layer: nn.Linear | PackedLinear) -> None:
+        if isinstance(layer, nn.Linear):
+            return check_group_size(self.group_size, [layer.in_features])
+        grid, tensor = grid_of(self.bits), layer.tensor
+        if not isinstance(tensor, QuantizedTensor):
+            raise RecipeError(
+                f"qat trains uniform grids, and {name} has a codebook; quantize it another way."
+            )
+        if tensor.bits != grid.bits or tensor.group_size != (self.group_size or layer.in_features):
+            raise RecipeError(
+                f"{name} is quantized to {tensor.bits} bits in groups of {tensor.group_size}, and qat keeps its grid; "
+                f"use the same bits and group_size, not bits={self.bits},group_size={self.group_size}."
+            )
+
+    def _trainable(self, layer: nn.Linear | PackedLinear) -> FakeQuantLinear:
+        activation = ActivationGrid() if self.activation_bits else getattr(layer, "activation", None)
+        grid = grid_of(self.bits, self.range)
+        scale = zero_point = None
+        if isinstance(layer, PackedLinear):
+            weight, scale, zero_point = layer.tensor.dequantize(), layer.tensor.scale, layer.tensor.zero_point
+            groups = scale.shape[-1]
+        else:
+            weight = layer.weight.detach().float()
+            groups = layer.in_features // (self.group_size or layer.in_features)
+            if self.learned_step or self.range != "minmax":
+                scale, zero_point = grid.find(weight.unflatten(-1, (groups, -1)))
+        return FakeQuantLinear(
+            weight, layer.bias, grid, groups, scale, zero_point, self.learned_step, activation
+        )
+
+    def _reference(self, model: PreTrainedModel, context: Context, half: bool) -> PreTrainedModel:
+        reference = getattr(context, "reference", None)
+        if reference is None and any(isinstance(module, PackedLinear) for module in model.modules()):
+            raise RecipeError("qat of a quantized model needs the reference for its loss; use loss=ce.")
+        reference = model if reference is None else reference
+        return BFloat16().apply(reference, context) if half else reference
+
+
+def convert(model: PreTrainedModel) -> PreTrainedModel:
+    """Put PackedLinear layers in place of FakeQuantLinear, in place; returns the model."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, FakeQuantLinear):
+            model.set_submodule(name, layer.packed())
+    return model.requires_grad_(True)

@@ -1,0 +1,98 @@
+"""SmoothQuant: moving the outliers of activations into the weights before both become int8.
+
+s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)      Y = (X / s) (W diag(s))^T
+
+X / s costs nothing: it is folded into the norm or the linear layer that made X (`edgelab.techniques.folding`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from edgelab.recipes import Context, RecipeError, register
+from edgelab.techniques import structure
+from edgelab.techniques.folding import fold_scale
+from edgelab.techniques.quantization.activations import Ranged, calibrated_grids, channel_peaks, to_int8
+from edgelab.techniques.quantization.packed import ActivationGrid
+from edgelab.techniques.quantization.rtn import linear_layers
+
+SMALLEST_PEAK = 1e-5  # of a channel that is always zero, or that no row uses
+
+
+def smoothing_scale(activation_peaks: Tensor, weight_peaks: Tensor, alpha: float) -> Tensor:
+    """What each input channel is divided by: (in_features,), float32, positive.
+
+    activation_peaks, weight_peaks: (in_features,), the largest magnitude of a channel in the activations and in all
+    weights that read it. alpha 0 leaves weights of equal peaks, alpha 1 activations of equal peaks.
+    Xiao et al. 2022, arXiv:2211.10438, equation 4.
+    """
+    activation_peaks = activation_peaks.float().clamp(min=SMALLEST_PEAK)
+    return activation_peaks**alpha / weight_peaks.float().clamp(min=SMALLEST_PEAK) ** (1 - alpha)
+
+
+@torch.no_grad()
+def smooth(
+    model: PreTrainedModel, peaks: dict[str, Tensor], alpha: float, sample: Tensor
+) -> tuple[int, int]:
+    """Fold smoothing scales into a float model, in place; its outputs stay what they were.
+
+    peaks: channel_peaks of the model. sample: (1, length) tokens, from which the structure is read.
+    Returns how many groups of layers were smoothed, and how many there are.
+    """
+    found, hidden = structure.blocks(model, sample[:, :8])
+    smoothed = total = 0
+    for block in found:
+        for group in block.groups(hidden):
+            layers = block.linear()
+            weight_peaks = torch.stack([layers[name].weight.abs().amax(0) for name in group.layers]).amax(0)
+            scale = smoothing_scale(peaks[f"{block.name}.{group.layers[0]}"], weight_peaks, alpha)
+            smoothed += fold_scale(block.module, group, scale)
+            total += 1
+        hidden = block(hidden)
+    return smoothed, total
+
+
+@register("quantize.smooth", shown=("alpha",))
+@dataclass(frozen=True, kw_only=True)
+class SmoothQuant(Ranged):
+    """SmoothQuant, then int8 weights per row and int8 activations, but for the head.
+
+    alpha: how much of the outliers moves into the weights, 0 to 1. activations: static (one calibrated range per
+    tensor) or dynamic (a scale per token). Inputs without a source to fold into stay as they are.
+    Xiao et al. 2022, arXiv:2211.10438.
+    """
+
+    alpha: float = 0.5
+    activations: Literal["static", "dynamic"] = "static"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"quantize.smooth:alpha={self.alpha} is outside 0 to 1.")
+
+    def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """A copy of the model with smoothed int8 layers."""
+        windows = self.draw(context, structure.longest(model))
+        passes = 2 if self.activations == "static" else 1
+        total = passes * len(windows)
+        peaks = channel_peaks(model, windows, progress=lambda done, _: context.progress(done, total))
+        model = copy.deepcopy(model)
+        smoothed, groups = smooth(model, peaks, self.alpha, windows[:1])
+        context.record.notes.append(f"{smoothed} of {groups} inputs smoothed")
+        grids = {name: ActivationGrid() for name in linear_layers(model)}
+        if self.activations == "static":
+            grids = calibrated_grids(
+                model,
+                windows,
+                self.range,
+                self.percentile,
+                progress=lambda done, _: context.progress(len(windows) + done, total),
+            )
+        to_int8(model, grids)
+        return model
