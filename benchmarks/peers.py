@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -107,7 +108,7 @@ def dense(layer: PackedLinear) -> nn.Linear:
     """The float layer with the same weights."""
     made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     made.weight = nn.Parameter(layer.tensor.dequantize(), requires_grad=False)
-    made.bias = layer.bias
+    made.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
     return made
 
 
@@ -251,6 +252,8 @@ def main() -> None:
     asked = reader.parse_args()
     if not PYTHON.exists() and (not asked.only or set(asked.only) & set(PEERS)):
         reader.error("the environment of the peers is not there; `make peers` creates it")
+    # A benchmark that is told to stop ends the processes of its contestants, which are not in its session.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(asked.threads)
     rows = []
     for row in results(asked):

@@ -402,8 +402,10 @@ class Bench:
         self.nothing_mb = memory.peak_rss_mb()
         started = time.perf_counter()
         self.runtime = runtimes.load(self.recipe.runtime, self.folder)
+        load_s = time.perf_counter() - started
         return {
-            "load_s": time.perf_counter() - started,
+            "load_s": load_s,
+            "compile_s": self.runtime.compile() if hasattr(self.runtime, "compile") else None,
             "kernel": self.runtime.kernel,
             "badge": self.runtime.badge,
         }

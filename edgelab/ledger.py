@@ -73,6 +73,7 @@ class Row:
     peak_rss_mb: float | None = None
     # speed
     load_s: float | None = None
+    compile_s: float | None = None  # less where compiled code of an earlier run is on disk
     prefill_tokens: int | None = None
     decode_tokens: int | None = None
     ttft_ms_p50: float | None = None

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from edgelab import assets, corpora
 from edgelab.recipes import Context, RecipeError
 
-SLICE = 256  # positions whose logits exist at once: 50 MB in float32 at a vocabulary of 49,152
+SLICE = 128  # positions whose logits exist at once: 25 MB in float32 at a vocabulary of 49,152
 FAST_STEPS = 4
 FAST_SECONDS = 20.0
 BETAS = (0.9, 0.95)  # a run of a hundred steps has no use for a memory of a thousand

@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from edgelab.recipes import Context, RecipeError
+from edgelab import variants
+from edgelab.recipes import Context, RecipeError, parse
+from edgelab.runtimes.eager import Eager
 from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor
+from edgelab.techniques.quantization.ranges import SHRINKING, find_grid, mse_grid, on_grid, quantile
 from edgelab.techniques.quantization.rtn import (
     SMALLEST_SCALE,
     GroupSizeError,
@@ -222,3 +225,130 @@ def test_a_quantized_model_is_not_quantized_again(tiny_reference):
     rounded = RoundToNearest(embedding_bits=8).apply(tiny_reference.model, Context())
     with pytest.raises(RecipeError, match="quantized already"):
         RoundToNearest().apply(rounded, Context())
+
+
+def test_one_scale_for_the_matrix_by_hand():
+    weight = torch.tensor([[-5.0, 0.0, 1.2], [10.0, 2.6, -1.0]])  # range 15, one step for each
+    tensor = quantize_affine(weight, bits=4, group_size=0, per_tensor=True)
+    assert (tensor.scale.tolist(), tensor.zero_point.tolist()) == ([[1.0]], [[5]])
+    assert tensor.integers.tolist() == [[0, 5, 6], [15, 8, 4]]
+    assert tensor.dequantize().tolist() == [[-5.0, 0.0, 1.0], [10.0, 3.0, -1.0]]
+
+
+@pytest.mark.parametrize(("bits", "kernel"), [(4, "int4pack_mm bf16"), (8, "int8pack_mm bf16")])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_scale_for_the_matrix_saves_loads_and_runs_on_kernels(
+    bits, kernel, symmetric, new_model, tmp_path
+):
+    rounded = RoundToNearest(bits, 0, symmetric, per_tensor=True).apply(new_model("llama"), Context())
+    variants.save(rounded, tmp_path / "variant", {})
+    ids = torch.arange(2, 40)[None]
+    with torch.inference_mode():
+        expected = rounded(ids).logits
+        assert torch.equal(variants.load(tmp_path / "variant")(ids).logits, expected)
+        runtime = Eager(tmp_path / "variant")
+        difference = runtime.model(ids).logits - expected
+    assert runtime.kernel == kernel
+    assert difference.square().mean() < 0.01 * expected.square().mean()  # bfloat16 activations
+
+
+def test_percentile_by_hand():
+    # 101 weights from 0 to 100: percentiles 10 and 90 are 10 and 90; the grid begins at zero all the same.
+    groups = torch.arange(101.0)[None]
+    scale, zero_point = find_grid(groups, 4, False, "percentile", percentile=90)
+    assert (scale.tolist(), zero_point.tolist()) == ([6.0], [0])
+    scale, _ = find_grid(groups - 50, 4, True, "percentile", percentile=50)  # |w| up to 50: half are up to 25
+    assert scale.item() == pytest.approx(25 / 7, rel=2**-10)
+
+
+@given(WEIGHTS, st.floats(0, 1))
+def test_quantile_is_that_of_torch(weight, share):
+    expected = torch.quantile(weight, share, dim=-1)
+    torch.testing.assert_close(quantile(weight.sort(-1).values, share), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_percentile_of_100_is_the_whole_range():
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    for symmetric in (False, True):
+        whole = quantize_affine(weight, 4, 32, symmetric)
+        cut = quantize_affine(weight, 4, 32, symmetric, range="percentile", percentile=100)
+        assert torch.equal(whole.dequantize(), cut.dequantize())
+
+
+def test_range_of_least_squares_by_hand():
+    # Two bits, symmetric: s (-2, -1, 0, 1). Weights 1, 1, 1, 1, 0 need no shrinking. With 1.5 for the last, all five are
+    # rounded to 1 and the error 4 (1 - s)**2 + (1.5 - s)**2 is least at their mean 1.1; among 1.5, 1.47, ... at 1.11.
+    exact = mse_grid(torch.tensor([1.0, 1, 1, 1, 0]), 2, True)
+    outlier = mse_grid(torch.tensor([1.0, 1, 1, 1, 1.5]), 2, True)
+    assert exact[0].item() == 1.0
+    assert outlier[0].item() == pytest.approx(1.11, rel=2**-11)
+
+
+def test_importance_decides_which_errors_count():
+    group = torch.tensor([1.0, 1, 1, 1, 1.5])
+    scale, _ = find_grid(group, 2, True, "mse", importance=torch.tensor([0.0, 0, 0, 0, 1]))
+    assert scale.item() == 1.5
+    scale, _ = find_grid(group, 2, True, "mse", importance=torch.tensor([1.0, 1, 1, 1, 0]))
+    assert scale.item() == pytest.approx(1.0, abs=0.02)
+
+
+@given(WEIGHTS, BITS, st.booleans(), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_range_of_least_squares_is_the_best_of_all_it_tries(weight, bits, symmetric, weighted):
+    groups = weight.unflatten(-1, (-1, 8))  # (out, groups, 8)
+    importance = torch.arange(1.0, 9.0) if weighted else torch.ones(8)
+
+    def loss(scale, zero_point):
+        return ((on_grid(groups, scale, zero_point, bits) - groups).square() * importance).sum(-1)
+
+    found = loss(*mse_grid(groups, bits, symmetric, importance if weighted else None))
+    assert (found <= loss(*find_grid(groups, bits, symmetric))).all()
+    for factor in SHRINKING[::7]:
+        shrunken = groups * factor  # the min-max grid of shrunken weights covers the shrunken range
+        assert (found <= loss(*find_grid(shrunken, bits, symmetric)) * (1 + 1e-3) + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("quantize.rtn", "quantize.rtn:bits=4,group_size=64"),
+        ("quantize.rtn:range=minmax,per_tensor=false", "quantize.rtn:bits=4,group_size=64"),
+        ("quantize.rtn:range=mse", "quantize.rtn:bits=4,group_size=64,range=mse"),
+        (
+            "quantize.rtn:percentile=99,range=percentile",
+            "quantize.rtn:bits=4,group_size=64,range=percentile,percentile=99.0",
+        ),
+        (
+            "quantize.rtn:bits=8,group_size=0,per_tensor=true",
+            "quantize.rtn:bits=8,group_size=0,per_tensor=true",
+        ),
+    ],
+)
+def test_canonical_text(text, canonical):
+    assert str(parse(text)) == canonical
+    assert str(parse(canonical)) == canonical
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("per_tensor=true", "per_tensor=true has no groups of 64; write group_size=0 beside it"),
+        ("range=percentile,percentile=50", "percentile=50.0 is outside"),
+        ("range=percentile,percentile=101", "percentile=101.0 is outside"),
+        ("range=mse,percentile=99", "no effect with range=mse; write range=percentile"),
+        ("range=best", "one of minmax, percentile, mse, not 'best'"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        parse(f"quantize.rtn:{settings}")
+
+
+@pytest.mark.parametrize("kind", ["percentile", "mse"])
+def test_apply_uses_the_range(kind, new_model, layout):
+    model = new_model(layout)
+    rounded = RoundToNearest(bits=2, group_size=32, range=kind).apply(model, Context())
+    name, layer = next(iter(linear_layers(model).items()))
+    expected = quantize_affine(layer.weight.detach(), 2, 32, range=kind)
+    assert torch.equal(rounded.get_submodule(name).tensor.dequantize(), expected.dequantize())
+    assert not torch.equal(expected.dequantize(), quantize_affine(layer.weight.detach(), 2, 32).dequantize())

@@ -1,5 +1,6 @@
 """The training loop and its losses: slices against plain autograd, the schedule by hand, repeatable runs."""
 
+import dataclasses
 import math
 
 import pytest
@@ -30,9 +31,9 @@ def texts(home):
     folder = home / "assets" / "texts"
     folder.mkdir(parents=True)
     for name in corpora.EMBEDDED:
-        lines = 60_000 if name in ("wiki", "web") else 300
+        lines = {"wiki": 13_000, "web": 10_500}.get(name, 75)
         (folder / f"{name}.txt").write_text(
-            "".join(f"{name[0]}{n:08d}\n" for n in range(lines)), encoding="utf-8"
+            "".join(f"{name[0]}{n:038d}\n" for n in range(lines)), encoding="utf-8"
         )
     assets._record(home / "assets", [f"texts/{name}.txt" for name in corpora.EMBEDDED])
 
@@ -134,12 +135,12 @@ def test_too_few_windows_for_a_batch():
 
 def test_training_windows_are_no_text_that_is_evaluated_or_calibrated_on(texts, byte_tokenizer):
     """Every line of the stand-ins is unique, so that a line seen twice would be an overlap."""
-    rows = windows(byte_tokenizer, 64)
-    assert rows.shape[1] == 64 and rows.dtype == torch.int64
+    rows = windows(byte_tokenizer, 128)
+    assert rows.shape[1] == 128 and rows.dtype == torch.int64
     trained = {
         line for row in rows for line in byte_tokenizer.decode(row.tolist()).splitlines()[1:-1]
     }  # whole lines only
-    assert {line[0] for line in trained} == {"w", "s"} and len(trained) > 1000
+    assert {line[0] for line in trained} == {"w", "s"} and len(trained) > 400
     for name, split in corpora.SPLITS:
         if split != "training":
             assert not trained & {line.strip() for line in corpora.load(name, split)["text"]}
@@ -210,7 +211,7 @@ def test_fast_takes_few_steps_and_the_same_road(monkeypatch):
 
 def test_a_run_that_diverges_says_so():
     model = Line()
-    with pytest.raises(TrainingError, match="loss is nan at step 1; use a learning_rate below 0.5"):
+    with pytest.raises(TrainingError, match=r"loss is nan at step 1; use a learning_rate below 0\.5"):
         train(
             model,
             iter(lambda: IDS, None),
@@ -258,7 +259,8 @@ def test_bfloat16_products_give_nearly_the_same_loss(new_model, settings):
     losses = []
     for half in (False, True):
         model, context = new_model("llama"), Context()
-        settings.fit(model, cross_entropy, list(model.parameters()), context, half)
+        slow = dataclasses.replace(settings, learning_rate=1e-3)
+        slow.fit(model, cross_entropy, list(model.parameters()), context, half)
         assert all(weight.dtype == torch.float32 for weight in model.parameters())
         losses.append([point["loss"] for point in context.record.curve])
     assert losses[0] != losses[1]

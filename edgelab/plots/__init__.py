@@ -12,7 +12,9 @@ from edgelab.plots.activations import activation_outliers
 from edgelab.plots.allocation import bit_allocation, largest_factor, predicted_measured, predictions
 from edgelab.plots.memory import NEED_PARTS, gigabytes, memory_bars
 from edgelab.plots.methods import method_lines
+from edgelab.plots.roofline import decode_limit, limit_tok_s, roofline
 from edgelab.plots.rows import latency, pareto_front, protocols, size_bars, tradeoff, window_delta
+from edgelab.plots.training import training_curve
 from edgelab.plots.weights import weight_grid
 
 __all__ = [
@@ -24,18 +26,22 @@ __all__ = [
     "UnknownMetric",
     "activation_outliers",
     "bit_allocation",
+    "decode_limit",
     "gigabytes",
     "label",
     "largest_factor",
     "latency",
+    "limit_tok_s",
     "memory_bars",
     "method_lines",
     "pareto_front",
     "predicted_measured",
     "predictions",
     "protocols",
+    "roofline",
     "size_bars",
     "tradeoff",
+    "training_curve",
     "weight_grid",
     "window_delta",
 ]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 RUNTIMES = {
     "torch": "edgelab.runtimes.eager:Eager",
     "simulated": "edgelab.runtimes.eager:Simulated",
+    "compiled": "edgelab.runtimes.compiled:Compiled",
 }
 
 

@@ -4,7 +4,8 @@ q = clamp(round(w / s + v) + z, 0, 2**bits - 1)           v in [-0.5, 0.5]
 s = (high * a - low * b) / (2**bits - 1),  z = round(-low * b / s)       a, b in [0, 1]
 v, a, b  <-  v, a, b - rate * sign(gradient)              of the squared error of the block's output
 
-The gradient passes rounding as if it were not there. The rate falls to zero, and v travels 0.5 in all at most.
+The gradient passes rounding as if it were not there. The rate falls to zero, and v travels 0.5 in all at most. Signed
+steps do not settle where an error is least, they cross it again and again: the best step is kept, not the last.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class AutoRound(Calibrated):
         }
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
         steps = 2 if assets.fast() else self.iterations
+        least, best = torch.inf, {}
         for done in range(steps):
             chosen = torch.randperm(len(inputs), generator=generator)[: self.batch]
             rounded = {name: one.rounded() for name, one in learned.items()}
@@ -142,11 +144,14 @@ class AutoRound(Calibrated):
             answer = answer[0] if isinstance(answer, tuple) else answer
             loss = (answer.float() - targets[chosen]).square().mean()
             gradients = torch.autograd.grad(loss, list(weights.values()))
+            share = float(loss.detach() / targets[chosen].square().mean())  # of the batch: samples differ in size
+            if share < least:
+                least, best = share, rounded
             rate = (1 - done / steps) / steps
             for (name, one), gradient in zip(learned.items(), gradients, strict=True):
                 one.step(gradient, rounded[name], rate)
-        for name, one in learned.items():
-            block.module.set_submodule(name, PackedLinear(one.rounded(), layers[name].bias))
+        for name, tensor in best.items():
+            block.module.set_submodule(name, PackedLinear(tensor, layers[name].bias))
 
 
 def _run(block: Block, hidden: Tensor) -> Tensor:

@@ -57,30 +57,31 @@ def gptq(
     scale, zero_point = find(groups)
     order = hessian.diagonal().argsort(descending=True) if activation_order else torch.arange(in_features)
     factor, damping = inverse_factor(hessian[order][:, order], damping)
-    work = weight[:, order]
-    integers = torch.empty_like(weight)
+    columns = weight.T[order]  # (in_features, out_features), so that one column lies in one piece
+    integers = torch.empty_like(columns)
     begun: set[int] = set()
     for start in range(0, in_features, LAZY):
         end = min(start + LAZY, in_features)
-        errors = torch.empty(out_features, end - start)
-        part, triangle = work[:, start:end], factor[start:end, start:end]
+        part, triangle = columns[start:end], factor[start:end, start:end]
+        errors = torch.empty_like(part)
         for j in range(end - start):
-            column = int(order[start + j])
-            group = column // size
+            index = int(order[start + j])
+            group = index // size
             if not static_groups and group not in begun:
                 begun.add(group)
-                weight[:, order[start:]] = work[:, start:]
+                weight.T[order[start:]] = columns[start:]
                 now_scale, now_zero = find(groups[:, [group]], [group])
                 scale[:, group] = now_scale[:, 0]
                 if zero_point is not None:
                     zero_point[:, group] = now_zero[:, 0]
             step = scale[:, group].float()
             centre = 2.0 ** (bits - 1) if zero_point is None else zero_point[:, group].float()
-            rounded = torch.round(part[:, j] / step).add_(centre).clamp_(0, 2**bits - 1)
-            integers[:, column] = rounded
-            errors[:, j] = (part[:, j] - (rounded - centre) * step) / triangle[j, j]
-            part[:, j + 1 :].addr_(errors[:, j], triangle[j, j + 1 :], alpha=-1)
-        work[:, end:] -= errors @ factor[start:end, end:]
+            rounded = torch.round(part[j] / step).add_(centre).clamp_(0, 2**bits - 1)
+            integers[index] = rounded
+            errors[j] = (part[j] - (rounded - centre) * step) / triangle[j, j]
+            part[j + 1 :].addr_(triangle[j, j + 1 :], errors[j], alpha=-1)
+        columns[end:] -= factor[start:end, end:].T @ errors
+    integers = integers.T.contiguous()
     return QuantizedTensor(integers.to(torch.uint8), scale, zero_point, bits), damping
 
 

@@ -24,16 +24,28 @@ from transformers import PreTrainedModel
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques.quantization.floats import BFloat16
 from edgelab.techniques.quantization.one_bit import binary_scale, ternary_scale
-from edgelab.techniques.quantization.packed import ActivationGrid, PackedLinear, QuantizedTensor
+from edgelab.techniques.quantization.packed import (
+    ActivationGrid,
+    CodebookTensor,
+    PackedLinear,
+    QuantizedTensor,
+)
 from edgelab.techniques.quantization.ranges import SMALLEST_SCALE, Range, find_grid
 from edgelab.techniques.quantization.rtn import check_group_size
 from edgelab.techniques.structure import bfloat16_is_fast
 from edgelab.training import Divergence, Trained, cross_entropy
 
 
-def round_to_grid(groups: Tensor, scale: Tensor, centre: Tensor, low: int, high: int) -> Tensor:
-    """Integers (out_features, groups, group_size), float32, of weights of that shape. scale, centre: (..., groups)."""
-    return torch.div(groups, scale[..., None]).add_(centre[..., None]).round_().clamp_(low, high)
+def nearest(steps: Tensor, centre: Tensor) -> Tensor:
+    """Integers round(w / s + z), float32, in place of steps = w / s, (out_features, groups, group_size).
+
+    centre: (out_features, groups). Whole numbers are added after rounding, as rounding to nearest does it.
+    """
+    whole = centre.floor()
+    fraction = centre - whole
+    if fraction.any():
+        steps.add_(fraction[..., None])
+    return steps.round_().add_(whole[..., None])
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -48,9 +60,9 @@ class FakeQuantize(torch.autograd.Function):
     def forward(ctx, weight, scale, centre, low: int, high: int, bounded: bool, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(weight, scale, centre)
         ctx.settings = low, high, bounded
-        groups = weight.unflatten(-1, (scale.shape[-1], -1))
         stored = stored_scale(scale)
-        integers = round_to_grid(groups, stored, centre, low, high)
+        steps = weight.unflatten(-1, (scale.shape[-1], -1)) / stored[..., None]
+        integers = nearest(steps, centre).clamp_(low, high)
         return integers.sub_(centre[..., None]).mul_(stored[..., None]).flatten(-2).to(dtype)
 
     @staticmethod
@@ -60,15 +72,14 @@ class FakeQuantize(torch.autograd.Function):
         outer = outer.to(weight.dtype)
         by_scale = None
         if bounded:
-            groups = weight.unflatten(-1, (scale.shape[-1], -1))
-            place = groups / stored_scale(scale)[..., None] + centre[..., None]
-            rounded = place.round()
+            steps = weight.unflatten(-1, (scale.shape[-1], -1)) / stored_scale(scale)[..., None]
+            rounded = nearest(steps.clone(), centre)
             integers = rounded.clamp(low, high)
             inside = integers == rounded
             grouped = outer.unflatten(-1, (scale.shape[-1], -1))
             outer = (grouped * inside).flatten(-2)
             if ctx.needs_input_grad[1]:
-                slope = integers - torch.where(inside, place, centre[..., None])
+                slope = integers.sub_(centre[..., None]).sub_(steps * inside)
                 share = 1 / math.sqrt(weight.numel() / scale.numel() * (high - low))
                 by_scale = (grouped * slope).sum(-1).sum_to_size(scale.shape) * share
         return outer, by_scale, None, None, None, None, None
@@ -152,8 +163,8 @@ class FakeQuantLinear(nn.Module):
         scale, zero_point = self.current()
         stored = stored_scale(scale.float())
         centre = _centre(scale, zero_point, self.grid)
-        groups = self.weight.unflatten(-1, (self.groups, -1))
-        integers = round_to_grid(groups, stored, centre, self.grid.low, self.grid.high)
+        steps = self.weight.unflatten(-1, (self.groups, -1)) / stored[..., None]
+        integers = nearest(steps, centre).clamp_(self.grid.low, self.grid.high)
         tensor = QuantizedTensor(
             integers.flatten(-2).to(torch.uint8), stored.half(), zero_point, self.grid.bits
         )
@@ -192,7 +203,7 @@ class QuantizationAwareTraining(Trained):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "bits", str(self.bits))  # bits=3 reads better in Python than bits="3"
-        if self.bits not in ("1", "1.58", *map(str, (2, 3, 4, 5, 6, 7, 8))):
+        if self.bits not in ("1", "1.58", *"2345678"):
             raise RecipeError(f"qat:bits={self.bits} is none of 1, 1.58 and 2 to 8.")
         if self.group_size < 0:
             raise RecipeError(f"qat:group_size={self.group_size} is negative; 0 means one group per row.")
@@ -206,8 +217,8 @@ class QuantizationAwareTraining(Trained):
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model, trained, with PackedLinear in place of the linear layers."""
         half = bfloat16_is_fast()
-        loss = Divergence(self._reference(model, context, half)) if self.loss == "kl" else cross_entropy
-        model = self.prepare(model)
+        given, model = model, self.prepare(model)
+        loss = Divergence(self._reference(given, context, half)) if self.loss == "kl" else cross_entropy
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.fit(model, loss, parameters, context, half)
         return convert(model)
@@ -215,37 +226,40 @@ class QuantizationAwareTraining(Trained):
     def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
         """A copy of the model with FakeQuantLinear layers; what is to be trained, and only that, requires gradients."""
         head = model.get_output_embeddings()
-        found = [
-            name
-            for name, m in model.named_modules()
-            if isinstance(m, nn.Linear | PackedLinear) and m is not head
-        ]
-        if not found:
-            raise RecipeError("The model has no linear layers that could be trained.")
-        for name in found:
-            self._check(name, model.get_submodule(name))
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | PackedLinear) and module is not head
+        }
+        check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
+        for name, layer in layers.items():
+            if isinstance(layer, PackedLinear):
+                self._check_grid(name, layer.tensor)
         model = copy.deepcopy(model)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.dim() < 2)
-        for name in found:
-            model.set_submodule(name, self._trainable(model.get_submodule(name)))
+        for name in layers:
+            model.set_submodule(name, self.prepare_layer(model.get_submodule(name)))
         return model
 
-    def _check(self, name: str, layer: nn.Linear | PackedLinear) -> None:
-        if isinstance(layer, nn.Linear):
-            return check_group_size(self.group_size, [layer.in_features])
-        grid, tensor = grid_of(self.bits), layer.tensor
+    def _check_grid(self, name: str, tensor: QuantizedTensor | CodebookTensor) -> None:
         if not isinstance(tensor, QuantizedTensor):
             raise RecipeError(
                 f"qat trains uniform grids, and {name} has a codebook; quantize it another way."
             )
-        if tensor.bits != grid.bits or tensor.group_size != (self.group_size or layer.in_features):
+        if self.bits == "1.58" and (tensor.zero_point is not None or int(tensor.integers.min()) < 1):
+            raise RecipeError(
+                f"{name} is not ternary, as qat:bits=1.58 needs it; start from quantize.ternary."
+            )
+        width, group_size = grid_of(self.bits).bits, self.group_size or tensor.integers.shape[1]
+        if (tensor.bits, tensor.group_size) != (width, group_size):
             raise RecipeError(
                 f"{name} is quantized to {tensor.bits} bits in groups of {tensor.group_size}, and qat keeps its grid; "
                 f"use the same bits and group_size, not bits={self.bits},group_size={self.group_size}."
             )
 
-    def _trainable(self, layer: nn.Linear | PackedLinear) -> FakeQuantLinear:
+    def prepare_layer(self, layer: nn.Linear | PackedLinear) -> FakeQuantLinear:
+        """A layer to train in place of a float or a quantized one, whose bias it shares."""
         activation = ActivationGrid() if self.activation_bits else getattr(layer, "activation", None)
         grid = grid_of(self.bits, self.range)
         scale = zero_point = None

@@ -1,0 +1,93 @@
+"""PyTorch compiled: the decode step as one graph, its small operations fused into C++ loops, over a cache of fixed length.
+
+Eager starts hundreds of small operations per token from Python. `torch.compile` traces the step once; inductor, its
+backend, writes C++ for everything between the packed kernels of `eager`, which stay as they are. What has no kernel
+("unpacked when used") is unpacked inside the loop that multiplies, so that no dense matrix is ever written.
+Nothing may change its shape from token to token: the cache is allocated whole, and attention looks at all of it.
+
+Prefill stays eager: it is bound by arithmetic, and every length of prompt would be compiled anew.
+Ansel et al. 2024 (PyTorch 2), doi:10.1145/3620665.3640366.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, StaticCache
+
+from edgelab import assets
+from edgelab.errors import EdgeLabError
+from edgelab.runtimes.eager import Eager
+
+PAGE = 256  # tokens by which the cache is longer than it has to be, at most
+
+
+class CompileError(EdgeLabError):
+    """What is asked for cannot be compiled here."""
+
+
+def use_compiler() -> str:
+    """Find the C++ compiler that inductor calls, and keep what it makes below `home()`; returns its command.
+
+    Raises CompileError, naming what to install, where there is none.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(assets.home() / "inductor")
+    try:
+        return get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise CompileError(
+            "The runtime 'compiled' needs a C++ compiler and found none; install g++, or name another in CXX."
+        ) from None
+
+
+def step(model: PreTrainedModel, cache: StaticCache, ids: Tensor) -> Tensor:
+    """Logits after the last of `ids`, (1, time) -> (vocabulary,). Appends their keys and values to the cache."""
+    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+
+class Compiled(Eager):
+    """A variant on the kernels of `Eager`, its decode step compiled on first use or by `compile`."""
+
+    backend = "inductor"
+
+    def __init__(self, variant: Path) -> None:
+        use_compiler()
+        super().__init__(variant)
+        if self.cache_grid is not None:
+            raise CompileError(
+                "The runtime 'compiled' keeps keys and values as they are; a quantized cache runs on 'torch'."
+            )
+        self.kernel = f"compiled, {self.kernel}"
+        self._decode = torch.compile(step, backend=self.backend, fullgraph=True, dynamic=False)
+
+    def compile(self) -> float:
+        """Compile the decode step for sequences up to PAGE tokens; returns the seconds, fewer from the disk cache."""
+        self.prefill([0])
+        started = time.perf_counter()
+        self.decode(0)
+        return time.perf_counter() - started
+
+    def prefill(self, ids: list[int]) -> int:
+        self._ids = list(ids)
+        length = PAGE * math.ceil((len(ids) + PAGE // 2) / PAGE)
+        if self._cache is None or self._cache.get_max_length() != length:
+            self._cache = StaticCache(config=self.model.config, max_cache_len=length)
+        else:
+            self._cache.reset()
+        with torch.no_grad():
+            return int(step(self.model, self._cache, torch.tensor([ids])).argmax())
+
+    def decode(self, token: int) -> int:
+        self._ids.append(token)
+        if len(self._ids) > self._cache.get_max_length():
+            return self.prefill(self._ids)  # all of it again, into a longer cache
+        with torch.no_grad():
+            return int(self._decode(self.model, self._cache, torch.tensor([[token]])).argmax())
