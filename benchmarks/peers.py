@@ -2,8 +2,8 @@
 
 The same for all: the reference, calibration tokens, groups of 64 with a zero-point, all linear layers but the head,
 and the windows that perplexity is measured on, by the same code. Every run has a process of its own with a time
-limit; one that fails becomes a row with its reason. Each bit width takes about 40 minutes on two cores, most of it
-in the two peers that calibrate: `--only hqq torchao quantize.rtn` is done in five.
+limit; one that fails becomes a row with its reason. Expect half an hour for each bit width on two idle cores, most
+of it in what learns its rounding; `--only hqq torchao quantize.rtn` leaves that out.
 """
 
 from __future__ import annotations
@@ -238,6 +238,27 @@ def table(rows: Iterable[Result]) -> list[str]:
     return lines
 
 
+def page(rows: list[Result], unchanged: float, asked: argparse.Namespace) -> str:
+    """The table with what it was measured on. unchanged: perplexity of the reference."""
+    machine = ledger.provenance(asked.threads)
+    lines = [
+        f"# Quantization beside the peer libraries, {datetime.date.today()}",
+        "",
+        f"{reference.resolve(asked.model).name}; perplexity of the first {asked.windows} windows of `wiki` under "
+        f"edgelab-512, unchanged {unchanged:.2f}. Calibration: {asked.samples} × {asked.length} tokens of `web`. "
+        f"Groups of {GROUP_SIZE}, asymmetric, all linear layers but the head. {machine['cpu']}, threads: "
+        f"{asked.threads}, commit {machine['git_sha']}.",
+        "",
+        *table(rows),
+        "",
+        "Bits per weight: what is stored of the quantized layers, scales and zero-points included, in the form "
+        "that each library stores it: hqq keeps its zero-points in float16 and fits ten 3-bit integers into 32 "
+        "bits, llm-compressor keeps its scales in the float32 of the model, torchao keeps integers of any width "
+        "in bytes. Seconds: quantizing alone, without importing, loading and writing.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     reader = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.split("\n")[0])
     reader.add_argument("--model", default=reference.EMBEDDED, help="embedded, or a folder with safetensors")
@@ -255,32 +276,14 @@ def main() -> None:
     # A benchmark that is told to stop ends the processes of its contestants, which are not in its session.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(asked.threads)
-    rows = []
+    place = TOP / "results" / "peers.md"
+    place.parent.mkdir(exist_ok=True)
+    unchanged, rows = baseline(asked), []
     for row in results(asked):
         rows.append(row)
         print(table([row])[-1], flush=True)
-    machine = ledger.provenance(asked.threads)
-    text = "\n".join(
-        [
-            f"# Quantization beside the peer libraries, {datetime.date.today()}",
-            "",
-            f"{reference.resolve(asked.model).name}; perplexity of the first {asked.windows} windows of `wiki` under "
-            f"edgelab-512, unchanged {baseline(asked):.2f}. Calibration: {asked.samples} × {asked.length} tokens of "
-            f"`web`. Groups of {GROUP_SIZE}, asymmetric, all linear layers but the head. {asked.threads} threads on "
-            f"{machine['cpu']}, commit {machine['git_sha']}.",
-            "",
-            *table(rows),
-            "",
-            "Bits per weight: what is stored of the quantized layers, scales and zero-points included, in the form "
-            "that each library stores it: hqq keeps its zero-points in float16 and fits ten 3-bit integers into 32 "
-            "bits, llm-compressor keeps its scales in the float32 of the model, torchao keeps integers of any width "
-            "in bytes. Seconds: quantizing alone, without importing, loading and writing.",
-        ]
-    )
-    place = TOP / "results" / "peers.md"
-    place.parent.mkdir(exist_ok=True)
-    place.write_text(text + "\n")
-    print(f"\n{text}")
+        place.write_text(page(rows, unchanged, asked))  # what is done stays, whatever becomes of the rest
+    print(f"\n{place.read_text()}")
 
 
 if __name__ == "__main__":

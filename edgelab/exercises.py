@@ -14,6 +14,7 @@ import torch
 from edgelab import ledger
 from edgelab.devices import catalogue, inference_memory, models
 from edgelab.errors import EdgeLabError
+from edgelab.techniques.quantization.qat import FakeQuantize
 from edgelab.techniques.quantization.rtn import quantize_affine
 
 
@@ -192,6 +193,41 @@ def windows_without_pairing() -> Exercise:
 
 
 @exercise
+def decoding_at_60_percent() -> Exercise:
+    """Tokens per second of 4.1 GB of weights on memory of 68 GB/s, of which decoding reaches 60 %."""
+    weights_gb, read_gb_s, reached = 4.1, 68.0, 0.6
+    right = reached * read_gb_s / weights_gb
+    return Exercise(
+        answer=right,
+        why="About what 7B in 4 bits does on such a device; no faster processor would change it.",
+        hint="Every token reads all weights once: tokens per second = bandwidth reached / bytes of the weights.",
+        mistakes=[
+            (read_gb_s / weights_gb, "that is the limit itself; decoding reaches 60 % of it."),
+            (1 / right, "those are the seconds per token; tokens per second are asked for."),
+            (1e3 / right, "those are ms per token; tokens per second are asked for."),
+            (reached * read_gb_s * weights_gb, "more bytes make it slower: divide by them."),
+        ],
+    )
+
+
+@exercise
+def tokens_at_the_ridge() -> Exercise:
+    """Tokens at once from which 4-bit weights are bound by arithmetic: memory of 25 GB/s, 1,000 GFLOP/s."""
+    read_gb_s, gflop_s, bits = 25.0, 1000.0, 4
+    right = gflop_s / read_gb_s * (bits / 8) / 2
+    return Exercise(
+        answer=right,
+        why="A prompt of 128 tokens is far beyond it: fewer bits no longer help, and unpacking costs extra.",
+        hint="A weight of half a byte takes part in 2 operations per token: 4 × tokens operations per byte.",
+        mistakes=[
+            (gflop_s / read_gb_s, "that is the ridge in operations per byte; how many tokens make as many?"),
+            (2 * right, "a multiplication and an addition are two operations."),
+            (right * 32 / bits, "that holds for 32-bit weights; 4 bits are half a byte."),
+        ],
+    )
+
+
+@exercise
 def embedding_in_8_bits() -> Exercise:
     """Stored MB of the embedded model with 4-bit linear layers in groups of 64 and an 8-bit embedding by row."""
     shape = models()["SmolLM2-135M"]
@@ -250,4 +286,91 @@ def best_within_200_mb() -> Exercise:
             ),
         ],
         tolerance=0.005,
+    )
+
+
+@exercise
+def gradient_through_rounding() -> Exercise:
+    """Sum of the gradient that five weights receive through a 2-bit grid of levels -1, 0, 1, 2."""
+    weight = torch.tensor([[-3.0, 0.25, 1.75, 2.375, 5.0]], requires_grad=True)
+    outer = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 10_000.0]])
+    scale, centre = torch.ones(1, 1), torch.ones(1, 1)
+    FakeQuantize.apply(weight, scale, centre, 0, 3, True, torch.float32).backward(outer)
+    return Exercise(
+        answer=weight.grad.sum().item(),
+        why="Only -3 and 5 are rounded to a level beyond the grid and clamped: their gradients stop.",
+        hint="A gradient passes where round(w / s + z) is between 0 and 3, here with s = 1 and z = 1.",
+        mistakes=[
+            (outer.sum().item(), "weights that are clamped to an end of the grid receive nothing."),
+            (110, "2.375 lies above the last level, but it is rounded to that level: nothing is clamped."),
+            (11_110, "5 is rounded to 5 and clamped to 2: its gradient stops as well as that of -3."),
+            (0, "that is the true gradient of rounding; straight through, it counts as 1 on the grid."),
+            (1_111, "-3 is rounded to -3 and clamped to -1: its gradient stops as well as that of 5."),
+            (1, "the gradients of 10, 100 and 1000 belong to weights on the grid."),
+        ],
+        tolerance=5e-5,
+    )
+
+
+@exercise
+def gradient_of_a_step() -> Exercise:
+    """By how much three rounded weights together grow with their step, without LSQ's factor."""
+    weight = torch.tensor([[0.3, 0.6, 2.4]])
+    scale, centre, low, high = torch.ones(1, 1, requires_grad=True), torch.full((1, 1), 2.0), 0, 3
+    FakeQuantize.apply(weight, scale, centre, low, high, True, torch.float32).sum().backward()
+    factor = 1 / math.sqrt(weight.numel() * (high - low))
+    right = scale.grad.item() / factor
+    return Exercise(
+        answer=right,
+        why="-0.3 and +0.4 are what rounding adds to the first two; the third sits at the end, 1 step from zero.",
+        hint="round(w / s) - w / s for a weight on the grid; for one beyond it, the level of that end.",
+        mistakes=[
+            (right * factor, "LSQ's factor 1/√(3 · 3) is in it; leave it out."),
+            (-1.3, "2.4 is beyond the grid: its rounded value is 1 · s, which grows by 1 as s does."),
+            (0.1, "2.4 counts, too: it is rounded to 1 · s, which grows by 1 as s does."),
+            (2.0, "that is the sum of the levels; a weight on the grid also counts - w / s."),
+            (-1.1, "the sign: 0.6 is rounded up to 1, so that rounding adds 0.4."),
+        ],
+    )
+
+
+@exercise
+def five_in_a_byte() -> Exercise:
+    """Bits of a ternary weight where five share a byte and 64 share a 16-bit scale."""
+    per_byte, scale = 5, 16 / 64
+    assert 3**per_byte <= 2**8 < 3 ** (per_byte + 1)
+    return Exercise(
+        answer=8 / per_byte + scale,
+        why="3⁵ = 243 of the 256 values of a byte are used, and log₂ 3 = 1.585 is nearly reached.",
+        hint="Bits of a byte / weights in it + bits of a scale / weights that share it.",
+        mistakes=[
+            (8 / per_byte, "every 64 weights store a 16-bit scale, too."),
+            (2 + scale, "that is two bits for each weight, as the package stores them: four in a byte."),
+            (math.log2(3) + scale, "log₂ 3 is the bound; five weights in a byte take 8/5 bits each."),
+            (math.log2(3), "log₂ 3 is the bound for the integers alone, without a byte and without scales."),
+            (per_byte / 8 + scale, "bits per weight, not weights per bit."),
+        ],
+        tolerance=0.004,
+    )
+
+
+@exercise
+def zeros_of_a_bell_curve() -> Exercise:
+    """Percent of normally distributed weights that the absmean grid rounds to zero."""
+    mean_magnitude = math.sqrt(2 / math.pi)  # of a standard normal variable
+
+    def within(distance: float) -> float:
+        return 100 * math.erf(distance / math.sqrt(2))
+
+    return Exercise(
+        answer=within(mean_magnitude / 2),
+        why="Nearly a third, so that the three levels are used almost equally: little of log₂ 3 bits is wasted.",
+        hint="w becomes 0 where |w| is below half of mean |w|, and mean |w| of a standard normal is √(2/π).",
+        mistakes=[
+            (within(mean_magnitude), "the edge is at half the scale: from there on 1 is the nearer level."),
+            (within(0.5), "the edge is half of mean |w|, which is 0.8, not half a standard deviation."),
+            (100 / 3, "close, but computed, not guessed: the three levels are not used exactly equally."),
+            (within(mean_magnitude / 2) / 2, "both sides count: -edge < w < edge."),
+            (within(mean_magnitude / 2) / 100, "that is the share; the answer is in percent."),
+        ],
     )

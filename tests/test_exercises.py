@@ -10,7 +10,13 @@ NUMBERS = [
     "bits_for_13b",
     "word_to_token_perplexity",
     "windows_without_pairing",
+    "decoding_at_60_percent",
+    "tokens_at_the_ridge",
     "embedding_in_8_bits",
+    "gradient_through_rounding",
+    "gradient_of_a_step",
+    "five_in_a_byte",
+    "zeros_of_a_bell_curve",
 ]
 
 
@@ -30,9 +36,15 @@ def test_the_answers_worked_by_hand():
     assert EXERCISES["bits_for_13b"]().answer == 2
     assert EXERCISES["word_to_token_perplexity"]().answer == pytest.approx(11.3524, abs=1e-4)
     assert EXERCISES["windows_without_pairing"]().answer == pytest.approx(3600)
+    assert EXERCISES["decoding_at_60_percent"]().answer == pytest.approx(40.8 / 4.1)
+    assert EXERCISES["tokens_at_the_ridge"]().answer == 10
     assert EXERCISES["embedding_in_8_bits"]().answer == pytest.approx(
         (106_168_320 / 2 + 1_658_880 * 2.5 + 49_152 * 579 + 35_136 * 4) / 1e6
     )
+    assert EXERCISES["gradient_through_rounding"]().answer == 10 + 100 + 1000
+    assert EXERCISES["gradient_of_a_step"]().answer == pytest.approx((0 - 0.3) + (1 - 0.6) + 1)
+    assert EXERCISES["five_in_a_byte"]().answer == pytest.approx(1.85)
+    assert EXERCISES["zeros_of_a_bell_curve"]().answer == pytest.approx(31.006, abs=1e-3)
 
 
 def test_the_best_within_a_budget_is_read_from_the_reference_rows(monkeypatch):

@@ -1,7 +1,6 @@
 """Quantization-aware training: gradients by finite differences, a model that packing does not change, two starts."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -29,13 +28,6 @@ from edgelab.techniques.quantization.rtn import GroupSizeError, RoundToNearest, 
 ROWS = torch.randint(2, 300, (8, 24), generator=torch.Generator().manual_seed(5))
 SHORT = {"steps": 6, "batch": 2, "length": 24, "group_size": 32}
 IDS = torch.arange(2, 40)[None]
-
-
-@dataclass(frozen=True)
-class WithReference(Context):
-    """The context of a recipe: the model before all techniques is known."""
-
-    reference: PreTrainedModel | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -248,7 +240,7 @@ def test_a_quantized_model_starts_from_its_own_grid(tiny_reference, learned):
         ours, theirs = start.get_submodule(name).tensor, rounded.get_submodule(name).tensor
         assert torch.equal(ours.integers, theirs.integers)
         assert torch.equal(ours.scale, theirs.scale) and torch.equal(ours.zero_point, theirs.zero_point)
-    trained = technique.apply(rounded, WithReference(reference=tiny_reference.model))
+    trained = technique.apply(rounded, Context(reference=tiny_reference.model))
     tensors = [
         (trained.get_submodule(name).tensor, rounded.get_submodule(name).tensor)
         for name in linear_layers(tiny_reference.model)
@@ -261,7 +253,7 @@ def test_a_quantized_model_is_drawn_to_the_reference_not_to_itself(new_model):
     reference = new_model("llama")
     rounded = RoundToNearest(bits=2, group_size=32).apply(reference, Context())
     technique = QuantizationAwareTraining(bits=2, **SHORT | {"steps": 12}, learning_rate=2e-2)
-    trained = technique.apply(rounded, WithReference(reference=reference))
+    trained = technique.apply(rounded, Context(reference=reference))
     divergence = training.Divergence(reference)
     with torch.no_grad():
         assert divergence(trained, ROWS) < 0.85 * divergence(rounded, ROWS)

@@ -276,8 +276,8 @@ def test_percentile_of_100_is_the_whole_range():
 
 
 def test_range_of_least_squares_by_hand():
-    # Two bits, symmetric: s (-2, -1, 0, 1). Weights 1, 1, 1, 1, 0 need no shrinking. With 1.5 for the last, all five are
-    # rounded to 1 and the error 4 (1 - s)**2 + (1.5 - s)**2 is least at their mean 1.1; among 1.5, 1.47, ... at 1.11.
+    # Two bits, symmetric: s (-2, -1, 0, 1). Weights 1, 1, 1, 1, 0 need no shrinking. With 1.5 for the last, all five
+    # become s, and 4 (1 - s)**2 + (1.5 - s)**2 is least at their mean 1.1: among 1.5, 1.47, ... at 1.11.
     exact = mse_grid(torch.tensor([1.0, 1, 1, 1, 0]), 2, True)
     outlier = mse_grid(torch.tensor([1.0, 1, 1, 1, 1.5]), 2, True)
     assert exact[0].item() == 1.0

@@ -2,8 +2,9 @@
 
     seconds of a step >= max(bytes read from memory / bandwidth, operations / rate)
 
-A limit is what the machine can do, and whatever else runs only takes away from it: so the fastest of several runs counts.
-Times of layers are medians. GB is 10^9 bytes, GFLOP 10^9 operations; a multiplication and an addition are two.
+A limit is what the machine can do, and whatever else runs only takes away from it: so the fastest of several runs
+counts. Times of layers are medians. GB is 10^9 bytes, GFLOP 10^9 operations; a multiplication and an addition
+are two.
 Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785.
 """
 

@@ -23,7 +23,8 @@ def training_curve(
 
     curves: by name, points {"step", "tokens", "seconds", "loss"} as `training.train` returns them and `variant.json`
     keeps them under record; the loss in nats, of a batch before its step. loss: what the axis calls it. mean_of:
-    batches in the mean, half of them before and half after; fewer at the ends. Raises NothingToDraw where no run has a point.
+    batches in the mean, half of them before and half after; fewer at the ends. Raises
+    NothingToDraw where no run has a point.
     """
     runs = {name: pd.DataFrame(list(curve)) for name, curve in curves.items() if len(curve)}
     if not runs:

@@ -1,4 +1,4 @@
-"""PyTorch compiled: the decode step as one graph, its small operations fused into C++ loops, over a cache of fixed length.
+"""PyTorch compiled: the decode step as one graph of fused C++ loops, over a cache of fixed length.
 
 Eager starts hundreds of small operations per token from Python. `torch.compile` traces the step once; inductor, its
 backend, writes C++ for everything between the packed kernels of `eager`, which stay as they are. What has no kernel

@@ -23,6 +23,7 @@ from edgelab.techniques.quantization.rtn import check_group_size, linear_layers
 from edgelab.techniques.structure import Block, Group, blocks, half_precision, longest
 
 CHUNK = 4096  # tokens whose products are summed in one matrix product
+STRIPE = 192  # columns of the product that are made at one time
 LAZY = 128  # columns that are rounded before the error reaches the rest of the matrix
 LARGEST_DAMPING = 1.0
 
@@ -122,8 +123,11 @@ def input_products(inputs: Tensor) -> tuple[Tensor, int]:
     with torch.autocast("cpu", enabled=False):
         for chunk in tokens.split(CHUNK):
             chunk = chunk.float()
-            total.addmm_(chunk.T, chunk)
-    return total / max(len(tokens), 1), lost
+            for start in range(0, total.shape[0], STRIPE):  # the lower triangle is enough
+                stripe = slice(start, start + STRIPE)
+                total[start:, stripe].addmm_(chunk[:, start:].T, chunk[:, stripe])
+    total = total.tril()
+    return (total + total.tril(-1).T) / max(len(tokens), 1), lost
 
 
 @register("quantize.gptq", shown=("bits", "group_size"))

@@ -276,10 +276,9 @@ class QuantizationAwareTraining(Trained):
         )
 
     def _reference(self, model: PreTrainedModel, context: Context, half: bool) -> PreTrainedModel:
-        reference = getattr(context, "reference", None)
-        if reference is None and any(isinstance(module, PackedLinear) for module in model.modules()):
+        if context.reference is None and any(isinstance(module, PackedLinear) for module in model.modules()):
             raise RecipeError("qat of a quantized model needs the reference for its loss; use loss=ce.")
-        reference = model if reference is None else reference
+        reference = context.reference or model
         return BFloat16().apply(reference, context) if half else reference
 
 
