@@ -26,6 +26,7 @@ Rows = pd.DataFrame | Iterable[Any]
 FAMILY_COLOURS = {
     "baseline": "#000000",
     "quantize": "#0072B2",
+    "qat": "#0072B2",  # quantization, too
     "prune": "#D55E00",
     "distill": "#009E73",
     "lora": "#CC79A7",

@@ -70,9 +70,10 @@ def states_dir() -> Path:
 
 
 def address(recipe: Recipe, source: Source, seed: int) -> Path:
-    """The folder of a variant: a hash of recipe, model fingerprint, versions and, where it matters, the seed."""
+    """The folder of a variant: a hash of recipe, model fingerprint, versions and, where it matters, seed and FAST."""
     versions = [technique.version for technique in recipe.techniques]
-    text = json.dumps([FORMAT, recipe.weights, source.sha, versions, seed if recipe.techniques else 0])
+    applied = [seed, assets.fast()] if recipe.techniques else []  # FAST calibrates on less and trains shorter
+    text = json.dumps([FORMAT, recipe.weights, source.sha, versions, applied])
     return cache_dir() / hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

@@ -28,7 +28,9 @@ from edgelab.techniques.quantization.rtn import linear_layers, quantize_affine
 from edgelab.techniques.quantization.smooth import SmoothQuant, smooth, smoothing_scale
 
 IDS = torch.arange(2, 66)[None]
-VALUES = arrays("float32", st.integers(1, 60), elements=st.floats(-1000, 1000, width=32)).map(torch.from_numpy)
+VALUES = arrays("float32", st.integers(1, 60), elements=st.floats(-1000, 1000, width=32)).map(
+    torch.from_numpy
+)
 
 
 def windows(samples: int = 4) -> torch.Tensor:
@@ -206,7 +208,9 @@ def test_static_recipes(tiny_reference, monkeypatch, method, keys):
     context = Context(progress=lambda *pair: progress.append(pair))
     changed = technique.apply(tiny_reference.model, context)
     logits = tiny_reference.model(IDS).logits
-    assert 0 < (changed(IDS).logits - logits).norm() < 0.3 * logits.norm()  # of random weights, which forgive nothing
+    assert (
+        0 < (changed(IDS).logits - logits).norm() < 0.3 * logits.norm()
+    )  # of random weights, which forgive nothing
     total = 8 if method == "smooth" else 4
     assert progress == [(done, total) for done in range(1, total + 1)]
     assert (context.record.notes == ["6 of 8 inputs smoothed"]) == (method == "smooth")

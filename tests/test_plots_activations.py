@@ -32,7 +32,12 @@ def test_a_line_for_each_channel_and_numbers_at_the_largest():
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(np.ones(3), np.ones(4)), (np.array([]), np.array([])), (np.zeros(3), np.ones(3)), (np.ones((2, 2)),) * 2],
+    [
+        (np.ones(3), np.ones(4)),
+        (np.array([]), np.array([])),
+        (np.zeros(3), np.ones(3)),
+        (np.ones((2, 2)),) * 2,
+    ],
 )
 def test_nothing_to_draw(before, after):
     with pytest.raises(NothingToDraw, match="as many channels, not all zero; these are"):

@@ -373,3 +373,11 @@ def test_size_of_the_embedded_model_by_hand(text, bits, group_size, embedding_bi
         assert (folder / "model.safetensors").stat().st_size == pytest.approx(size.total_bytes, rel=0.02)
     finally:
         shutil.rmtree(folder)
+
+
+def test_what_fast_made_is_not_taken_for_the_whole(source, monkeypatch):
+    recipe = parse("quantize.rtn:bits=4")
+    whole = variants.address(recipe, source, 0)
+    monkeypatch.setenv("EDGELAB_FAST", "1")
+    assert variants.address(recipe, source, 0) != whole
+    assert variants.address(parse("none"), source, 0) == variants.address(parse("none"), source, 1)

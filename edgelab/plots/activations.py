@@ -54,7 +54,9 @@ def activation_outliers(before: np.ndarray, after: np.ndarray, title: str = "") 
             Line2D([], [], color="black", linestyle="--", linewidth=0.9, label="median channel"),
             Line2D([], [], color="#dddddd", linewidth=6, label="below half an int8 step"),
         ]
-        heading = f"{when.capitalize()}: largest channel {ratio:,.0f} x the median, {lost} of {len(peaks)} lost"
+        heading = (
+            f"{when.capitalize()}: largest channel {ratio:,.0f} x the median, {lost} of {len(peaks)} lost"
+        )
         style_axes(axes, f"{title}\n{heading}" if title and axes is panels[0] else heading, legend)
         axes.grid(visible=False)
     panels[1].set_xlabel("Input channel", fontsize=9.5)

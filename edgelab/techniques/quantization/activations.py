@@ -27,7 +27,9 @@ from edgelab.techniques.quantization.packed import ActivationGrid, PackedLinear
 from edgelab.techniques.quantization.rtn import linear_layers, quantize_affine
 
 Range = Literal["minmax", "percentile", "mse"]
-SHRINKS = 2.0 ** -(torch.arange(0, 97) / 8)  # ends of the range that `mse` tries, down to 1/4096 of the largest value
+SHRINKS = 2.0 ** -(
+    torch.arange(0, 97) / 8
+)  # ends of the range that `mse` tries, down to 1/4096 of the largest value
 
 
 def activation_grid(low: Tensor, high: Tensor) -> ActivationGrid:
@@ -70,6 +72,12 @@ class Histogram:
         ends = torch.searchsorted(below, torch.tensor([tail, 1 - tail], dtype=below.dtype))
         low, high = values[ends.clamp(max=len(values) - 1)]
         return low, high
+
+    def ends(self, kind: Range, percentile: float) -> tuple[float, float]:
+        """The range by one of the three rules."""
+        if kind == "percentile":
+            return self.percentile(percentile)
+        return self.mse() if kind == "mse" else (self.low, self.high)
 
     def mse(self) -> tuple[Tensor, Tensor]:
         """Low and high with the least squared error of a uint8 grid, each end shrunk in turn until neither moves."""
@@ -161,14 +169,7 @@ def calibrated_grids(
         seen.setdefault(name, Histogram()).add(inputs)
 
     first = observe(model, windows, watch, **progress)
-    ends = {
-        name: {
-            "minmax": lambda: (histogram.low, histogram.high),
-            "percentile": lambda: histogram.percentile(percentile),
-            "mse": histogram.mse,
-        }[kind]()
-        for name, histogram in seen.items()
-    }
+    ends = {name: histogram.ends(kind, percentile) for name, histogram in seen.items()}
     return {name: activation_grid(*ends[first[name]]) for name in first}
 
 

@@ -144,7 +144,9 @@ class AutoRound(Calibrated):
             answer = answer[0] if isinstance(answer, tuple) else answer
             loss = (answer.float() - targets[chosen]).square().mean()
             gradients = torch.autograd.grad(loss, list(weights.values()))
-            share = float(loss.detach() / targets[chosen].square().mean())  # of the batch: samples differ in size
+            share = float(
+                loss.detach() / targets[chosen].square().mean()
+            )  # of the batch: samples differ in size
             if share < least:
                 least, best = share, rounded
             rate = (1 - done / steps) / steps

@@ -37,9 +37,7 @@ def smoothing_scale(activation_peaks: Tensor, weight_peaks: Tensor, alpha: float
 
 
 @torch.no_grad()
-def smooth(
-    model: PreTrainedModel, peaks: dict[str, Tensor], alpha: float, sample: Tensor
-) -> tuple[int, int]:
+def smooth(model: PreTrainedModel, peaks: dict[str, Tensor], alpha: float, sample: Tensor) -> tuple[int, int]:
     """Fold smoothing scales into a float model, in place; its outputs stay what they were.
 
     peaks: channel_peaks of the model. sample: (1, length) tokens, from which the structure is read.
