@@ -9,7 +9,7 @@ TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch lab compare test browser notebooks reference lint format bench peers lock clean
+.PHONY: help setup fetch lab compare test browser compiler notebooks reference lint format bench peers lock clean
 
 help:
 	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
@@ -77,7 +77,15 @@ browser:
 			|| echo "chromium could not be installed with apt-get; the browser tests will fail."; \
 	else echo "No Chromium here and no right to install it; the browser tests will fail until chromium is installed."; fi
 
-test: fetch browser
+# The compiled runtime writes C++; its test needs g++.
+compiler:
+	@if command -v g++ clang++ >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++ >/dev/null \
+			|| echo "g++ could not be installed with apt-get; the test of the compiled runtime will fail."; \
+	else echo "No C++ compiler here and no right to install it; the test of the compiled runtime will fail."; fi
+
+test: fetch browser compiler
 	$(BIN)/python -m pytest
 
 notebooks: fetch

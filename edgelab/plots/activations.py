@@ -22,7 +22,8 @@ def activation_outliers(before: np.ndarray, after: np.ndarray, title: str = "") 
     before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     if before.shape != after.shape or before.ndim != 1 or not before.any() or not after.any():
         raise NothingToDraw(
-            f"An outlier plot takes two rows of as many channels, not all zero; these are {before.shape} and {after.shape}."
+            "An outlier plot takes two rows of as many channels, not all zero; these are "
+            f"{before.shape} and {after.shape}."
         )
     channels = np.arange(len(before))
     figure = new_chart(8.5, 5.2)
