@@ -204,7 +204,7 @@ class Ranged(Calibrated):
     """
 
     range: Range = "minmax"
-    percentile: float = 99.999
+    percentile: float = 99.9999
 
     def __post_init__(self) -> None:
         super().__post_init__()
