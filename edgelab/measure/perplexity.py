@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgelab.corpora import CorpusError, TokenizedText
 from edgelab.errors import EdgeLabError
+from edgelab.training import head_logits as head
 
 CHUNK = 32  # tokens that a model with a quantized cache reads at a time
 SLICE = 64  # positions whose logits exist at one time: 12.6 MB in float32 for a vocabulary of 49,152
@@ -231,15 +232,6 @@ def prepacked(model: PreTrainedModel, tokens: int, only_head: bool = False) -> I
 
 def _packed_forward(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-
-
-def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Float32 logits (positions, vocabulary) from final hidden states (positions, hidden)."""
-    logits = model.get_output_embeddings()(hidden).float()
-    logits = logits * (getattr(model.config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(model.config, "logits_scaling", None) or 1.0)  # Granite
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
-    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 class PerplexitySum:
