@@ -1,0 +1,74 @@
+"""Exercises of notebook 02: grids, and what they take."""
+
+import torch
+
+from edgelab.devices import models
+from edgelab.exercises.checking import Exercise, exercise
+from edgelab.techniques.quantization.rtn import quantize_affine
+
+
+@exercise
+def group_within_budget() -> Exercise:
+    """The smallest of the group sizes 32, 64, 96, 192 with which asymmetric 4-bit weights take at most 4.25 bits."""
+    bits, budget, sizes = 4, 4.25, (32, 64, 96, 192)
+    stored = {size: bits + (16 + bits) / size for size in sizes}
+    without_zero_points = min(size for size in sizes if bits + 16 / size <= budget)
+    return Exercise(
+        answer=min(size for size in sizes if stored[size] <= budget),
+        why=f"Groups of 64 take {stored[64]} bits, groups of 96 take {stored[96]:.3f}.",
+        hint="bits + (16 bits of the scale + the bits of a zero-point) / group size.",
+        mistakes=[
+            (without_zero_points, "that counts the scales only; every group also stores a 4-bit zero-point."),
+            (192, "that is within the budget, but a smaller group is too."),
+            (32, f"groups of 32 take {stored[32]} bits."),
+        ],
+    )
+
+
+@exercise
+def levels_of_symmetric_two_bits() -> Exercise:
+    """To how many of the four levels of a symmetric 2-bit grid a weight is ever rounded."""
+    weight = torch.linspace(-1, 1, 64)[None]
+    return Exercise(
+        answer=quantize_affine(weight, bits=2, group_size=0, symmetric=True).integers.unique().numel(),
+        why="The largest weight is one step from zero, so that the level at minus two steps is never used.",
+        hint="The scale is max |w| / (2¹ - 1): how many steps of it is the weight farthest from zero?",
+        mistakes=[
+            (
+                4,
+                "the grid has four levels, but look at the lowest one in the widget: does any weight go there?",
+            ),
+            (2, "zero is a level too."),
+        ],
+    )
+
+
+@exercise
+def embedding_in_8_bits() -> Exercise:
+    """Stored MB of the embedded model with 4-bit linear layers in groups of 64 and an 8-bit embedding by row."""
+    shape = models()["SmolLM2-135M"]
+    linear = shape.linear_parameters * 4 / 8
+    scales = shape.linear_parameters / 64 * (2 + 0.5)  # 16-bit scale, 4-bit zero-point
+    embedding = shape.embedding_parameters + shape.vocab_size * (2 + 1)
+    norms = shape.other_parameters * 4
+    right = (linear + scales + embedding + norms) / 1e6
+    return Exercise(
+        answer=right,
+        why="Rounding the embedding saves 85 MB, more than all linear layers take at 4 bits.",
+        hint="106.2M linear weights at half a byte, 2.5 bytes for each 64 of them, 28.3M embedding weights at one.",
+        mistakes=[
+            (
+                (linear + embedding) / 1e6,
+                "every group of 64 stores a 16-bit scale and a 4-bit zero-point too.",
+            ),
+            (
+                right + shape.embedding_parameters * 3 / 1e6,
+                "that leaves the embedding in 32 bits; it has 8 now.",
+            ),
+            (
+                right + shape.embedding_parameters / 1e6,
+                "head and embedding are one matrix here: count it once.",
+            ),
+            (shape.parameters / 2e6, "the embedding has 8 bits, not 4, and groups have scales."),
+        ],
+    )

@@ -1,0 +1,53 @@
+"""Exercises of notebook 05: gradients through rounding."""
+
+import math
+
+import torch
+
+from edgelab.exercises.checking import Exercise, exercise
+from edgelab.techniques.quantization.qat import FakeQuantize
+
+
+@exercise
+def gradient_through_rounding() -> Exercise:
+    """Sum of the gradient that five weights receive through a 2-bit grid of levels -1, 0, 1, 2."""
+    weight = torch.tensor([[-3.0, 0.25, 1.75, 2.375, 5.0]], requires_grad=True)
+    outer = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 10_000.0]])
+    scale, centre = torch.ones(1, 1), torch.ones(1, 1)
+    FakeQuantize.apply(weight, scale, centre, 0, 3, True, torch.float32).backward(outer)
+    return Exercise(
+        answer=weight.grad.sum().item(),
+        why="Only -3 and 5 are rounded to a level beyond the grid and clamped: their gradients stop.",
+        hint="A gradient passes where round(w / s + z) is between 0 and 3, here with s = 1 and z = 1.",
+        mistakes=[
+            (outer.sum().item(), "weights that are clamped to an end of the grid receive nothing."),
+            (110, "2.375 lies above the last level, but it is rounded to that level: nothing is clamped."),
+            (11_110, "5 is rounded to 5 and clamped to 2: its gradient stops as well as that of -3."),
+            (0, "that is the true gradient of rounding; straight through, it counts as 1 on the grid."),
+            (1_111, "-3 is rounded to -3 and clamped to -1: its gradient stops as well as that of 5."),
+            (1, "the gradients of 10, 100 and 1000 belong to weights on the grid."),
+        ],
+        tolerance=5e-5,
+    )
+
+
+@exercise
+def gradient_of_a_step() -> Exercise:
+    """By how much three rounded weights together grow with their step, without LSQ's factor."""
+    weight = torch.tensor([[0.3, 0.6, 2.4]])
+    scale, centre, low, high = torch.ones(1, 1, requires_grad=True), torch.full((1, 1), 2.0), 0, 3
+    FakeQuantize.apply(weight, scale, centre, low, high, True, torch.float32).sum().backward()
+    factor = 1 / math.sqrt(weight.numel() * (high - low))
+    right = scale.grad.item() / factor
+    return Exercise(
+        answer=right,
+        why="-0.3 and +0.4 are what rounding adds to the first two; the third sits at the end, 1 step from zero.",
+        hint="round(w / s) - w / s for a weight on the grid; for one beyond it, the level of that end.",
+        mistakes=[
+            (right * factor, "LSQ's factor 1/√(3 · 3) is in it; leave it out."),
+            (-1.3, "2.4 is beyond the grid: its rounded value is 1 · s, which grows by 1 as s does."),
+            (0.1, "2.4 counts, too: it is rounded to 1 · s, which grows by 1 as s does."),
+            (2.0, "that is the sum of the levels; a weight on the grid also counts - w / s."),
+            (-1.1, "the sign: 0.6 is rounded up to 1, so that rounding adds 0.4."),
+        ],
+    )
