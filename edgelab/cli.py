@@ -71,7 +71,7 @@ Corpus = Annotated[
 ]
 ProtocolName = Annotated[str, typer.Option("--protocol", help="A name of `edgelab list protocols`.")]
 Windows = Annotated[
-    int | None, typer.Option(help="How many windows score (default 16; 4 with EDGELAB_FAST=1).")
+    int | None, typer.Option(help="How many windows score (default 32; 4 with EDGELAB_FAST=1).")
 ]
 RuntimeName = Annotated[str | None, typer.Option("--runtime", help="A name of `edgelab list runtimes`.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
@@ -100,6 +100,7 @@ def fetch(force: Annotated[bool, typer.Option("--force", help="Fetch and decode 
 
 @app.command(epilog="Example: `edgelab measure none quantize.rtn:bits=4 --windows 8 --json`")
 def measure(
+    context: typer.Context,
     recipes: Recipes,
     model: Model = "embedded",
     corpus: Corpus = "wiki",
@@ -115,22 +116,12 @@ def measure(
     """Measure recipes, each by itself, and record the rows."""
     from edgelab import lab
 
-    settings = dict(
-        model=model,
-        corpus=corpus,
-        protocol=protocol,
-        windows=windows,
-        runtime=runtime,
-        seed=seed,
-        threads=threads,
-        only=only,
-        force=force,
-    )
-    _stream(lab.stream(recipes, interleave=False, **settings), as_json)
+    _stream(lab.stream(recipes, interleave=False, **_settings(context)), as_json)
 
 
 @app.command(epilog="Example: `edgelab compare none quantize.bf16 --report results/report.html`")
 def compare(
+    context: typer.Context,
     recipes: Annotated[list[str] | None, typer.Argument(help="Recipes; without any, a first set.")] = None,
     model: Model = "embedded",
     corpus: Corpus = "wiki",
@@ -147,18 +138,7 @@ def compare(
     """Measure recipes beside the baseline, print a table, record the rows."""
     from edgelab import lab
 
-    settings = dict(
-        model=model,
-        corpus=corpus,
-        protocol=protocol,
-        windows=windows,
-        runtime=runtime,
-        seed=seed,
-        threads=threads,
-        only=only,
-        force=force,
-    )
-    rows = lab.stream(recipes or lab.DEFAULT_SET, **settings)
+    rows = lab.stream(recipes or lab.DEFAULT_SET, **_settings(context))
     _stream(rows, as_json, (lambda done: _report(done, report, model)) if report else None)
 
 
@@ -378,6 +358,11 @@ def _listing(what: str) -> list[dict[str, Any]]:
 
     found = devices.models().values() if what == "models" else devices.catalogue()
     return [dataclasses.asdict(one) for one in found]
+
+
+def _settings(context: typer.Context) -> dict[str, Any]:
+    """The options of `measure` and `compare` that are settings of a measurement, under the same names."""
+    return {name: v for name, v in context.params.items() if name not in ("recipes", "report", "as_json")}
 
 
 def _stream(rows: Any, as_json: bool, finish: Callable[[Any], None] | None = None) -> None:

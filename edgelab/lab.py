@@ -1,14 +1,13 @@
 """The one road: recipe -> variant -> row. `measure` goes it once, `compare` several times beside the baseline.
 
-Every step that touches weights happens in a fresh process (`Bench`): the variant is built and its quality measured in
-one, its latency and memory in another.
+Every step that touches weights happens in a fresh process (see `bench`): the variant is built and its quality measured
+in one, its latency and memory in another.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,15 +20,14 @@ import psutil
 from tqdm.auto import tqdm
 
 from edgelab import assets, corpora, ledger, recipes, reference, runtimes, techniques, variants
+from edgelab.bench import Bench
 from edgelab.errors import EdgeLabError
 from edgelab.ledger import Row
-from edgelab.measure import divergence, isolation, latency, memory, perplexity
+from edgelab.measure import divergence, latency, perplexity
 from edgelab.measure.isolation import Isolated, IsolatedError
 from edgelab.measure.latency import Latency
 
-__all__ = ["DEFAULT_SET", "MeasureError", "compare", "measure", "techniques"]
-
-log = logging.getLogger(__name__)
+__all__ = ["DEFAULT_SET", "Bench", "MeasureError", "compare", "measure", "techniques"]
 
 DEFAULT_SET = (
     "none",
@@ -38,6 +36,7 @@ DEFAULT_SET = (
     "quantize.rtn:bits=4,group_size=64",
     "quantize.rtn:bits=3,group_size=64",
 )
+NOTHING = recipes.Recipe()
 Progress = Callable[[int, int], None]
 
 
@@ -47,17 +46,26 @@ class MeasureError(EdgeLabError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how. `only`: "quality", "speed", "memory" or None for all of them."""
+    """What is measured, and how. `only`: "quality", "speed", "memory" or None for all of them.
+
+    Raises MeasureError for what cannot be.
+    """
 
     model: str = reference.EMBEDDED
     corpus: str = "wiki"
     protocol: str = "edgelab-512"
-    windows: int = 16
+    windows: int = 32
     seed: int = 0
     threads: int = 2
     only: str | None = None
     force: bool = False
     timeout_s: float = 3600
+
+    def __post_init__(self) -> None:
+        if self.only not in (None, "quality", "speed", "memory"):
+            raise MeasureError(f"only={self.only} is none of quality, speed, memory.")
+        if self.windows < 1 or self.threads < 1:
+            raise MeasureError("windows and threads are whole numbers from 1 on.")
 
     @property
     def quality(self) -> bool:
@@ -126,7 +134,10 @@ def _prepare(texts: Iterable[str], model: str, runtime: str | None = None, **set
                 f"Unknown runtime '{runtime}'; there is {', '.join(runtimes.RUNTIMES)}."
             )
         parsed = [replace(one, runtime=runtime) for one in parsed]
-    defaults = {"threads": psutil.cpu_count(logical=False) or 1, "windows": 4 if assets.fast() else 16}
+    defaults = {
+        "threads": psutil.cpu_count(logical=False) or 1,
+        "windows": 4 if assets.fast() else Settings.windows,
+    }
     given = {key: value for key, value in settings.items() if value is not None}
     unknown = set(given) - set(Settings.__dataclass_fields__)
     if unknown:
@@ -134,17 +145,10 @@ def _prepare(texts: Iterable[str], model: str, runtime: str | None = None, **set
             f"Unknown setting {', '.join(unknown)}; there is {', '.join(Settings.__dataclass_fields__)}."
         )
     chosen = Settings(model=model, **defaults | given)
-    if chosen.only not in (None, "quality", "speed", "memory"):
-        raise MeasureError(f"only={chosen.only} is none of quality, speed, memory.")
-    if chosen.windows < 1 or chosen.threads < 1:
-        raise MeasureError("windows and threads are whole numbers from 1 on.")
-    source = reference.resolve(model)
-    text = corpora.tokenize(chosen.corpus, reference.load_tokenizer(source))
-    perplexity.windows(text, perplexity.protocol(chosen.protocol), reference.load_tokenizer(source), 1)
+    tokenizer = reference.load_tokenizer(reference.resolve(model))
+    text = corpora.tokenize(chosen.corpus, tokenizer)
+    perplexity.windows(text, perplexity.protocol(chosen.protocol), tokenizer, 1)
     return parsed, chosen
-
-
-NOTHING = recipes.Recipe()
 
 
 def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None = None) -> Row:
@@ -152,21 +156,12 @@ def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None = Non
     baseline = _baseline(chosen) if chosen.quality and recipe != NOTHING else None
     source = reference.resolve(chosen.model)
     row = Row(
-        str(recipe),
-        recipe.family,
-        source.name,
-        source.sha,
-        recipe.runtime,
-        seed=chosen.seed,
-        fast=assets.fast(),
+        **_question(recipe, source.sha, chosen),
+        family=recipe.family,
+        model=source.name,
+        runtime=recipe.runtime,
         **ledger.provenance(chosen.threads),
     )
-    if chosen.quality:
-        row.protocol, row.corpus, row.windows = (
-            chosen.protocol,
-            corpora.identity(chosen.corpus),
-            chosen.windows,
-        )
     started = time.perf_counter()
     try:
         with _bench(recipe, chosen) as bench:
@@ -182,37 +177,28 @@ def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None = Non
     return ledger.add(row)
 
 
+def _question(recipe: recipes.Recipe, model_sha: str, chosen: Settings) -> dict[str, object]:
+    """The fields of a row that say what was asked: rows that differ in none of them answer the same."""
+    fields = {"recipe": str(recipe), "model_sha": model_sha, "seed": chosen.seed, "fast": assets.fast()}
+    if chosen.quality:
+        corpus = corpora.identity(chosen.corpus)
+        fields |= {"protocol": chosen.protocol, "corpus": corpus, "windows": chosen.windows}
+    return fields
+
+
 def _known(recipe: recipes.Recipe, chosen: Settings, interleaved: bool = False) -> Row | None:
     """The newest row that answers the same question, on this machine, with these versions; None where forced."""
     if chosen.force:
         return None
     here = ledger.provenance(chosen.threads)
-    same = {key: here[key] for key in ("host", "threads", "versions")}
-    if chosen.quality:
-        same |= {
-            "protocol": chosen.protocol,
-            "corpus": corpora.identity(chosen.corpus),
-            "windows": chosen.windows,
-        }
-    wanted = {
-        "ppl": chosen.quality,
-        "decode_tok_s": chosen.latency,
-        "peak_rss_mb": chosen.process,
-        "decode_ratio": interleaved,
-    }
-    if recipe.runtime == "simulated":
-        wanted = {"ppl": chosen.quality}
-    row = ledger.find(
-        recipe=str(recipe),
-        model_sha=reference.resolve(chosen.model).sha,
-        seed=chosen.seed,
-        fast=assets.fast(),
-        status="ok",
-        **same,
-    )
-    return (
-        row if row and all(getattr(row, key) is not None for key, asked in wanted.items() if asked) else None
-    )
+    same = {name: here[name] for name in ("host", "threads", "versions")}
+    question = _question(recipe, reference.resolve(chosen.model).sha, chosen)
+    row = ledger.find(**question, **same, status="ok")
+    wanted = {"ppl": chosen.quality}
+    if recipe.runtime != "simulated":
+        wanted |= {"decode_tok_s": chosen.latency, "peak_rss_mb": chosen.process, "decode_ratio": interleaved}
+    whole = row and all(getattr(row, name) is not None for name, asked in wanted.items() if asked)
+    return row if whole else None
 
 
 def _baseline(chosen: Settings) -> Row:
@@ -308,7 +294,7 @@ def _fill(row: Row, values: dict[str, object]) -> None:
 
 def _bench(recipe: recipes.Recipe, chosen: Settings) -> Isolated:
     return Isolated(
-        "edgelab.lab:Bench",
+        "edgelab.bench:Bench",
         chosen.threads,
         chosen.timeout_s,
         recipe=str(recipe),
@@ -329,99 +315,3 @@ def _bar(what: str) -> Progress:
             bar.close()
 
     return advance
-
-
-class Bench:
-    """What runs in a fresh process: build a variant, measure its quality, run it."""
-
-    def __init__(self, recipe: str, model: str, seed: int) -> None:
-        self.recipe = recipes.parse(recipe)
-        self.source = reference.resolve(model)
-        self.seed = seed
-        self.tokenizer = reference.load_tokenizer(self.source)
-
-    def build(self) -> dict[str, object]:
-        """Make the variant unless it is cached; returns the row's fields of size and cost."""
-        self.folder = variants.build(self.recipe, self.source, self.seed, isolation.report)
-        about = variants.read_about(self.folder)
-        size = variants.Size(**about["size"])
-        record = recipes.Record(**about["record"])
-        isolation.report(1, 1)
-        return {
-            "parameters": size.parameters,
-            "weights_mb": size.total_bytes / 1e6,
-            "linear_mb": size.linear_bytes / 1e6,
-            "embedding_mb": size.embedding_bytes / 1e6,
-            "scales_mb": size.scales_bytes / 1e6,
-            "bits_per_weight": 8 * size.total_bytes / size.parameters,
-            "file_mb": (self.folder / "model.safetensors").stat().st_size / 1e6,
-            "kv_cache_mb_per_1k": memory.kv_cache_mb_per_1k(
-                variants.load_config(self.folder),
-                4 if about["dtype"] == "float32" else 2,
-                variants.read_cache_grid(about),
-            ),
-            "apply_s": about["apply_s"],
-            "calibration_tokens": record.calibration_tokens,
-            "train_tokens": record.train_tokens,
-            "notes": " ".join(record.notes) or None,
-        }
-
-    def quality(
-        self, corpus: str, protocol: str, windows: int, states: str, record: bool
-    ) -> dict[str, object]:
-        """Perplexity, and divergence from the reference whose states are kept (or: keep them)."""
-        runtime = runtimes.load(self.recipe.runtime, self.folder)
-        rules = perplexity.protocol(protocol)
-        text = corpora.tokenize(corpus, self.tokenizer)
-        cut = perplexity.windows(text, rules, self.tokenizer, windows)
-        total = perplexity.PerplexitySum(cut)
-        with ExitStack() as stack:
-            if record:
-                other = stack.enter_context(divergence.recording(Path(states), cut, runtime.model))
-            else:
-                compared = reference.load_model(self.source)
-                stack.enter_context(perplexity.prepacked(compared, perplexity.SLICE, only_head=True))
-                other = divergence.DivergenceSum(Path(states), compared)
-            for piece in perplexity.slices(runtime.model, cut):
-                total.add(piece)
-                other.add(piece)
-                isolation.report(piece.window, len(cut))
-        isolation.report(len(cut), len(cut))
-        result = total.result(text, rules)
-        found = {
-            name: getattr(result, name)
-            for name in ("n_tokens", "nll_sum", "ppl", "bits_per_byte", "nll_per_window", "tokens_per_window")
-        }
-        if not record:
-            found |= {"kld_mean": other.kld_mean, "top1_agreement": other.agreement}
-        return found | {"kernel": runtime.kernel, "badge": runtime.badge}
-
-    def open(self) -> dict[str, object]:
-        """Load the variant into the runtime. What the process needs without it is left out of its memory."""
-        variants.skeleton(variants.load_config(self.folder))
-        self.nothing_mb = memory.peak_rss_mb()
-        started = time.perf_counter()
-        self.runtime = runtimes.load(self.recipe.runtime, self.folder)
-        load_s = time.perf_counter() - started
-        return {
-            "load_s": load_s,
-            "compile_s": self.runtime.compile() if hasattr(self.runtime, "compile") else None,
-            "kernel": self.runtime.kernel,
-            "badge": self.runtime.badge,
-        }
-
-    def warm_up(self, corpus: str) -> int:
-        """Warm up with the first tokens of a corpus as prompt, repeated where they are too few."""
-        ids = corpora.tokenize(corpus, self.tokenizer).ids[: latency.PREFILL_TOKENS].tolist()
-        prompt = (ids * math.ceil(latency.PREFILL_TOKENS / len(ids)))[: latency.PREFILL_TOKENS]
-        self.timed = latency.Timed(self.runtime, prompt)
-        return self.timed.warm_up()
-
-    def prefill(self) -> float:
-        return self.timed.prefill()
-
-    def decode(self, tokens: int) -> list[float]:
-        return self.timed.decode(tokens)
-
-    def peak_rss_mb(self) -> float:
-        return memory.peak_rss_mb() - self.nothing_mb

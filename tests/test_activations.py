@@ -17,7 +17,6 @@ from edgelab.techniques.quantization.activations import (
     DynamicInt8,
     Histogram,
     StaticInt8,
-    activation_grid,
     calibrated_grids,
     channel_peaks,
     expected_error,
@@ -38,17 +37,17 @@ def windows(samples: int = 4) -> torch.Tensor:
 
 
 def test_static_grid_by_hand():
-    grid = activation_grid(torch.tensor(-51.0), torch.tensor(204.0))
+    grid = ActivationGrid.spanning(torch.tensor(-51.0), torch.tensor(204.0))
     assert (grid.scale, grid.zero_point) == (1.0, 51.0)
     assert grid.round(torch.tensor([-60.0, -0.6, 0.4, 203.7, 300.0])).tolist() == [-51, -1, 0, 204, 204]
-    above = activation_grid(torch.tensor(51.0), torch.tensor(102.0))  # widened to hold zero
+    above = ActivationGrid.spanning(torch.tensor(51.0), torch.tensor(102.0))  # widened to hold zero
     assert above.zero_point == 0
     torch.testing.assert_close(above.scale, torch.tensor(0.4))
 
 
 def test_dynamic_grid_by_hand():
-    inputs = torch.tensor([[127.0, 0.6, -3.4], [0.0, 0.0, 0.0], [1.27, -0.014, 0.0]])
-    expected = torch.tensor([[127.0, 1.0, -3.0], [0.0, 0.0, 0.0], [1.27, -0.01, 0.0]])
+    inputs = torch.tensor([[204.0, 0.6, -51.0], [0.0, 0.0, 0.0], [2.55, 0.014, 1.0]])
+    expected = torch.tensor([[204.0, 1.0, -51.0], [0.0, 0.0, 0.0], [2.55, 0.01, 1.0]])
     torch.testing.assert_close(ActivationGrid().round(inputs), expected)
 
 
@@ -90,7 +89,7 @@ def test_the_range_by_squared_error_beats_the_others(outlier):
     histogram.add(values)
 
     def error(low, high) -> float:
-        return float((activation_grid(low, high).round(values) - values).double().square().sum())
+        return float((ActivationGrid.spanning(low, high).round(values) - values).double().square().sum())
 
     best = min(error(histogram.low * f, histogram.high * f) for f in torch.linspace(0.01, 1, 100))
     assert error(*histogram.mse()) <= 1.05 * best
@@ -144,7 +143,7 @@ def test_the_kernel_equals_the_definition(static, bits, bias, tokens):
     tensor = quantize_affine(0.05 * torch.randn(48, 576, generator=generator), bits, 0, symmetric=True)
     inputs = 3 * torch.randn(tokens, 576, generator=generator) + 1
     offset = nn.Parameter(torch.randn(48, generator=generator)) if bias else None
-    grid = activation_grid(inputs.min(), 0.6 * inputs.max()) if static else ActivationGrid()
+    grid = ActivationGrid.spanning(inputs.min(), 0.6 * inputs.max()) if static else ActivationGrid()
     assert kernel_for(tensor, grid) is Int8ActivationLinear
     definition, kernel = PackedLinear(tensor, offset, grid), Int8ActivationLinear(tensor, offset, grid)
     expected = definition(inputs).detach()
@@ -157,7 +156,7 @@ def test_the_kernel_does_not_saturate():
     """The largest integers of one sign: 127 * 127 * 4096 needs all 32 bits of the sum."""
     tensor = quantize_affine(torch.full((16, 4096), 127.0), 8, 0, symmetric=True)
     inputs = torch.full((3, 4096), 127.0)
-    for grid in (ActivationGrid(), activation_grid(torch.tensor(0.0), torch.tensor(255.0))):
+    for grid in (ActivationGrid(), ActivationGrid.spanning(torch.tensor(0.0), torch.tensor(255.0))):
         outputs = Int8ActivationLinear(tensor, None, grid)(inputs)
         torch.testing.assert_close(outputs, torch.full((3, 16), 127.0 * 127 * 4096), rtol=1e-6, atol=0)
 
@@ -171,8 +170,11 @@ def test_which_matrix_has_no_integer_kernel():
 def test_a_token_is_rounded_as_torch_does_it():
     inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     for rounded, token in zip(ActivationGrid().round(inputs), inputs, strict=True):
-        scale = token.abs().max().item() / 127
-        torch.testing.assert_close(rounded, torch.fake_quantize_per_tensor_affine(token, scale, 0, -127, 127))
+        scale = (token.max() - token.min()).item() / 255
+        zero_point = round(-token.min().item() / scale)
+        torch.testing.assert_close(
+            rounded, torch.fake_quantize_per_tensor_affine(token, scale, zero_point, 0, 255)
+        )
 
 
 def test_dynamic_int8(new_model, layout):

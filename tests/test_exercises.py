@@ -10,8 +10,12 @@ NUMBERS = [
     "bits_for_13b",
     "word_to_token_perplexity",
     "windows_without_pairing",
+    "smoothed_outlier",
+    "error_that_is_made_up_for",
     "decoding_at_60_percent",
     "tokens_at_the_ridge",
+    "tokens_of_a_two_bit_cache",
+    "codebook_of_a_row",
     "embedding_in_8_bits",
     "gradient_through_rounding",
     "gradient_of_a_step",
@@ -36,8 +40,12 @@ def test_the_answers_worked_by_hand():
     assert EXERCISES["bits_for_13b"]().answer == 2
     assert EXERCISES["word_to_token_perplexity"]().answer == pytest.approx(11.3524, abs=1e-4)
     assert EXERCISES["windows_without_pairing"]().answer == pytest.approx(3600)
+    assert EXERCISES["smoothed_outlier"]().answer == pytest.approx(64 / (8**1.5 * 2**0.5))
+    assert EXERCISES["error_that_is_made_up_for"]().answer == pytest.approx(0.4**2 + 0.7**2 - 1.6 * 0.4 * 0.7)
     assert EXERCISES["decoding_at_60_percent"]().answer == pytest.approx(40.8 / 4.1)
     assert EXERCISES["tokens_at_the_ridge"]().answer == 10
+    assert EXERCISES["tokens_of_a_two_bit_cache"]().answer == pytest.approx(16 / 3)
+    assert EXERCISES["codebook_of_a_row"]().answer == pytest.approx((576 * 4 + 16 * 16 + 9 * 16) / 576)
     assert EXERCISES["embedding_in_8_bits"]().answer == pytest.approx(
         (106_168_320 / 2 + 1_658_880 * 2.5 + 49_152 * 579 + 35_136 * 4) / 1e6
     )
@@ -48,7 +56,7 @@ def test_the_answers_worked_by_hand():
 
 
 def test_the_best_within_a_budget_is_read_from_the_reference_rows(monkeypatch):
-    like = {"protocol": "edgelab-512", "corpus": "wiki", "windows": 16, "badge": "packed"}
+    like = {"protocol": "edgelab-512", "corpus": "wiki", "windows": 32, "badge": "packed"}
     rows = [
         Row("none", ppl=21.7, weights_mb=538.0, **like),
         Row("quantize.rtn:bits=4,group_size=64", ppl=28.0, weights_mb=171.0, **like),

@@ -136,6 +136,15 @@ def test_values_are_a_source_where_heads_are_not_grouped(new_model, layout):
     assert find_source(found[0].module, group) == (found[0].module.self_attn.v_proj, 0.0)
 
 
+def test_layers_that_read_the_residual_have_no_source(new_model):
+    """OLMo2 norms what attention and MLP put out, not what they read; of its groups down_proj alone has a source."""
+    model = new_model("olmo2")
+    before = model(IDS).logits.detach()
+    answers = fold_all(model, lambda width: torch.linspace(0.2, 5, width))
+    assert answers == [False, False, False, True] * 2
+    torch.testing.assert_close(model(IDS).logits, before, rtol=0, atol=1e-4)
+
+
 def test_nothing_changes_without_a_source(new_model):
     model = new_model("phi")
     before = copy.deepcopy(model.state_dict())

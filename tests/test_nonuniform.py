@@ -52,10 +52,7 @@ def test_nf4_by_hand():
 @settings(max_examples=50, deadline=None)
 def test_every_weight_takes_its_nearest_level(seed, group_size, bits):
     weight = torch.randn(5, 24, generator=torch.Generator().manual_seed(seed)) ** 3
-    for tensor in (
-        quantize_normal_float(weight, group_size),
-        quantize_codebook(weight, bits, group_size),
-    ):
+    for tensor in (quantize_normal_float(weight, group_size), quantize_codebook(weight, bits, group_size)):
         scale = tensor.scale.float().repeat_interleave(tensor.group_size, 1)
         levels = tensor.codebook.float()[0] * scale[..., None]  # (out, in, levels)
         least = (levels - weight[..., None]).abs().amin(-1)

@@ -114,7 +114,7 @@ def test_before_training_it_is_rounding(tiny_reference, bits, group_size):
     technique = QuantizationAwareTraining(bits=bits, group_size=group_size)
     model = convert(technique.prepare(tiny_reference.model))
     known = {"1": quantize_binary, "1.58": quantize_ternary}.get(
-        bits, lambda weight, size: quantize_affine(weight, int(bits), size)
+        bits, lambda weight, size: quantize_affine(weight, int(bits), size, range="mse")
     )
     for name, layer in linear_layers(tiny_reference.model).items():
         ours, theirs = model.get_submodule(name).tensor, known(layer.weight.detach(), group_size)
@@ -137,7 +137,7 @@ def test_the_mse_range_is_the_start(tiny_reference):
 RECIPES = [
     "qat:bits=3",
     "qat:bits=2,learned_step=true",
-    "qat:bits=4,range=mse,loss=ce",
+    "qat:bits=4,range=minmax,loss=ce",
     "qat:bits=3,range=percentile,learned_step=true",
     "qat:bits=3,activation_bits=8",
     "qat:bits=1.58",
@@ -327,8 +327,8 @@ def test_recipes_round_trip():
         ("qat:group_size=-1", "qat:group_size=-1 is negative; 0 means one group per row"),
         ("qat:activation_bits=4", r"qat:activation_bits=4 is neither 8 nor 0 \(float\)"),
         (
-            "qat:bits=1.58,range=mse",
-            r"qat:bits=1\.58 takes its scale from mean magnitudes; leave out range=mse",
+            "qat:bits=1.58,range=minmax",
+            r"qat:bits=1\.58 takes its scale from mean magnitudes; leave out range=minmax",
         ),
         ("qat:loss=mse", "qat:loss is one of kl, ce, not 'mse'"),
         ("qat:steps=0", "at least 1 step"),

@@ -1,12 +1,13 @@
 """Checked exercises of the notebooks; importing this package registers every one of them."""
 
-from edgelab.exercises import measuring, memory, one_bit, quantization, speed, training
+from edgelab.exercises import calibration, measuring, memory, one_bit, quantization, speed, training
 from edgelab.exercises.checking import EXERCISES, Exercise, UnknownExercise, check, exercise
 
 __all__ = [
     "EXERCISES",
     "Exercise",
     "UnknownExercise",
+    "calibration",
     "check",
     "exercise",
     "measuring",

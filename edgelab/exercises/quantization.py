@@ -44,6 +44,26 @@ def levels_of_symmetric_two_bits() -> Exercise:
 
 
 @exercise
+def codebook_of_a_row() -> Exercise:
+    """Bits per weight of 4-bit k-means in groups of 64 where each row of 576 inputs has a codebook of its own."""
+    bits, inputs, group_size, stored = 4, 576, 64, 16
+    scales, table = stored / group_size, 2**bits * stored / inputs
+    return Exercise(
+        answer=bits + scales + table,
+        why=f"The codebook alone takes {table:.2f} bits of every weight; one for the whole matrix takes 0.001.",
+        hint="4 bits, and of each row 16 levels and 9 scales in 16 bits, spread over 576 weights.",
+        mistakes=[
+            (bits + table, "every group of 64 stores a 16-bit scale too."),
+            (
+                bits + scales,
+                "that is one codebook for the matrix; here each row stores 16 levels of 16 bits.",
+            ),
+            (scales + table, "that is what comes to the 4 bits of the integer."),
+        ],
+    )
+
+
+@exercise
 def embedding_in_8_bits() -> Exercise:
     """Stored MB of the embedded model with 4-bit linear layers in groups of 64 and an 8-bit embedding by row."""
     shape = models()["SmolLM2-135M"]

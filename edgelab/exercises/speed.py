@@ -1,5 +1,6 @@
-"""Exercises of notebook 04: bandwidth and arithmetic."""
+"""Exercises of notebook 04: bandwidth, arithmetic, and what the cache takes."""
 
+from edgelab.devices import SCALE_BITS
 from edgelab.exercises.checking import Exercise, exercise
 
 
@@ -34,5 +35,23 @@ def tokens_at_the_ridge() -> Exercise:
             (gflop_s / read_gb_s, "that is the ridge in operations per byte; how many tokens make as many?"),
             (2 * right, "a multiplication and an addition are two operations."),
             (right * 32 / bits, "that holds for 32-bit weights; 4 bits are half a byte."),
+        ],
+    )
+
+
+@exercise
+def tokens_of_a_two_bit_cache() -> Exercise:
+    """How many times as many tokens fit in 2 bits as in 16, in groups of 32 with a scale and a minimum of 16 bits."""
+    bits, full, group_size = 2, 16, 32
+    right = full / (bits + 2 * SCALE_BITS / group_size)
+    return Exercise(
+        answer=right,
+        why="Scale and minimum take one bit of a number: a 2-bit cache has 3 bits, and a 4-bit one has 5.",
+        hint="Bits of a number in the cache = 2 + what it bears of its group's scale and minimum.",
+        mistakes=[
+            (full / bits, "that leaves out the scales and minima, a bit for each number."),
+            (full / (bits + SCALE_BITS / group_size), "a group stores a scale and a minimum, 16 bits each."),
+            (1 / right, "that is the share of the bytes; how many times as many tokens is asked for."),
+            (2 * right, "the other cache has 16 bits, not 32."),
         ],
     )

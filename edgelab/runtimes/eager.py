@@ -94,10 +94,10 @@ class Int8Linear(nn.Module):
 
 
 class Int8ActivationLinear(nn.Module):
-    """A linear layer on torch's integer product: int8 activations, int8 weights with one symmetric scale per row.
+    """A linear layer on torch's integer product: uint8 activations, int8 weights with one symmetric scale per row.
 
-    Static activations are uint8 with a zero-point; the product takes them less 128, and what that and the zero-point
-    add to a row is a whole number known beforehand: (q - z) = (q - 128) - (z - 128). Sums are exact, in int32.
+    The product takes activations less 128, and what that and the zero-point add to a row is the sum of its weights
+    times a whole number: (q - z) = (q - 128) - (z - 128). Sums are exact, in int32.
     """
 
     kernel = "int8 x int8 int_mm"
@@ -108,23 +108,16 @@ class Int8ActivationLinear(nn.Module):
         self.activation = activation
         integers = (tensor.integers.short() - 2 ** (tensor.bits - 1)).to(torch.int8)
         self.register_buffer("integers", integers, persistent=False)
-        scale, offset = tensor.scale.float().expand(len(integers), -1)[:, 0].contiguous(), None
-        if activation.scale is not None:
-            scale = scale * activation.scale
-            offset = integers.sum(1, dtype=torch.int32) * (activation.zero_point.int() - 128)
+        self.register_buffer("sums", integers.sum(1, dtype=torch.int32), persistent=False)
+        scale = tensor.scale.float().expand(len(integers), -1)[:, 0].contiguous()
         self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("offset", offset, persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1, inputs.shape[-1]).float()  # (tokens, in_features)
-        if self.activation.scale is None:
-            scale = flat.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
-            rounded = torch.round(flat / scale).clamp_(-127, 127).to(torch.int8)
-            outputs = torch._int_mm(rounded, self.integers.t()) * scale * self.scale
-        else:
-            steps = torch.round(flat / self.activation.scale + self.activation.zero_point)
-            rounded = steps.clamp_(0, 255).sub_(128).to(torch.int8)
-            outputs = (torch._int_mm(rounded, self.integers.t()) - self.offset) * self.scale
+        grid = self.activation.found(flat)
+        rounded = grid.integers(flat).sub_(128).to(torch.int8)
+        offset = self.sums * (grid.zero_point.int() - 128)  # (out,), or (tokens, out) with a zero-point per token
+        outputs = torch._int_mm(rounded, self.integers.t()).sub_(offset) * (grid.scale * self.scale)
         if self.bias is not None:
             outputs += self.bias
         return outputs.to(inputs.dtype).reshape(*inputs.shape[:-1], -1)

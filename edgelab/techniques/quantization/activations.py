@@ -1,11 +1,13 @@
 """Int8 activations: rounding what enters a layer as well as its weights, so that the product is one of integers.
 
 y = x W^T  ~  scale_x scale_W (q_x - zero_point) q_W^T      q_W: int8, one symmetric scale per row
+                                                            q_x: uint8, scale_x = (high - low) / 255
 
-dynamic: q_x in int8, scale_x = max|x| / 127 of each token, found when it runs
-static:  q_x in uint8, scale_x = (high - low) / 255 and zero_point = round(-low / scale_x) of the whole tensor, found
-         on calibration text: `minmax` takes all of it, `percentile` cuts its tails, `mse` cuts where the squared
-         error, of rounding within the range and of clipping outside it, is least.
+dynamic: low and high are those of each token, found when it runs
+static:  low and high of the whole tensor, found on calibration text: `minmax` takes all of it, `percentile` cuts its
+         tails, `mse` cuts where the squared error, of rounding within the range and of clipping outside it, is least.
+
+Why not symmetric, as the weights are: an outlier has one sign, and the grid would spend a bit on the other.
 """
 
 from __future__ import annotations
@@ -30,13 +32,6 @@ Range = Literal["minmax", "percentile", "mse"]
 SHRINKS = 2.0 ** -(
     torch.arange(0, 97) / 8
 )  # ends of the range that `mse` tries, down to 1/4096 of the largest value
-
-
-def activation_grid(low: Tensor, high: Tensor) -> ActivationGrid:
-    """The asymmetric uint8 grid from low to high, widened so that it holds zero. low, high: scalars."""
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-    scale = ((high - low) / 255).clamp(min=1e-8)
-    return ActivationGrid(scale, torch.round(-low / scale))
 
 
 class Histogram:
@@ -170,7 +165,7 @@ def calibrated_grids(
 
     first = observe(model, windows, watch, **progress)
     ends = {name: histogram.ends(kind, percentile) for name, histogram in seen.items()}
-    return {name: activation_grid(*ends[first[name]]) for name in first}
+    return {name: ActivationGrid.spanning(*ends[first[name]]) for name in first}
 
 
 def to_int8(model: PreTrainedModel, grids: dict[str, ActivationGrid]) -> None:
@@ -181,12 +176,13 @@ def to_int8(model: PreTrainedModel, grids: dict[str, ActivationGrid]) -> None:
         model.set_submodule(name, PackedLinear(tensor, layer.bias, grid))
 
 
-@register("quantize.dynamic")
+@register("quantize.dynamic", version=2)
 @dataclass(frozen=True)
 class DynamicInt8:
-    """Int8 weights per row and int8 activations with a scale per token at run time, but for the head. No data.
+    """Int8 weights per row and uint8 activations with a scale and a zero-point per token at run time. No data.
 
-    Weights and activations symmetric. Dettmers et al. 2022, arXiv:2208.07339, section 2.1, vector-wise.
+    Every linear layer but the head. Dettmers et al. 2022, arXiv:2208.07339, section 2.1, vector-wise, with the
+    asymmetric activations of Jacob et al. 2018, arXiv:1712.05877.
     """
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:

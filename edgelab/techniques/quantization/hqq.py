@@ -10,17 +10,16 @@ With weights well below beta**(-1 / (2 - p)) = 0.17 every e is 0, and z is what 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
+from edgelab.recipes import Context, register
+from edgelab.techniques.quantization.packed import QuantizedTensor
 from edgelab.techniques.quantization.ranges import affine_grid, round_to_grid
-from edgelab.techniques.quantization.rtn import check_group_size, linear_layers
+from edgelab.techniques.quantization.rtn import check_settings, in_groups, replace_linear
 
 NORM, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20  # as in the authors' code
 
@@ -56,9 +55,7 @@ def quantize_half_quadratic(weight: Tensor, bits: int, group_size: int) -> Quant
     weight: (out_features, in_features), float. group_size must divide in_features; 0 means one group per row.
     Raises GroupSizeError where it does not.
     """
-    out_features, in_features = weight.shape
-    check_group_size(group_size, [in_features])
-    groups = weight.float().reshape(out_features, -1, group_size or in_features)  # (out, groups, group_size)
+    groups = in_groups(weight, group_size)  # (out, groups, group_size)
     scale, zero_point = affine_grid(groups, bits, symmetric=False)
     start = scale.float()[..., None], zero_point.float()[..., None]
     zero_point = half_quadratic_zero_point(groups, *start, bits)[..., 0].half()
@@ -75,21 +72,10 @@ class HalfQuadratic:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"quantize.hqq:bits={self.bits} is outside 2 to 8.")
-        if self.group_size < 0:
-            raise RecipeError(
-                f"quantize.hqq:group_size={self.group_size} is negative; 0 means one group per row."
-            )
+        check_settings(self.method, self.group_size, self.bits)
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear in place of the linear layers."""
-        layers = linear_layers(model)
-        check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
-        model = copy.deepcopy(model)
-        for done, name in enumerate(layers, 1):
-            layer = model.get_submodule(name)
-            tensor = quantize_half_quadratic(layer.weight.detach(), self.bits, self.group_size)
-            model.set_submodule(name, PackedLinear(tensor, layer.bias))
-            context.progress(done, len(layers))
-        return model
+        return replace_linear(
+            model, context, quantize_half_quadratic, bits=self.bits, group_size=self.group_size
+        )

@@ -7,8 +7,6 @@ scale = max|w| of each group of inputs
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques.quantization.packed import CodebookTensor, PackedLinear
+from edgelab.recipes import Context, register
+from edgelab.techniques.quantization.packed import CodebookTensor
 from edgelab.techniques.quantization.ranges import SMALLEST_SCALE
-from edgelab.techniques.quantization.rtn import check_group_size, linear_layers
+from edgelab.techniques.quantization.rtn import check_settings, in_groups, replace_linear
 
 ROUNDS = 100  # Lloyd's algorithm on weights of the embedded model stands still after about 30
 
@@ -73,8 +71,7 @@ def absmax_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
     Returns (out_features, groups, group_size) float32 and (out_features, groups) float16. Raises GroupSizeError.
     """
-    check_group_size(group_size, [weight.shape[1]])
-    groups = weight.float().reshape(len(weight), -1, group_size or weight.shape[1])
+    groups = in_groups(weight, group_size)
     scale = groups.abs().amax(-1).clamp(min=SMALLEST_SCALE).half()
     return groups / scale.float()[..., None], scale
 
@@ -102,26 +99,6 @@ def quantize_codebook(weight: Tensor, bits: int, group_size: int) -> CodebookTen
     return to_nearest(groups, scale, k_means(groups.flatten(), importance.flatten(), 2**bits), bits)
 
 
-def replace_linear(
-    model: PreTrainedModel, group_size: int, context: Context, quantize: Callable[[Tensor], CodebookTensor]
-) -> PreTrainedModel:
-    """A copy of the model with what `quantize` makes of each weight in place of the linear layers but the head."""
-    layers = linear_layers(model)
-    check_group_size(group_size, [layer.in_features for layer in layers.values()])
-    model = copy.deepcopy(model)
-    for done, name in enumerate(layers, 1):
-        layer = model.get_submodule(name)
-        model.set_submodule(name, PackedLinear(quantize(layer.weight.detach()), layer.bias))
-        context.progress(done, len(layers))
-    return model
-
-
-def check_not_negative(group_size: int, method: str) -> None:
-    """Raise RecipeError for a negative group_size."""
-    if group_size < 0:
-        raise RecipeError(f"{method}:group_size={group_size} is negative; 0 means one group per row.")
-
-
 @register("quantize.nf4", shown=("group_size",))
 @dataclass(frozen=True)
 class NormalFloat4:
@@ -130,13 +107,11 @@ class NormalFloat4:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        check_not_negative(self.group_size, self.method)
+        check_settings(self.method, self.group_size)
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear in place of the linear layers."""
-        return replace_linear(
-            model, self.group_size, context, lambda weight: quantize_normal_float(weight, self.group_size)
-        )
+        return replace_linear(model, context, quantize_normal_float, group_size=self.group_size)
 
 
 @register("quantize.codebook", shown=("bits", "group_size"))
@@ -148,15 +123,8 @@ class Codebook:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"{self.method}:bits={self.bits} is outside 2 to 8.")
-        check_not_negative(self.group_size, self.method)
+        check_settings(self.method, self.group_size, self.bits)
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear in place of the linear layers."""
-        return replace_linear(
-            model,
-            self.group_size,
-            context,
-            lambda weight: quantize_codebook(weight, self.bits, self.group_size),
-        )
+        return replace_linear(model, context, quantize_codebook, bits=self.bits, group_size=self.group_size)

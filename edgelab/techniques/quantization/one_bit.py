@@ -8,17 +8,15 @@ mean |w| is the best scale that signs can have: sum (w - a sign(w))^2 is smalles
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
-from edgelab.techniques.quantization.rtn import SMALLEST_SCALE, check_group_size, linear_layers
+from edgelab.recipes import Context, register
+from edgelab.techniques.quantization.packed import QuantizedTensor
+from edgelab.techniques.quantization.rtn import SMALLEST_SCALE, check_settings, in_groups, replace_linear
 
 
 def ternary_scale(groups: Tensor) -> Tensor:
@@ -38,7 +36,7 @@ def quantize_ternary(weight: Tensor, group_size: int) -> QuantizedTensor:
     Returns integers 1, 2, 3 of 2 bits without zero-point (2 stands for zero), scale (out_features, groups) float16.
     Ma et al. 2024 (BitNet b1.58), arXiv:2402.17764, equations 1 to 3.
     """
-    groups = _groups(weight, group_size)
+    groups = in_groups(weight, group_size)
     scale = ternary_scale(groups)
     integers = torch.round(groups / scale.float()[..., None]).clamp_(-1, 1).add_(2)
     return QuantizedTensor(integers.to(torch.uint8).reshape(weight.shape), scale, None, 2)
@@ -51,35 +49,9 @@ def quantize_binary(weight: Tensor, group_size: int) -> QuantizedTensor:
     Returns integers 0 and 1 of 1 bit without zero-point, scale (out_features, groups) float16.
     Rastegari et al. 2016 (XNOR-Net), arXiv:1603.05279, equation 6; Wang et al. 2023 (BitNet), arXiv:2310.11453.
     """
-    groups = _groups(weight, group_size)
+    groups = in_groups(weight, group_size)
     integers = (groups >= 0).to(torch.uint8)
     return QuantizedTensor(integers.reshape(weight.shape), binary_scale(groups), None, 1)
-
-
-def _groups(weight: Tensor, group_size: int) -> Tensor:
-    check_group_size(group_size, [weight.shape[1]])
-    return weight.float().reshape(len(weight), -1, group_size or weight.shape[1])
-
-
-def _apply(
-    quantize: Callable[[Tensor, int], QuantizedTensor],
-    group_size: int,
-    model: PreTrainedModel,
-    context: Context,
-) -> PreTrainedModel:
-    layers = linear_layers(model)
-    check_group_size(group_size, [layer.in_features for layer in layers.values()])
-    model = copy.deepcopy(model)
-    for done, name in enumerate(layers, 1):
-        layer = model.get_submodule(name)
-        model.set_submodule(name, PackedLinear(quantize(layer.weight.detach(), group_size), layer.bias))
-        context.progress(done, len(layers))
-    return model
-
-
-def _check(method: str, group_size: int) -> None:
-    if group_size < 0:
-        raise RecipeError(f"{method}:group_size={group_size} is negative; 0 means one group per row.")
 
 
 @register("quantize.ternary", shown=("group_size",))
@@ -93,11 +65,11 @@ class Ternary:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        _check(self.method, self.group_size)
+        check_settings(self.method, self.group_size)
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear of 2 bits in place of the linear layers."""
-        return _apply(quantize_ternary, self.group_size, model, context)
+        return replace_linear(model, context, quantize_ternary, group_size=self.group_size)
 
 
 @register("quantize.binary", shown=("group_size",))
@@ -111,8 +83,8 @@ class Binary:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        _check(self.method, self.group_size)
+        check_settings(self.method, self.group_size)
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear of 1 bit in place of the linear layers."""
-        return _apply(quantize_binary, self.group_size, model, context)
+        return replace_linear(model, context, quantize_binary, group_size=self.group_size)

@@ -123,23 +123,37 @@ GRIDS: dict[str, type[QuantizedTensor] | type[CodebookTensor]] = {
 
 @dataclass
 class ActivationGrid:
-    """How the inputs of a layer are rounded to int8 before the product.
+    """How the inputs of a layer are rounded to uint8 before the product: x ~ (q - zero_point) * scale, q in [0, 255].
 
-    scale, zero_point: scalars, float32, found by calibration (w ~ (q - zero_point) * scale, q in [0, 255]). None for
-    both: each token gets the symmetric scale max|x| / 127 at run time.
+    scale, zero_point: scalars, float32, found by calibration. None for both: at run time each token gets the grid from
+    its smallest to its largest value.
     """
 
     scale: Tensor | None = None
     zero_point: Tensor | None = None
 
+    @classmethod
+    def spanning(cls, low: Tensor, high: Tensor) -> ActivationGrid:
+        """The grid from low to high, widened so that it holds zero. low, high: float, of one shape."""
+        low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=1e-8)
+        return cls(scale, torch.round(-low / scale))
+
+    def found(self, values: Tensor) -> ActivationGrid:
+        """The grid itself, or those of tokens (..., in_features): scale and zero_point are then (..., 1)."""
+        if self.scale is not None:
+            return self
+        return self.spanning(values.amin(-1, keepdim=True), values.amax(-1, keepdim=True))
+
+    def integers(self, values: Tensor) -> Tensor:
+        """Values on the grid as whole numbers from 0 to 255, float32; the grid has to have been found."""
+        return torch.round(values / self.scale + self.zero_point).clamp_(0, 255)
+
     def round(self, inputs: Tensor) -> Tensor:
         """Inputs (..., in_features) on their grid, in their own dtype: the definition a kernel is compared with."""
         values = inputs.float()
-        if self.scale is None:
-            scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
-            return (torch.round(values / scale).clamp(-127, 127) * scale).to(inputs.dtype)
-        integers = torch.round(values / self.scale + self.zero_point).clamp(0, 255)
-        return ((integers - self.zero_point) * self.scale).to(inputs.dtype)
+        grid = self.found(values)
+        return ((grid.integers(values) - grid.zero_point) * grid.scale).to(inputs.dtype)
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:

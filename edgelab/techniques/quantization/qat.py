@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -58,31 +58,28 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, scale, centre, low: int, high: int, bounded: bool, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(weight, scale, centre)
-        ctx.settings = low, high, bounded
         stored = stored_scale(scale)
-        steps = weight.unflatten(-1, (scale.shape[-1], -1)) / stored[..., None]
-        integers = nearest(steps, centre).clamp_(low, high)
+        rounded = nearest(weight.unflatten(-1, (scale.shape[-1], -1)) / stored[..., None], centre)
+        integers = rounded.clamp(low, high)
+        inside = (integers == rounded).flatten(-2) if bounded else None
+        ctx.save_for_backward(weight, scale, centre, inside)
+        ctx.ends = low, high
         return integers.sub_(centre[..., None]).mul_(stored[..., None]).flatten(-2).to(dtype)
 
     @staticmethod
     def backward(ctx, outer: Tensor):
-        weight, scale, centre = ctx.saved_tensors
-        low, high, bounded = ctx.settings
+        weight, scale, centre, inside = ctx.saved_tensors
+        low, high = ctx.ends
         outer = outer.to(weight.dtype)
         by_scale = None
-        if bounded:
+        if inside is not None and ctx.needs_input_grad[1]:
+            grouped, inner = (one.unflatten(-1, (scale.shape[-1], -1)) for one in (outer, inside))
             steps = weight.unflatten(-1, (scale.shape[-1], -1)) / stored_scale(scale)[..., None]
-            rounded = nearest(steps.clone(), centre)
-            integers = rounded.clamp(low, high)
-            inside = integers == rounded
-            grouped = outer.unflatten(-1, (scale.shape[-1], -1))
-            outer = (grouped * inside).flatten(-2)
-            if ctx.needs_input_grad[1]:
-                slope = integers.sub_(centre[..., None]).sub_(steps * inside)
-                share = 1 / math.sqrt(weight.numel() / scale.numel() * (high - low))
-                by_scale = (grouped * slope).sum(-1).sum_to_size(scale.shape) * share
-        return outer, by_scale, None, None, None, None, None
+            integers = nearest(steps.clone(), centre).clamp_(low, high)
+            slope = integers.sub_(centre[..., None]).sub_(steps * inner)
+            share = 1 / math.sqrt(weight.numel() / scale.numel() * (high - low))
+            by_scale = (grouped * slope).sum(-1).sum_to_size(scale.shape) * share
+        return outer if inside is None else outer * inside, by_scale, None, None, None, None, None
 
 
 def stored_scale(scale: Tensor) -> Tensor:
@@ -175,16 +172,16 @@ def _centre(scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     return QuantizedTensor(torch.empty(0), scale.detach(), zero_point, grid.bits).centre()
 
 
-@register("qat", shown=("bits", "group_size"))
+@register("qat", version=2, shown=("bits", "group_size"))
 @dataclass(frozen=True)
 class QuantizationAwareTraining(Trained):
     """Train every linear layer but the head behind its rounding; then store it like any other quantized layer.
 
     bits: 1 (signs), 1.58 (-1, 0, 1) or 2 to 8. group_size: inputs that share a scale, 0 for a whole row. loss: kl, the
-    divergence to the reference's predictions, or ce, next-token cross-entropy. range: minmax follows the weights as
-    they are trained; percentile and mse are found once, and stay. learned_step: the scales are trained too, from the
-    grid of the range at the beginning. activation_bits: 8 rounds the inputs of the layers per
-    token as well, 0 leaves them. Norms and biases are trained along, a few thousand numbers that are stored in float
+    divergence to the reference's predictions, or ce, next-token cross-entropy. range, from 2 bits on: mse and
+    percentile are found once, and stay; minmax follows the weights as they are trained, and so do the mean magnitudes
+    of 1 and 1.58 bits. learned_step: the scales are trained too, from where they are at the beginning.
+    activation_bits: 8 rounds the inputs of the layers per token as well, 0 leaves them. Norms and biases are trained along, a few thousand numbers that are stored in float
     anyway; the embedding and a head tied to it are not: they would take a quarter more time and memory, and what is
     gained would no longer come from quantized weights alone.
 
@@ -196,9 +193,10 @@ class QuantizationAwareTraining(Trained):
     bits: Literal["1", "1.58", "2", "3", "4", "5", "6", "7", "8"] = "3"
     group_size: int = 64
     loss: Literal["kl", "ce"] = "kl"
-    range: Range = "minmax"
+    range: Range = "mse"
     learned_step: bool = False
     activation_bits: int = 0
+    learning_rate: float = field(default=3e-4, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,7 +207,7 @@ class QuantizationAwareTraining(Trained):
             raise RecipeError(f"qat:group_size={self.group_size} is negative; 0 means one group per row.")
         if self.activation_bits not in (0, 8):
             raise RecipeError(f"qat:activation_bits={self.activation_bits} is neither 8 nor 0 (float).")
-        if self.range != "minmax" and self.bits in ("1", "1.58"):
+        if self.range != "mse" and self.bits in ("1", "1.58"):
             raise RecipeError(
                 f"qat:bits={self.bits} takes its scale from mean magnitudes; leave out range={self.range}."
             )
@@ -269,7 +267,7 @@ class QuantizationAwareTraining(Trained):
         else:
             weight = layer.weight.detach().float()
             groups = layer.in_features // (self.group_size or layer.in_features)
-            if self.learned_step or self.range != "minmax":
+            if self.learned_step or (self.range != "minmax" and self.bits not in ("1", "1.58")):
                 scale, zero_point = grid.find(weight.unflatten(-1, (groups, -1)))
         return FakeQuantLinear(
             weight, layer.bias, grid, groups, scale, zero_point, self.learned_step, activation

@@ -9,6 +9,7 @@ The range from min to max is the first choice and not the best one: see `ranges`
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,24 +17,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor
-from edgelab.techniques.quantization.ranges import (
-    SMALLEST_SCALE,
-    Range,
-    affine_grid,
-    find_grid,
-    round_to_grid,
+from edgelab.techniques.quantization.packed import (
+    CodebookTensor,
+    PackedEmbedding,
+    PackedLinear,
+    QuantizedTensor,
 )
+from edgelab.techniques.quantization.ranges import SMALLEST_SCALE, Range, find_grid, round_to_grid
 
 __all__ = [
     "SMALLEST_SCALE",
     "GroupSizeError",
     "RoundToNearest",
-    "affine_grid",
     "check_group_size",
+    "check_settings",
+    "in_groups",
     "linear_layers",
     "quantize_affine",
     "quantize_embedding",
+    "replace_linear",
 ]
 
 
@@ -58,13 +60,19 @@ def quantize_affine(
     Raises GroupSizeError, naming group sizes that fit, where group_size does not divide in_features.
     Jacob et al. 2018, arXiv:1712.05877, section 2.1.
     """
-    out_features, in_features = weight.shape
-    check_group_size(group_size, [in_features])
-    shape = (1, 1, -1) if per_tensor else (out_features, -1, group_size or in_features)
-    groups = weight.float().reshape(shape)  # (out, groups, group_size)
+    groups = in_groups(weight, group_size)  # (out, groups, group_size)
+    if per_tensor:
+        groups = groups.reshape(1, 1, -1)
     scale, zero_point = find_grid(groups, bits, symmetric, range, percentile)
     integers = round_to_grid(groups, scale, zero_point, bits)
     return QuantizedTensor(integers.to(torch.uint8).reshape(weight.shape), scale, zero_point, bits)
+
+
+def in_groups(weight: Tensor, group_size: int) -> Tensor:
+    """Reshape (out_features, in_features) to (out_features, groups, group_size), float32. Raises GroupSizeError."""
+    out_features, in_features = weight.shape
+    check_group_size(group_size, [in_features])
+    return weight.float().reshape(out_features, -1, group_size or in_features)
 
 
 def check_group_size(group_size: int, in_features: list[int]) -> None:
@@ -76,6 +84,14 @@ def check_group_size(group_size: int, in_features: list[int]) -> None:
             f"group_size={group_size} does not divide the {' and '.join(map(str, widths))} inputs of the layers; "
             f"use {', '.join([*fitting, '0 (one group per row)'])}."
         )
+
+
+def check_settings(method: str, group_size: int, bits: int | None = None) -> None:
+    """Raise RecipeError, before there is a model, for a negative group_size or bits outside 2 to 8."""
+    if bits is not None and not 2 <= bits <= 8:
+        raise RecipeError(f"{method}:bits={bits} is outside 2 to 8.")
+    if group_size < 0:
+        raise RecipeError(f"{method}:group_size={group_size} is negative; 0 means one group per row.")
 
 
 @register("quantize.rtn", shown=("bits", "group_size"))
@@ -97,15 +113,10 @@ class RoundToNearest:
     percentile: float = 99.9
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"quantize.rtn:bits={self.bits} is outside 2 to 8.")
+        check_settings(self.method, self.group_size, self.bits)
         if self.embedding_bits and not 2 <= self.embedding_bits <= 8:
             raise RecipeError(
                 f"quantize.rtn:embedding_bits={self.embedding_bits} is outside 2 to 8 (0 leaves it)."
-            )
-        if self.group_size < 0:
-            raise RecipeError(
-                f"quantize.rtn:group_size={self.group_size} is negative; 0 means one group per row."
             )
         if self.per_tensor and self.group_size:
             raise RecipeError(
@@ -123,22 +134,17 @@ class RoundToNearest:
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear (and PackedEmbedding) in place of the rounded layers."""
-        layers = linear_layers(model)
-        check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
-        model = copy.deepcopy(model)
-        for done, name in enumerate(layers, 1):
-            layer = model.get_submodule(name)
-            tensor = quantize_affine(
-                layer.weight.detach(),
-                self.bits,
-                self.group_size,
-                self.symmetric,
-                self.per_tensor,
-                self.range,
-                self.percentile,
-            )
-            model.set_submodule(name, PackedLinear(tensor, layer.bias))
-            context.progress(done, len(layers))
+        model = replace_linear(
+            model,
+            context,
+            quantize_affine,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            per_tensor=self.per_tensor,
+            range=self.range,
+            percentile=self.percentile,
+        )
         if self.embedding_bits:
             quantize_embedding(model, self.embedding_bits, self.symmetric)
         return model
@@ -163,6 +169,29 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
             f"{type(model).__name__} has no linear layers (torch.nn.Linear) that could be changed."
         )
     return layers
+
+
+def replace_linear(
+    model: PreTrainedModel,
+    context: Context,
+    quantize: Callable[..., QuantizedTensor | CodebookTensor],
+    *,
+    group_size: int,
+    **settings: object,
+) -> PreTrainedModel:
+    """A copy of the model with PackedLinear over quantize(weight, group_size=..., **settings) in `linear_layers`.
+
+    Raises GroupSizeError, before it starts, where group_size does not divide the inputs of every layer.
+    """
+    layers = linear_layers(model)
+    check_group_size(group_size, [layer.in_features for layer in layers.values()])
+    model = copy.deepcopy(model)
+    for done, name in enumerate(layers, 1):
+        layer = model.get_submodule(name)
+        tensor = quantize(layer.weight.detach(), group_size=group_size, **settings)
+        model.set_submodule(name, PackedLinear(tensor, layer.bias))
+        context.progress(done, len(layers))
+    return model
 
 
 def quantize_embedding(model: PreTrainedModel, bits: int, symmetric: bool = False) -> None:

@@ -56,7 +56,7 @@ def smooth(model: PreTrainedModel, peaks: dict[str, Tensor], alpha: float, sampl
     return smoothed, total
 
 
-@register("quantize.smooth", shown=("alpha",))
+@register("quantize.smooth", version=2, shown=("alpha",))
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant(Ranged):
     """SmoothQuant, then int8 weights per row and int8 activations, but for the head.
