@@ -116,7 +116,8 @@ class Int8ActivationLinear(nn.Module):
         flat = inputs.reshape(-1, inputs.shape[-1]).float()  # (tokens, in_features)
         grid = self.activation.found(flat)
         rounded = grid.integers(flat).sub_(128).to(torch.int8)
-        offset = self.sums * (grid.zero_point.int() - 128)  # (out,), or (tokens, out) with a zero-point per token
+        # (out,), or (tokens, out) where each token has a zero-point
+        offset = self.sums * (grid.zero_point.int() - 128)
         outputs = torch._int_mm(rounded, self.integers.t()).sub_(offset) * (grid.scale * self.scale)
         if self.bias is not None:
             outputs += self.bias

@@ -22,7 +22,13 @@ from edgelab import assets
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques.calibration import Calibrated
 from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
-from edgelab.techniques.quantization.rtn import SMALLEST_SCALE, check_group_size, linear_layers
+from edgelab.techniques.quantization.rtn import (
+    SMALLEST_SCALE,
+    check_group_size,
+    check_settings,
+    in_groups,
+    linear_layers,
+)
 from edgelab.techniques.structure import Block, blocks, half_precision, longest
 
 BATCH = 8  # samples that a block is run on at one time where nothing is learned
@@ -94,8 +100,7 @@ class AutoRound(Calibrated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"quantize.autoround:bits={self.bits} is outside 2 to 8.")
+        check_settings(self.method, self.group_size, self.bits)
         if self.iterations < 1 or self.batch < 1:
             raise RecipeError(
                 f"quantize.autoround needs at least 1 iteration of 1 sample, not iterations={self.iterations},"
@@ -125,7 +130,7 @@ class AutoRound(Calibrated):
         layers = block.linear()
         learned = {
             name: LearnedRounding(
-                layer.weight.detach().float().unflatten(-1, (-1, self.group_size or layer.in_features)),
+                in_groups(layer.weight.detach(), self.group_size),
                 self.bits,
             )
             for name, layer in layers.items()

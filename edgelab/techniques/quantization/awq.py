@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from edgelab.recipes import Context, RecipeError, register
+from edgelab.recipes import Context, register
 from edgelab.techniques.calibration import Calibrated
 from edgelab.techniques.folding import fold_scale
 from edgelab.techniques.quantization.gptq import input_products
 from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
 from edgelab.techniques.quantization.ranges import find_grid, on_grid, round_to_grid
-from edgelab.techniques.quantization.rtn import check_group_size, linear_layers
+from edgelab.techniques.quantization.rtn import check_group_size, check_settings, in_groups, linear_layers
 from edgelab.techniques.structure import Block, Group, blocks, half_precision, longest
 
 ALPHAS = 20  # steps of the search from no scaling to scaling by the whole mean magnitude
@@ -38,7 +38,7 @@ def search_scale(
         alpha = step / ALPHAS
         scale = magnitude.clamp(min=1e-4) ** alpha
         scale = scale / (scale.amax() * scale.amin()).sqrt()
-        groups = (weight * scale).unflatten(-1, (-1, group_size or weight.shape[1]))
+        groups = in_groups(weight * scale, group_size)
         rounded = on_grid(groups, *find_grid(groups, bits, symmetric), bits)
         error = rounded.flatten(1) / scale - weight
         loss = float(((error @ hessian) * error).sum())
@@ -65,8 +65,7 @@ class AWQ(Calibrated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"quantize.awq:bits={self.bits} is outside 2 to 8.")
+        check_settings(self.method, self.group_size, self.bits)
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with folded scales and, unless scales_only, PackedLinear layers."""
@@ -113,7 +112,7 @@ class AWQ(Calibrated):
         return block(hidden)
 
     def _round(self, weight: Tensor, hessian: Tensor) -> QuantizedTensor:
-        groups = weight.float().unflatten(-1, (-1, self.group_size or weight.shape[1]))
+        groups = in_groups(weight, self.group_size)
         importance = hessian.diagonal().view(groups.shape[1:])
         rule = "mse" if self.clip else "minmax"
         scale, zero_point = find_grid(groups, self.bits, self.symmetric, rule, importance=importance)

@@ -19,7 +19,7 @@ from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques.calibration import Calibrated
 from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
 from edgelab.techniques.quantization.ranges import find_grid
-from edgelab.techniques.quantization.rtn import check_group_size, linear_layers
+from edgelab.techniques.quantization.rtn import check_group_size, check_settings, linear_layers
 from edgelab.techniques.structure import Block, Group, blocks, half_precision, longest
 
 CHUNK = 4096  # tokens whose products are summed in one matrix product
@@ -150,8 +150,7 @@ class GPTQ(Calibrated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"quantize.gptq:bits={self.bits} is outside 2 to 8.")
+        check_settings(self.method, self.group_size, self.bits)
         if not 0 < self.damping <= LARGEST_DAMPING:
             raise RecipeError(f"quantize.gptq:damping={self.damping} is outside 0 to 1; 0.01 is usual.")
 

@@ -31,7 +31,7 @@ from edgelab.techniques.quantization.packed import (
     QuantizedTensor,
 )
 from edgelab.techniques.quantization.ranges import SMALLEST_SCALE, Range, find_grid
-from edgelab.techniques.quantization.rtn import check_group_size
+from edgelab.techniques.quantization.rtn import check_group_size, check_settings
 from edgelab.techniques.structure import bfloat16_is_fast
 from edgelab.training import Divergence, Trained, cross_entropy
 
@@ -181,9 +181,9 @@ class QuantizationAwareTraining(Trained):
     divergence to the reference's predictions, or ce, next-token cross-entropy. range, from 2 bits on: mse and
     percentile are found once, and stay; minmax follows the weights as they are trained, and so do the mean magnitudes
     of 1 and 1.58 bits. learned_step: the scales are trained too, from where they are at the beginning.
-    activation_bits: 8 rounds the inputs of the layers per token as well, 0 leaves them. Norms and biases are trained along, a few thousand numbers that are stored in float
-    anyway; the embedding and a head tied to it are not: they would take a quarter more time and memory, and what is
-    gained would no longer come from quantized weights alone.
+    activation_bits: 8 rounds the inputs of the layers per token as well, 0 leaves them. Norms and biases are trained
+    along, a few thousand numbers that are stored in float anyway; the embedding and a head tied to it are not: they
+    would take a quarter more time and memory, and what is gained would no longer come from quantized weights alone.
 
     Layers that are quantized already start from their own weights and grid, which stays or is learned, and the
     reference is then the model before all techniques.
@@ -203,8 +203,7 @@ class QuantizationAwareTraining(Trained):
         object.__setattr__(self, "bits", str(self.bits))  # bits=3 reads better in Python than bits="3"
         if self.bits not in ("1", "1.58", *"2345678"):
             raise RecipeError(f"qat:bits={self.bits} is none of 1, 1.58 and 2 to 8.")
-        if self.group_size < 0:
-            raise RecipeError(f"qat:group_size={self.group_size} is negative; 0 means one group per row.")
+        check_settings(self.method, self.group_size)
         if self.activation_bits not in (0, 8):
             raise RecipeError(f"qat:activation_bits={self.activation_bits} is neither 8 nor 0 (float).")
         if self.range != "mse" and self.bits in ("1", "1.58"):
