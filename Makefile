@@ -99,7 +99,7 @@ MEASURED := none quantize.bf16 quantize.rtn:bits=8,group_size=0 quantize.rtn:bit
 # Their kernels are those of the rows above, or none: only their quality is new.
 SCORED := quantize.hqq:bits=4 quantize.hqq:bits=3 quantize.gptq:bits=4 quantize.gptq:bits=3 \
 	quantize.awq:bits=4 quantize.awq:bits=3 quantize.autoround:bits=3 quantize.smooth \
-	quantize.mixed:bits=4 quantize.mixed:bits=3 quantize.kv:bits=8 quantize.kv:bits=4 \
+	quantize.mixed:bits=4 quantize.mixed:bits=3 quantize.kv:bits=4 \
 	qat:bits=4,minutes=4.6 qat:bits=3,minutes=4.6 qat:bits=3,minutes=10 qat:bits=1.58,minutes=10,learning_rate=0.001
 COMPILED := none "none @ compiled" quantize.rtn:bits=4,embedding_bits=8 \
 	"quantize.rtn:bits=4,embedding_bits=8 @ compiled"
