@@ -93,12 +93,12 @@ notebooks: fetch
 	$(BIN)/python notebooks/build.py check
 
 # The project's own rows, measured anew in a home of their own on the reference machine, and the picture of the README.
-# About two hours on two quiet cores, most of it training; a call that is interrupted goes on at the next.
+# Over an hour on two quiet cores, most of it training; a call that is interrupted goes on at the next.
 MEASURED := none quantize.bf16 quantize.rtn:bits=8,group_size=0 quantize.rtn:bits=4 quantize.rtn:bits=3 \
 	quantize.rtn:bits=4,group_size=32 quantize.rtn:bits=4,embedding_bits=8 quantize.dynamic
 # Their kernels are those of the rows above, or none: only their quality is new.
 SCORED := quantize.hqq:bits=4 quantize.hqq:bits=3 quantize.gptq:bits=4 quantize.gptq:bits=3 \
-	quantize.awq:bits=4 quantize.awq:bits=3 quantize.autoround:bits=3 quantize.smooth \
+	quantize.awq:bits=4 quantize.autoround:bits=3 quantize.smooth \
 	quantize.mixed:bits=4 quantize.mixed:bits=3 quantize.kv:bits=4 \
 	qat:bits=4,minutes=4.6 qat:bits=3,minutes=4.6 qat:bits=3,minutes=10 qat:bits=1.58,minutes=10,learning_rate=0.001
 COMPILED := none "none @ compiled" quantize.rtn:bits=4,embedding_bits=8 \

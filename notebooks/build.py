@@ -50,11 +50,27 @@ def run(path: Path) -> float:
     for cell in notebook.cells:
         if cell.cell_type == "code":  # progress bars that have gone leave their first line behind
             cell.outputs = [one for one in cell.outputs if not any(map(PROGRESS.search, _texts(one)))]
+    drop_hidden_widgets(notebook)
     notebook.metadata.edgelab = {"minutes": round(minutes, 1)}
     draft = path.with_suffix(".part")
     nbformat.write(notebook, draft)
     draft.replace(path)
     return minutes
+
+
+def drop_hidden_widgets(notebook: nbformat.NotebookNode) -> None:
+    """Forget, in place, the states of widgets that no output shows: progress bars leave a dozen behind each."""
+    for kept in notebook.metadata.get("widgets", {}).values():
+        states = kept["state"]
+        outputs = [one for cell in notebook.cells for one in cell.get("outputs", ())]
+        views = [one.get("data", {}).get("application/vnd.jupyter.widget-view+json") for one in outputs]
+        reached, found = set(), [view["model_id"] for view in views if view]
+        while found:
+            name = found.pop()
+            if name in states and name not in reached:
+                reached.add(name)
+                found += re.findall(r"IPY_MODEL_(\w+)", str(states[name]["state"]))
+        kept["state"] = {name: state for name, state in states.items() if name in reached}
 
 
 def findings(path: Path) -> Iterator[str]:

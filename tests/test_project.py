@@ -166,3 +166,19 @@ def test_a_failing_notebook_is_left_as_it_was(tmp_path):
     with pytest.raises(build.CellExecutionError):
         build.run(path)
     assert path.read_bytes() == before
+
+
+def test_only_the_widgets_that_an_output_shows_are_kept():
+    kind = "application/vnd.jupyter.widget-state+json"
+    states = {
+        "box": {"state": {"children": ["IPY_MODEL_bar"], "layout": "IPY_MODEL_look"}},
+        "bar": {"state": {}},
+        "look": {"state": {}},
+        "progress": {"state": {"layout": "IPY_MODEL_other"}},
+        "other": {"state": {}},
+    }
+    shown = {"application/vnd.jupyter.widget-view+json": {"model_id": "box"}}
+    made = notebook(cell("box", output_type="display_data", data=shown))
+    made.metadata.widgets = nbformat.from_dict({kind: {"state": states}})
+    build.drop_hidden_widgets(made)
+    assert set(made.metadata.widgets[kind]["state"]) == {"box", "bar", "look"}
