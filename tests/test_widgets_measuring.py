@@ -80,6 +80,7 @@ def rows():
         corpus="wiki",
         family="quantize",
         source="reference",
+        decode_tok_s=[10.0, 15.0, None, None, None],
     )
 
 
@@ -88,6 +89,12 @@ def test_only_rows_of_the_same_windows_are_ranked(rows):
     assert len(comparable(rows)) == 4
     with pytest.raises(NothingToDraw, match="no row has ppl"):
         comparable(rows.assign(status="error"))
+
+
+def test_many_rows_of_quality_alone_do_not_outvote_those_with_a_speed(rows):
+    few = rows.assign(n_tokens=511, decode_tok_s=None)
+    many = pd.concat([rows, *(few.assign(recipe=few["recipe"] + str(copy)) for copy in range(3))])
+    assert set(comparable(many)["n_tokens"]) == {2044}
 
 
 def test_the_best_within_a_budget_by_hand(rows):
