@@ -2,7 +2,7 @@
 
 Eager starts hundreds of small operations per token from Python. `torch.compile` traces the step once; inductor, its
 backend, writes C++ for everything between the packed kernels of `eager`, which stay as they are. What has no kernel
-("unpacked when used") is unpacked inside the loop that multiplies, so that no dense matrix is ever written.
+("unpacked when used") is unpacked in one fused loop, whose dense matrix a library then multiplies.
 Nothing may change its shape from token to token: the cache is allocated whole, and attention looks at all of it.
 
 Prefill stays eager: it is bound by arithmetic, and every length of prompt would be compiled anew.
