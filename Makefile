@@ -94,6 +94,7 @@ notebooks: fetch
 
 # The project's own rows, measured anew in a home of their own on the reference machine, and the picture of the README.
 # Over an hour on two quiet cores, most of it training; a call that is interrupted goes on at the next.
+# Remove results/reference first to begin anew.
 MEASURED := none quantize.bf16 quantize.rtn:bits=8,group_size=0 quantize.rtn:bits=4 quantize.rtn:bits=3 \
 	quantize.rtn:bits=4,group_size=32 quantize.rtn:bits=4,embedding_bits=8 quantize.dynamic
 # Their kernels are those of the rows above, or none: only their quality is new.

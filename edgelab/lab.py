@@ -204,7 +204,8 @@ def _known(recipe: recipes.Recipe, chosen: Settings, interleaved: bool = False) 
 def _baseline(chosen: Settings) -> Row:
     """The baseline's row with its windows; measured first where the ledger or its hidden states lack it."""
     states = states_file(reference.resolve(chosen.model).sha, chosen)
-    quality = replace(chosen, only="quality", force=not states.exists())
+    # Nothing is drawn for the baseline: one row answers for every seed.
+    quality = replace(chosen, only="quality", seed=Settings.seed, force=not states.exists())
     row = _known(NOTHING, quality) or _row(NOTHING, quality)
     if row.status != "ok":
         raise MeasureError(f"The baseline cannot be measured: {row.error}")

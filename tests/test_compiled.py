@@ -8,7 +8,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from edgelab import lab, variants
+from edgelab import variants
+from edgelab.bench import Bench
 from edgelab.recipes import Context, parse
 from edgelab.runtimes import load
 from edgelab.runtimes.compiled import PAGE, Compiled, CompileError, use_compiler
@@ -77,7 +78,7 @@ def test_inductor_gives_the_same_tokens_and_its_seconds_go_into_the_row(new_mode
 
 @pytest.mark.parametrize(("runtime", "compiles"), [("compiled", True), ("torch", False)])
 def test_seconds_of_compiling_have_their_own_column(runtime, compiles, tiny, traced):
-    bench = lab.Bench(f"none @ {runtime}", str(tiny), seed=0)
+    bench = Bench(f"none @ {runtime}", str(tiny), seed=0)
     bench.build()
     found = bench.open()
     assert (found["compile_s"] is not None) == compiles

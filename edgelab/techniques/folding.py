@@ -21,6 +21,7 @@ from edgelab.recipes import RecipeError
 from edgelab.techniques.structure import Group
 
 PROBE_TOKENS = 4
+CANNOT_RUN = (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError)
 
 
 @torch.no_grad()
@@ -96,7 +97,7 @@ def _passes_scale(owner: nn.Module, layer: nn.Linear, reader: nn.Linear) -> bool
     generator = torch.Generator().manual_seed(1)
     factors = 2.0 ** torch.randint(0, 4, (layer.out_features,), generator=generator)  # exact in any float
     factors = factors.to(layer.weight)
-    with suppress(Exception):  # what needs more arguments, or inputs of another width, cannot be tried
+    with suppress(*CANNOT_RUN):  # what needs more arguments, or inputs of another width, cannot be tried
         plain, scaled = (_inputs(reader, owner, layer, by) for by in (torch.ones_like(factors), factors))
         return torch.allclose(scaled, plain * factors, rtol=1e-2, atol=0)
     return False

@@ -23,12 +23,14 @@ from edgelab.widgets.quantization import (
 
 
 def methods() -> list[str]:
-    """Techniques of quantization that have bits and group_size, by name."""
+    """Techniques of quantization that have bits and group_size, by name; those of weights, not of the cache."""
     wanted = {"bits", "group_size"}
     return [
         name
         for name, kind in TECHNIQUES.items()
-        if name.startswith("quantize.") and wanted <= {field.name for field in dataclasses.fields(kind)}
+        if name.startswith("quantize.")
+        and name != "quantize.kv"
+        and wanted <= {field.name for field in dataclasses.fields(kind)}
     ]
 
 
