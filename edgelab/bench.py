@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from edgelab import corpora, recipes, reference, runtimes, variants
-from edgelab.measure import divergence, isolation, latency, memory, perplexity
+from edgelab.measure import divergence, isolation, latency, memory, parity, perplexity
 
 
 class Bench:
@@ -29,31 +29,47 @@ class Bench:
         about = variants.read_about(self.folder)
         size = variants.Size(**about["size"])
         record = recipes.Record(**about["record"])
+        export = runtimes.exported(self.recipe.runtime, self.folder)
         isolation.report(1, 1)
-        return {
+        if export is None:
+            bytes_ = {
+                "weights_mb": size.total_bytes / 1e6,
+                "linear_mb": size.linear_bytes / 1e6,
+                "embedding_mb": size.embedding_bytes / 1e6,
+                "scales_mb": size.scales_bytes / 1e6,
+                "file_mb": (self.folder / "model.safetensors").stat().st_size / 1e6,
+            }
+        else:
+            bytes_ = {"weights_mb": export.weights_bytes / 1e6, "file_mb": export.file_bytes / 1e6}
+        return bytes_ | {
             "parameters": size.parameters,
-            "weights_mb": size.total_bytes / 1e6,
-            "linear_mb": size.linear_bytes / 1e6,
-            "embedding_mb": size.embedding_bytes / 1e6,
-            "scales_mb": size.scales_bytes / 1e6,
-            "bits_per_weight": 8 * size.total_bytes / size.parameters,
-            "file_mb": (self.folder / "model.safetensors").stat().st_size / 1e6,
+            "bits_per_weight": 8e6 * bytes_["weights_mb"] / size.parameters,
             "kv_cache_mb_per_1k": memory.kv_cache_mb_per_1k(
-                variants.load_config(self.folder),
-                4 if about["dtype"] == "float32" else 2,
-                variants.read_cache_grid(about),
+                variants.load_config(self.folder), self._cache_bytes(about), variants.read_cache_grid(about)
             ),
             "apply_s": about["apply_s"],
+            "export_s": export and export.seconds,
             "calibration_tokens": record.calibration_tokens,
             "train_tokens": record.train_tokens,
             "notes": " ".join(record.notes) or None,
         }
 
+    def _cache_bytes(self, about: dict) -> float:
+        """Bytes of one key or value as the runtime keeps it."""
+        if self.recipe.runtime in runtimes.IN_TORCH:
+            return 4 if about["dtype"] == "float32" else 2
+        return runtimes.find(self.recipe.runtime).cache_bits / 8
+
     def quality(
         self, corpus: str, protocol: str, windows: int, states: str, record: bool
     ) -> dict[str, object]:
-        """Perplexity, and divergence from the reference whose states are kept (or: keep them)."""
+        """Perplexity, and divergence from the reference whose states are kept (or: keep them).
+
+        Of an engine that gives no logits only its names.
+        """
         runtime = runtimes.load(self.recipe.runtime, self.folder)
+        if not runtime.gives_logits:
+            return {"kernel": runtime.kernel, "badge": runtime.badge}
         rules = perplexity.protocol(protocol)
         text = corpora.tokenize(corpus, self.tokenizer)
         cut = perplexity.windows(text, rules, self.tokenizer, windows)
@@ -65,7 +81,13 @@ class Bench:
                 compared = reference.load_model(self.source)
                 stack.enter_context(perplexity.prepacked(compared, perplexity.SLICE, only_head=True))
                 other = divergence.DivergenceSum(Path(states), compared)
-            for piece in perplexity.slices(runtime.model, cut):
+            in_torch = runtime.model is not None
+            pieces = (
+                perplexity.slices(runtime.model, cut)
+                if in_torch
+                else perplexity.logit_slices(runtime.logits, cut)
+            )
+            for piece in pieces:
                 total.add(piece)
                 other.add(piece)
                 isolation.report(piece.window, len(cut))
@@ -78,6 +100,16 @@ class Bench:
         if not record:
             found |= {"kld_mean": other.kld_mean, "top1_agreement": other.agreement}
         return found | {"kernel": runtime.kernel, "badge": runtime.badge}
+
+    def answers(self, corpus: str) -> list[parity.Answer]:
+        """What the runtime answers to the prompts of the parity gate, from the beginnings of a corpus on."""
+        runtime = runtimes.load(self.recipe.runtime, self.folder)
+        asked = parity.prompts(corpora.tokenize(corpus, self.tokenizer).ids)
+        found = []
+        for answer in parity.answers(runtime, asked):
+            found.append(answer)
+            isolation.report(len(found), len(asked))
+        return found
 
     def open(self) -> dict[str, object]:
         """Load the variant into the runtime. What the process needs without it is left out of its memory."""
@@ -93,10 +125,10 @@ class Bench:
             "badge": self.runtime.badge,
         }
 
-    def warm_up(self, corpus: str) -> int:
+    def warm_up(self, corpus: str, tokens: int) -> int:
         """Warm up with the first tokens of a corpus as prompt, repeated where they are too few."""
-        ids = corpora.tokenize(corpus, self.tokenizer).ids[: latency.PREFILL_TOKENS].tolist()
-        prompt = (ids * math.ceil(latency.PREFILL_TOKENS / len(ids)))[: latency.PREFILL_TOKENS]
+        ids = corpora.tokenize(corpus, self.tokenizer).ids[:tokens].tolist()
+        prompt = (ids * math.ceil(tokens / len(ids)))[:tokens]
         self.timed = latency.Timed(self.runtime, prompt)
         return self.timed.warm_up()
 

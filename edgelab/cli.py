@@ -78,6 +78,9 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of the measured process (default: physical cores).")
 ]
+PromptTokens = Annotated[
+    int | None, typer.Option("--prompt-tokens", help="Tokens of the timed prompt (default 128).")
+]
 Only = Annotated[str | None, typer.Option(help="Measure one part: quality, speed or memory.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure again although the ledger has the row.")]
 
@@ -109,6 +112,7 @@ def measure(
     runtime: RuntimeName = None,
     seed: Seed = 0,
     threads: Threads = None,
+    prompt_tokens: PromptTokens = None,
     only: Only = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -130,6 +134,7 @@ def compare(
     runtime: RuntimeName = None,
     seed: Seed = 0,
     threads: Threads = None,
+    prompt_tokens: PromptTokens = None,
     only: Only = None,
     force: Force = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report of these rows here.")] = None,

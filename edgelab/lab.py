@@ -23,7 +23,7 @@ from edgelab import assets, corpora, ledger, recipes, reference, runtimes, techn
 from edgelab.bench import Bench
 from edgelab.errors import EdgeLabError
 from edgelab.ledger import Row
-from edgelab.measure import divergence, latency, perplexity
+from edgelab.measure import divergence, latency, parity, perplexity
 from edgelab.measure.isolation import Isolated, IsolatedError
 from edgelab.measure.latency import Latency
 
@@ -57,6 +57,7 @@ class Settings:
     windows: int = 32
     seed: int = 0
     threads: int = 2
+    prompt_tokens: int = latency.PREFILL_TOKENS
     only: str | None = None
     force: bool = False
     timeout_s: float = 3600
@@ -64,8 +65,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.only not in (None, "quality", "speed", "memory"):
             raise MeasureError(f"only={self.only} is none of quality, speed, memory.")
-        if self.windows < 1 or self.threads < 1:
-            raise MeasureError("windows and threads are whole numbers from 1 on.")
+        if min(self.windows, self.threads, self.prompt_tokens) < 1:
+            raise MeasureError("windows, threads and prompt_tokens are whole numbers from 1 on.")
 
     @property
     def quality(self) -> bool:
@@ -83,8 +84,8 @@ class Settings:
 def measure(recipe: str, *, model: str = reference.EMBEDDED, **settings: object) -> Row:
     """Apply a recipe, pack the variant, measure it in fresh processes, record the row and return it.
 
-    settings: corpus, protocol, windows, runtime, seed, threads, only ("quality", "speed" or "memory"), force
-    (measure again although the ledger has the row), timeout_s. Raises MeasureError where it failed.
+    settings: corpus, protocol, windows, runtime, seed, threads, prompt_tokens, only ("quality", "speed" or "memory"),
+    force (measure again although the ledger has the row), timeout_s. Raises MeasureError where it failed.
     """
     parsed, chosen = _prepare([recipe], model=model, **settings)
     row = _known(parsed[0], chosen) or _row(parsed[0], chosen)
@@ -119,7 +120,7 @@ def stream(
                 beside = stack.enter_context(_bench(NOTHING, chosen))
                 beside.call("build")
                 beside.call("open")
-                beside.call("warm_up", corpus=chosen.corpus)
+                beside.call("warm_up", corpus=chosen.corpus, tokens=chosen.prompt_tokens)
             yield known or _row(recipe, chosen, beside if interleaved else None)
 
 
@@ -168,6 +169,8 @@ def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None = Non
             _fill(row, bench.call("build", progress=_bar(f"{recipe}: build")))
             if chosen.quality:
                 _quality(row, bench, chosen, baseline)
+                if recipe.runtime not in runtimes.IN_TORCH:
+                    _gate(row, recipe, bench, chosen)
         if chosen.process and recipe.runtime != "simulated":
             with _bench(recipe, chosen) as bench:
                 _process(row, bench, beside, chosen)
@@ -183,6 +186,8 @@ def _question(recipe: recipes.Recipe, model_sha: str, chosen: Settings) -> dict[
     if chosen.quality:
         corpus = corpora.identity(chosen.corpus)
         fields |= {"protocol": chosen.protocol, "corpus": corpus, "windows": chosen.windows}
+    if chosen.latency and recipe.runtime != "simulated":
+        fields |= {"prefill_tokens": chosen.prompt_tokens}
     return fields
 
 
@@ -194,7 +199,8 @@ def _known(recipe: recipes.Recipe, chosen: Settings, interleaved: bool = False) 
     same = {name: here[name] for name in ("host", "threads", "versions")}
     question = _question(recipe, reference.resolve(chosen.model).sha, chosen)
     row = ledger.find(**question, **same, status="ok")
-    wanted = {"ppl": chosen.quality}
+    scored = recipe.runtime in runtimes.IN_TORCH
+    wanted = {"ppl" if scored else "parity": chosen.quality}
     if recipe.runtime != "simulated":
         wanted |= {"decode_tok_s": chosen.latency, "peak_rss_mb": chosen.process, "decode_ratio": interleaved}
     whole = row and all(getattr(row, name) is not None for name, asked in wanted.items() if asked)
@@ -229,8 +235,10 @@ def _quality(row: Row, bench: Isolated, chosen: Settings, baseline: Row | None) 
         states=str(states_file(row.model_sha, chosen)),
         record=baseline is None,
     )
-    nll, tokens = found.pop("nll_per_window"), found.pop("tokens_per_window")
+    nll, tokens = found.pop("nll_per_window", None), found.pop("tokens_per_window", None)
     _fill(row, found)
+    if nll is None:  # an engine that gives no logits
+        return
     row.window_nll = [one / n for one, n in zip(nll, tokens, strict=True)]
     if baseline is not None:
         sums = [one * n for one, n in zip(baseline.window_nll, tokens, strict=True)]
@@ -241,17 +249,37 @@ def _quality(row: Row, bench: Isolated, chosen: Settings, baseline: Row | None) 
         )
 
 
+def _gate(row: Row, recipe: recipes.Recipe, bench: Isolated, chosen: Settings) -> None:
+    """Compare an engine with PyTorch on the same weights; an engine's own quantizer has no such twin."""
+    if recipe.family == "native":
+        row.parity, row.parity_detail = (
+            "own weights",
+            "rounded by the engine itself: compare its quality, not its kernel",
+        )
+        return
+    twin = replace(recipe, runtime=recipes.DEFAULT_RUNTIME)
+    if row.ppl is not None:
+        quality = replace(chosen, only="quality", force=False)
+        verdict = parity.by_perplexity(row.ppl, (_known(twin, quality) or _row(twin, quality)).ppl)
+    else:
+        asked = {"corpus": chosen.corpus, "progress": _bar(f"{recipe}: parity")}
+        with _bench(twin, chosen) as other:
+            other.call("build")
+            theirs = other.call("answers", **asked)
+        verdict = parity.by_answers(bench.call("answers", **asked), theirs)
+    row.parity, row.parity_detail = "passed" if verdict.passed else "failed", verdict.detail
+
+
 def _process(row: Row, bench: Isolated, beside: Isolated | None, chosen: Settings) -> None:
     """Load, generate, and read the clock and the peak of memory; with `beside`, in turns with the baseline."""
     bench.call("build")
     _fill(row, bench.call("open"))
-    bench.call("warm_up", corpus=chosen.corpus)
+    bench.call("warm_up", corpus=chosen.corpus, tokens=chosen.prompt_tokens)
     if chosen.latency:
-        mine, theirs = _take_turns(bench, beside, _bar(f"{row.recipe}: speed"))
+        mine, theirs = _take_turns(bench, beside, chosen.prompt_tokens, _bar(f"{row.recipe}: speed"))
         _fill(
             row,
             {
-                "prefill_tokens": latency.PREFILL_TOKENS,
                 "decode_tokens": latency.DECODE_TOKENS,
                 "ttft_ms_p50": mine.ttft_ms_p50,
                 "prefill_tok_s": mine.prefill_tok_s,
@@ -268,9 +296,11 @@ def _process(row: Row, bench: Isolated, beside: Isolated | None, chosen: Setting
     row.peak_rss_mb = bench.call("peak_rss_mb")
 
 
-def _take_turns(bench: Isolated, beside: Isolated | None, advance: Progress) -> tuple[Latency, Latency]:
+def _take_turns(
+    bench: Isolated, beside: Isolated | None, prompt_tokens: int, advance: Progress
+) -> tuple[Latency, Latency]:
     """Time prefills, then decoding in short turns, baseline and candidate alternately."""
-    mine, theirs = Latency(), Latency()
+    mine, theirs = (Latency(prompt_tokens=prompt_tokens) for _ in range(2))
     runners = [(bench, mine)] if beside is None else [(beside, theirs), (bench, mine)]
     prefills = 3 if assets.fast() else latency.PREFILLS_MIN
     turns = latency.DECODE_TOKENS // latency.TURN_TOKENS

@@ -72,6 +72,7 @@ class Row:
     kv_cache_mb_per_1k: float | None = None
     peak_rss_mb: float | None = None
     # speed
+    export_s: float | None = None  # writing the engine's file, once for each variant
     load_s: float | None = None
     compile_s: float | None = None  # less where compiled code of an earlier run is on disk
     prefill_tokens: int | None = None

@@ -27,6 +27,7 @@ FAMILY_COLOURS = {
     "baseline": "#000000",
     "quantize": "#0072B2",
     "qat": "#0072B2",  # quantization, too
+    "native": "#7A5195",  # an engine's own
     "prune": "#D55E00",
     "distill": "#009E73",
     "lora": "#CC79A7",
@@ -62,6 +63,7 @@ METRICS = {
     "bits_per_weight": Metric("Effective bits per weight", True),
     "kv_cache_mb_per_1k": Metric("KV cache (MB per 1,000 tokens)", True),
     "peak_rss_mb": Metric("Peak memory of the process (MB)", True),
+    "export_s": Metric("Writing the engine's file (s)", True),
     "load_s": Metric("Loading (s)", True),
     "ttft_ms_p50": Metric("Time to first token (ms)", True),
     "prefill_tok_s": Metric("Prefill (tokens/s)", False),
@@ -76,6 +78,7 @@ METRICS = {
 }
 QUALITY = {"ppl", "bits_per_byte", "delta_nll", "kld_mean", "top1_agreement"}
 LATENCY = {
+    "export_s",
     "load_s",
     "ttft_ms_p50",
     "prefill_tok_s",

@@ -36,7 +36,7 @@ from edgelab.techniques.quantization.packed import (
     QuantizedTensor,
 )
 
-FORMAT = 2
+FORMAT = 3
 DEFAULT_LIMIT_GB = 20.0
 
 
@@ -117,6 +117,7 @@ def save(model: PreTrainedModel, folder: Path, origin: dict[str, object]) -> Non
         **origin,
         "quantized": quantized,
         "cache": asdict(model.cache_grid) if hasattr(model, "cache_grid") else None,
+        "native": getattr(model, "native", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "size": asdict(measure_size(model, tensors, quantized)),
     }

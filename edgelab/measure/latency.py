@@ -36,6 +36,7 @@ class Latency:
 
     ttft_ms: list[float] = field(default_factory=list)
     turns_ms: list[list[float]] = field(default_factory=list)
+    prompt_tokens: int = PREFILL_TOKENS
 
     @property
     def decode_s(self) -> float:
@@ -49,7 +50,7 @@ class Latency:
     @property
     def prefill_tok_s(self) -> float:
         """Prompt tokens per second at the median time to first token."""
-        return 1e3 * PREFILL_TOKENS / self.ttft_ms_p50
+        return 1e3 * self.prompt_tokens / self.ttft_ms_p50
 
     def tpot_ms(self, percentile: float) -> float:
         """Percentile of the time per output token over all tokens."""

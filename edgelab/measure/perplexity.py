@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -161,13 +161,14 @@ def _rolling(ids: Tensor, size: int, prefix: int) -> Iterator[Window]:
 class Slice:
     """Logits of some scored positions of one window.
 
-    logits: (positions, vocabulary) float32. targets: (positions,). hidden: (positions, hidden), before the head.
+    logits: (positions, vocabulary) float32. targets: (positions,). hidden: (positions, hidden), before the head, or
+    None where an engine gives logits alone.
     """
 
     window: int
     logits: Tensor
     targets: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -189,6 +190,15 @@ def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
             targets = window.ids[-window.scored :].to(device)
             for part, answers in zip(states.split(SLICE), targets.split(SLICE), strict=True):
                 yield Slice(index, head(model, part), answers, part)
+
+
+def logit_slices(logits: Callable[[list[int]], Tensor], cut: list[Window]) -> Iterator[Slice]:
+    """As `slices`, of anything that gives logits (time, vocabulary) for token ids of a new sequence."""
+    for index, window in enumerate(cut):
+        scored = logits(window.ids[:-1].tolist())[-window.scored :]
+        targets = window.ids[-window.scored :]
+        for part, answers in zip(scored.split(SLICE), targets.split(SLICE), strict=True):
+            yield Slice(index, part.float(), answers, None)
 
 
 def last_hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -21,12 +21,14 @@ from torch.nn import functional
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from edgelab import variants
+from edgelab.measure.perplexity import last_hidden_states
 from edgelab.techniques.quantization.packed import (
     ActivationGrid,
     PackedEmbedding,
     PackedLinear,
     QuantizedTensor,
 )
+from edgelab.training import head_logits
 
 LONG = 16  # tokens from which int8 goes through a dense bfloat16 product
 
@@ -145,6 +147,17 @@ class Eager:
     """A variant in PyTorch eager, on packed kernels where there are any. Greedy decoding with a growing cache."""
 
     badge = "packed"
+    gives_logits = True
+
+    @staticmethod
+    def refusal(about: dict) -> str | None:
+        """PyTorch runs all but what is left to an engine's own quantizer."""
+        if about["native"] is None:
+            return None
+        width = about["native"]
+        return (
+            f"native.{width} is rounded by an engine itself; name one, as in 'native.{width} @ onnxruntime'."
+        )
 
     def __init__(self, variant: Path) -> None:
         self.model: PreTrainedModel = variants.load(variant)
@@ -190,6 +203,21 @@ class Eager:
                 torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
         return int(answer.logits[0, -1].argmax())
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Logits at every position of a new sequence, (time, vocabulary) float32."""
+        with torch.inference_mode():
+            hidden = last_hidden_states(self.model, torch.tensor([ids]))
+            return head_logits(self.model, hidden[0])
+
+    def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
+        """The most likely next tokens of a new sequence with their log-probabilities, best first."""
+        found = torch.log_softmax(self.logits(ids)[-1], -1).topk(count)
+        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+    def close(self) -> None:
+        """Forget the model."""
+        del self.model
 
 
 def _round_inputs(grid: ActivationGrid, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:

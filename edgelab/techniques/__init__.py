@@ -1,5 +1,6 @@
 """The techniques: importing this package enters every one of them into `edgelab.recipes.TECHNIQUES`."""
 
+from edgelab.techniques import native
 from edgelab.techniques.quantization import (
     activations,
     autoround,
@@ -26,6 +27,7 @@ __all__ = [
     "hqq",
     "kv",
     "mixed",
+    "native",
     "nonuniform",
     "one_bit",
     "qat",

@@ -54,7 +54,13 @@ class QuantizedTensor:
     def stored(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Tensors to store, by the last part of their names, and what `restored` has to know beside them."""
         tensors = {"packed": pack(self.integers, self.bits), "scale": self.scale.contiguous()}
-        how = {"grid": "uniform", "bits": self.bits, "shape": list(self.integers.shape), "zero_point": None}
+        how = {
+            "grid": "uniform",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "shape": list(self.integers.shape),
+            "zero_point": None,
+        }
         if self.zero_point is not None:
             whole = self.zero_point.dtype == torch.uint8
             tensors["zero_point"] = (
