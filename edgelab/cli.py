@@ -173,8 +173,24 @@ def list_(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """List what a recipe, an option or a plot can name."""
-    _print(_listing(what), as_json)
+    """List what a recipe, an option or a plot can name; of runtimes, which recipe runs on which, and why not."""
+    rows = _listing(what)
+    if what == "runtimes" and not as_json:
+        _print_support(rows)
+    else:
+        _print(rows, as_json)
+
+
+def _print_support(rows: list[dict[str, Any]]) -> None:
+    """A column for each runtime, numbers where a recipe does not run, and what they stand for."""
+    reasons = list(dict.fromkeys(row["reason"] for row in rows if row["reason"]))
+    table: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        mark = str(reasons.index(row["reason"]) + 1) if row["reason"] else "✓"
+        table.setdefault(row["recipe"], {"recipe": row["recipe"]})[row["runtime"]] = mark
+    _print(list(table.values()), False)
+    for number, reason in enumerate(reasons, 1):
+        out.print(f"{number:>3}  {reason}", highlight=False, soft_wrap=True)
 
 
 @ledger_app.command("show", epilog="Example: `edgelab ledger show --last 5 --json`")
@@ -338,11 +354,16 @@ def _listing(what: str) -> list[dict[str, Any]]:
     import dataclasses
 
     if what in ("techniques", "runtimes", "protocols"):
-        from edgelab import lab, recipes, runtimes
+        from edgelab import lab, recipes
         from edgelab.measure import perplexity
+        from edgelab.runtimes import support
 
         if what == "runtimes":
-            return [{"runtime": name, "class": place} for name, place in runtimes.RUNTIMES.items()]
+            return [
+                {"recipe": answer.recipe, "runtime": answer.runtime, "runs": answer.reason is None}
+                | {"reason": answer.reason, "alike": answer.alike}
+                for answer in support.table()
+            ]
         if what == "protocols":
             return [dataclasses.asdict(one) for one in perplexity.PROTOCOLS.values()]
         assert lab.techniques  # importing it has entered every technique

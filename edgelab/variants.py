@@ -115,10 +115,7 @@ def save(model: PreTrainedModel, folder: Path, origin: dict[str, object]) -> Non
     about = {
         "format": FORMAT,
         **origin,
-        "quantized": quantized,
-        "cache": asdict(model.cache_grid) if hasattr(model, "cache_grid") else None,
-        "native": getattr(model, "native", None),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **describe(model, quantized),
         "size": asdict(measure_size(model, tensors, quantized)),
     }
     with assets.staged(folder) as draft:
@@ -128,6 +125,16 @@ def save(model: PreTrainedModel, folder: Path, origin: dict[str, object]) -> Non
             raise assets.unwritable(folder.parent, error) from None
         model.config.save_pretrained(draft)
         (draft / "variant.json").write_text(json.dumps(about, indent=1))
+
+
+def describe(model: PreTrainedModel, quantized: dict[str, dict]) -> dict[str, object]:
+    """What a runtime has to know before it loads a model: `quantized` of `stored_tensors`, and what no tensor shows."""
+    return {
+        "quantized": quantized,
+        "cache": asdict(model.cache_grid) if hasattr(model, "cache_grid") else None,
+        "native": getattr(model, "native", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from edgelab import variants
+from edgelab import runtimes, variants
 from edgelab.bench import Bench
 from edgelab.recipes import Context, parse
 from edgelab.runtimes import load
@@ -100,5 +100,5 @@ def test_without_a_compiler_one_sentence_says_what_to_install(monkeypatch, tiny,
 
 def test_a_quantized_cache_is_refused(new_model, tmp_path):
     folder = variant("quantize.kv:bits=8", new_model("llama"), tmp_path / "variant")
-    with pytest.raises(CompileError, match="runs on 'torch'"):
-        Compiled(folder)
+    with pytest.raises(runtimes.RuntimeRefused, match="runs on 'torch'"):
+        runtimes.load("compiled", folder)

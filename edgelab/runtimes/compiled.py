@@ -58,13 +58,18 @@ class Compiled(Eager):
 
     backend = "inductor"
 
+    @staticmethod
+    def refusal(about: dict) -> str | None:
+        """As for eager; and the cache has to be a plain one of fixed length."""
+        if about["cache"] is not None:
+            return (
+                "The runtime 'compiled' keeps keys and values as they are; a quantized cache runs on 'torch'."
+            )
+        return Eager.refusal(about)
+
     def __init__(self, variant: Path) -> None:
         use_compiler()
         super().__init__(variant)
-        if self.cache_grid is not None:
-            raise CompileError(
-                "The runtime 'compiled' keeps keys and values as they are; a quantized cache runs on 'torch'."
-            )
         self.kernel = f"compiled, {self.kernel}"
         self._decode = torch.compile(step, backend=self.backend, fullgraph=True, dynamic=False)
 
