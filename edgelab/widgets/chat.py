@@ -1,0 +1,89 @@
+"""The chat box: talk to a recipe on a runtime, and see its rate while it writes."""
+
+import html
+from collections.abc import Sequence
+
+import ipywidgets
+
+from edgelab import reference, runtimes, variants
+from edgelab.errors import EdgeLabError
+from edgelab.recipes import parse
+from edgelab.runtimes import Runtime
+from edgelab.runtimes.streaming import stream
+
+LIMIT = 128  # tokens of an answer
+RECIPES = ("none", "quantize.rtn:bits=4 @ onnxruntime", "quantize.rtn:bits=4 @ llamacpp")
+
+
+def chat_box(
+    recipes: Sequence[str] = RECIPES, model: str = reference.EMBEDDED, seed: int = 0
+) -> ipywidgets.VBox:
+    """Choose a recipe and its runtime, write a line, and read the answer as it comes.
+
+    The variant is made and its engine's file written when it is first talked to. The conversation starts anew with
+    another recipe: what one model has said is no fair beginning for the next.
+    """
+    source = reference.resolve(model)
+    tokenizer = reference.load_tokenizer(source)
+    loaded: dict[str, Runtime] = {}  # at most one
+    messages: list[dict[str, str]] = []
+    wide = {"style": {"description_width": "60px"}, "layout": {"width": "auto", "max_width": "640px"}}
+    recipe = ipywidgets.Dropdown(options=list(recipes), description="Recipe", **wide)
+    line = ipywidgets.Text(placeholder="Write a line, press Enter", description="You", **wide)
+    send = ipywidgets.Button(description="Send", button_style="primary")
+    rate = ipywidgets.Label()
+    talk = ipywidgets.HTML()
+
+    def ready() -> Runtime:
+        if recipe.value not in loaded:
+            for old in list(loaded):
+                loaded.pop(old).close()
+            rate.value = "loading …"
+            asked = parse(recipe.value, runtimes.RUNTIMES)
+            folder = variants.build(asked, source, seed, lambda done, total: None)
+            loaded[recipe.value] = runtimes.load(asked.runtime, folder)
+        return loaded[recipe.value]
+
+    def answer(_: object) -> None:
+        if not line.value.strip() or send.disabled:
+            return
+        send.disabled = True
+        messages.append({"role": "user", "content": line.value.strip()})
+        line.value = ""
+        said = {"role": "assistant", "content": ""}
+        try:
+            runtime = ready()
+            for piece in stream(runtime, tokenizer, messages, LIMIT):
+                said["content"] += piece.text
+                talk.value = conversation_html([*messages, said])
+                rate.value = rate_text(runtime.kernel, piece.tokens, piece.tok_s)
+            messages.append(said)
+        except EdgeLabError as error:
+            messages.pop()
+            rate.value = str(error)
+        finally:
+            send.disabled = False
+
+    def start_anew(_: object) -> None:
+        messages.clear()
+        talk.value = rate.value = ""
+
+    send.on_click(answer)
+    line.on_msg(lambda _, content, buffers: answer(None) if content.get("event") == "submit" else None)
+    recipe.observe(start_anew, "value")
+    return ipywidgets.VBox([recipe, talk, line, ipywidgets.HBox([send, rate])])
+
+
+def rate_text(kernel: str, tokens: int, tok_s: float | None) -> str:
+    """What stands beside the button while the model writes."""
+    return f"{tokens} tokens" + (f", {tok_s:.1f} tokens/s" if tok_s else "") + f" · {kernel}"
+
+
+def conversation_html(messages: Sequence[dict[str, str]]) -> str:
+    """HTML: one paragraph a message, what a model writes escaped."""
+    names = {"user": "You", "assistant": "Model", "system": "System"}
+    said = (
+        f"<p><b>{names[message['role']]}</b><br>{html.escape(message['content']).replace(chr(10), '<br>')}</p>"
+        for message in messages
+    )
+    return "".join(said)
