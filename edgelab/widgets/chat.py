@@ -12,7 +12,7 @@ from edgelab.runtimes import Runtime
 from edgelab.runtimes.streaming import stream
 
 LIMIT = 128  # tokens of an answer
-RECIPES = ("none", "quantize.rtn:bits=4 @ onnxruntime", "quantize.rtn:bits=4 @ llamacpp")
+RECIPES = ("none", "quantize.bf16", "quantize.rtn:bits=4,embedding_bits=8")
 
 
 def chat_box(
