@@ -1,7 +1,8 @@
 """Variants: what a recipe makes of a reference, saved once, packed, in a content-addressed cache.
 
 A variant is a folder: `model.safetensors` with plain tensors and, for each quantized matrix, packed integers, scales
-and packed zero-points; `config.json` of the model; `variant.json`, which says what is quantized how and from what.
+and packed zero-points; `config.json` and tokenizer of the model; `variant.json`, which says what is quantized how and
+from what; and below `exports`, what engines made of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from edgelab import assets
 from edgelab.errors import EdgeLabError
@@ -101,13 +108,19 @@ def build(recipe: Recipe, source: Source, seed: int, progress: Callable[[int, in
             "apply_s": time.perf_counter() - started if recipe.techniques else None,
             "record": asdict(record),
         },
+        context.tokenizer,
     )
     trim(keep=folder)
     return folder
 
 
-def save(model: PreTrainedModel, folder: Path, origin: dict[str, object]) -> None:
-    """Write a model, packed, into a folder that appears whole or not at all.
+def save(
+    model: PreTrainedModel,
+    folder: Path,
+    origin: dict[str, object],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a model, packed, into a folder that appears whole or not at all; with its tokenizer, which engines want.
 
     Raises an EdgeLabError with one sentence where the place is read-only or the disk is full.
     """
@@ -124,6 +137,8 @@ def save(model: PreTrainedModel, folder: Path, origin: dict[str, object]) -> Non
         except SafetensorError as error:  # its message holds the reason of the system, such as a full disk
             raise assets.unwritable(folder.parent, error) from None
         model.config.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
         (draft / "variant.json").write_text(json.dumps(about, indent=1))
 
 
