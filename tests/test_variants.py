@@ -330,7 +330,7 @@ def test_variant_of_another_format(source):
     folder = variants.build(parse("none"), source, 0, ignore)
     about = json.loads((folder / "variant.json").read_text())
     (folder / "variant.json").write_text(json.dumps(about | {"format": 0}))
-    with pytest.raises(VariantError, match=r"is of format 0, not 2; `edgelab cache clear` removes it\.$"):
+    with pytest.raises(VariantError, match=r"is of format 0, not 3; `edgelab cache clear` removes it\.$"):
         variants.load(folder)
 
 

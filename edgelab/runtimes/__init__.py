@@ -25,6 +25,7 @@ RUNTIMES = {
     "torch": "edgelab.runtimes.eager:Eager",
     "simulated": "edgelab.runtimes.eager:Simulated",
     "compiled": "edgelab.runtimes.compiled:Compiled",
+    "onnxruntime": "edgelab.runtimes.onnxruntime:OnnxRuntime",
 }
 IN_TORCH = ("torch", "simulated", "compiled")
 

@@ -1,0 +1,253 @@
+"""ONNX with our integers: the builder of ONNX Runtime GenAI makes the graph, and we put our matrices into it.
+
+The builder writes the model in float32. Each product with a quantized matrix then becomes a `MatMulNBits`, whose
+weights, scales and zero-points are ours to the bit; a quantized embedding is read by `GatherBlockQuantized`.
+
+| ours                         | in the graph                                                         |
+| ---------------------------- | -------------------------------------------------------------------- |
+| 1 to 4 bits; 5 to 8 bits     | 4 bits; 8 bits, each integer as it is                                |
+| groups, whole rows           | blocks of the largest power of two that divides the group, 16 to 256 |
+| scale float16                | float32, the same number                                             |
+| zero-point, whole or between | 4 or 8 bits, or float32                                              |
+
+Two graphs share the weights: `model.onnx` makes the logits of the last token alone, which is all that generating
+needs, `scoring.onnx` those of every position.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from edgelab import variants
+from edgelab.recipes import Context
+from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor, pack
+from edgelab.techniques.quantization.unpack import Unpack
+
+LAYOUTS = ("llama", "mistral", "qwen2", "qwen3")
+GRAPH, SCORING, DATA = "model.onnx", "scoring.onnx", "model.onnx.data"
+SMALL = 1024  # bytes; smaller tensors stay in the graph's own file
+
+
+def export(variant: Path, folder: Path, precision: str = "fp32") -> int:
+    """Write both graphs and the configuration of ONNX Runtime GenAI into a folder; returns the bytes of weights.
+
+    precision: that of the builder, "fp32", or "int4" and "int8" for its own rounding.
+    """
+    import onnx
+
+    model = variants.load(variant)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        dense, built = Path(place) / "dense", Path(place) / "built"
+        _save_dense(model, variant, dense)
+        _build(dense, built, precision)
+        graph = onnx.load(built / GRAPH)
+        for name in ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (built / name).exists():
+                shutil.copy(built / name, folder / name)
+    put_integers(graph, model)
+    onnx.save_model(
+        graph,
+        folder / GRAPH,
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=DATA,
+        size_threshold=SMALL,
+        convert_attribute=False,
+    )
+    graph = onnx.load(folder / GRAPH, load_external_data=False)
+    _score_all(graph)
+    onnx.save_model(graph, folder / SCORING)
+    return sum(
+        _nbytes(tensor) for tensor in graph.graph.initializer if tensor.name not in ("cos_cache", "sin_cache")
+    )
+
+
+def _save_dense(model: PreTrainedModel, variant: Path, folder: Path) -> None:
+    """The model in float32 as a folder of transformers, with its tokenizer."""
+    packed = any(isinstance(module, PackedLinear | PackedEmbedding) for module in model.modules())
+    (Unpack().apply(model, Context()) if packed else model).save_pretrained(folder)
+    for file in variant.iterdir():
+        if file.is_file() and file.name not in ("model.safetensors", "variant.json", "config.json"):
+            shutil.copy(file, folder / file.name)
+
+
+def _build(dense: Path, folder: Path, precision: str) -> None:
+    """Run the builder, whose remarks go to the log."""
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    said = io.StringIO()
+    where = (None, str(dense), str(folder), precision, "cpu", str(folder / "cache"))
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        options = parse_extra_options(*where, ["fuse_qkv=false", "prune_lm_head=true"])
+        create_model(*where, **options)
+    logging.getLogger(__name__).debug(said.getvalue())
+
+
+def put_integers(graph, model: PreTrainedModel) -> None:
+    """Replace, in place, the products with quantized matrices of a float graph of the builder by ours."""
+    from onnx import helper, numpy_helper
+
+    packed = {
+        _in_graph(name): layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)
+    }
+    kept = {tensor.name: tensor for tensor in graph.graph.initializer}
+    nodes = []
+    made: dict[int, list[str]] = {}  # a tied matrix is stored once
+
+    def place(name: str, tensor: QuantizedTensor) -> list[str]:
+        if id(tensor) not in made:
+            arrays = blocks(tensor)
+            made[id(tensor)] = [f"{name}.{part}" for part in arrays]
+            for part, array in arrays.items():
+                kept[f"{name}.{part}"] = numpy_helper.from_array(array, f"{name}.{part}")
+        return made[id(tensor)]
+
+    for node in graph.graph.node:
+        name = node.input[1].removesuffix(".MatMul.weight") if node.op_type == "MatMul" else ""
+        if name not in packed:
+            nodes.append(node)
+            continue
+        tensor = packed.pop(name).tensor
+        rows, columns = tensor.integers.shape
+        kept.pop(node.input[1], None)
+        nodes.append(
+            helper.make_node(
+                "MatMulNBits",
+                [node.input[0], *place(name, tensor)],
+                node.output,
+                node.name.replace("MatMul", "MatMulNBits"),
+                domain="com.microsoft",
+                K=columns,
+                N=rows,
+                bits=width(tensor),
+                block_size=block_size(tensor),
+                accuracy_level=4 if whole_zero_points(tensor) else 0,
+            )
+        )
+    if packed:
+        raise ValueError(f"the graph lacks {', '.join(packed)}")
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, PackedEmbedding):
+        nodes = _read_packed(nodes, embedding.tensor, place("model.embed_tokens", embedding.tensor))
+    used = {name for node in nodes for name in node.input}
+    del graph.graph.node[:], graph.graph.initializer[:]
+    graph.graph.node.extend(nodes)
+    graph.graph.initializer.extend(tensor for name, tensor in kept.items() if name in used)
+
+
+def _read_packed(nodes: list, tensor: QuantizedTensor, names: list[str]) -> list:
+    """The nodes with the lookup of the embedding on packed rows; MatMulNBits keeps blocks apart, a lookup does not."""
+    from onnx import helper
+
+    changed = []
+    for node in nodes:
+        if node.name == "/model/embed_tokens/Transpose":
+            continue
+        if node.name != "/model/embed_tokens/Gather":
+            changed.append(node)
+            continue
+        flat = []
+        for name, last in zip(names, (-1, -1, -1), strict=False):
+            shape = f"{name}.rows"
+            value = helper.make_tensor(shape, 7, [2], [len(tensor.integers), last])
+            changed.append(helper.make_node("Constant", [], [shape], value=value))
+            changed.append(helper.make_node("Reshape", [name, shape], [f"{name}.flat"]))
+            flat.append(f"{name}.flat")
+        packed, scale, *zero_point = flat
+        changed.append(
+            helper.make_node(
+                "GatherBlockQuantized",
+                [packed, node.input[1], scale, *zero_point],
+                node.output,
+                node.name,
+                domain="com.microsoft",
+                bits=width(tensor),
+                block_size=block_size(tensor),
+                gather_axis=0,
+                quantize_axis=1,
+            )
+        )
+    return changed
+
+
+def blocks(tensor: QuantizedTensor) -> dict[str, np.ndarray]:
+    """The inputs of MatMulNBits after the activations: weights, scales and, unless all are the default, zero-points.
+
+    weights: (out_features, blocks, block_size x bits / 8) uint8, the first of two integers in the lower half of a byte.
+    scales: (out_features, blocks) float32. zero_points: (out_features, ceil(blocks x bits / 8)) uint8, or
+    (out_features, blocks) float32 where they lie between integers.
+    """
+    bits, size = width(tensor), block_size(tensor)
+    rows, columns = tensor.integers.shape
+    repeats = tensor.group_size // size
+    scale = tensor.scale.float().expand(rows, -1).repeat_interleave(repeats, 1)
+    arrays = {
+        "qweight": pack(tensor.integers, bits).view(rows, columns // size, size * bits // 8).numpy(),
+        "scales": scale.numpy(),
+    }
+    centre = tensor.centre().expand(rows, -1).repeat_interleave(repeats, 1)  # (out_features, blocks)
+    if bool((centre == 2 ** (bits - 1)).all()):
+        return arrays
+    if not whole_zero_points(tensor):
+        return arrays | {"qzeros": centre.contiguous().numpy()}
+    return arrays | {"qzeros": _pack_rows(centre.to(torch.uint8), bits).numpy()}
+
+
+def _pack_rows(integers: Tensor, bits: int) -> Tensor:
+    """Pack each row by itself, filled up to whole bytes."""
+    odd = bits == 4 and integers.shape[1] % 2
+    padded = torch.nn.functional.pad(integers, (0, 1)) if odd else integers
+    return pack(padded.contiguous(), bits).view(len(integers), -1)
+
+
+def width(tensor: QuantizedTensor) -> int:
+    """Bits that the graph has for an integer."""
+    return 4 if tensor.bits <= 4 else 8
+
+
+def block_size(tensor: QuantizedTensor) -> int:
+    """The largest power of two that divides the group, at most 256; below 16 the operator has none."""
+    return min(tensor.group_size & -tensor.group_size, 256)
+
+
+def whole_zero_points(tensor: QuantizedTensor) -> bool:
+    """Whether every zero-point is an integer."""
+    return bool((tensor.centre() % 1 == 0).all())
+
+
+def _in_graph(name: str) -> str:
+    """What the builder calls a layer of transformers."""
+    return name.replace(".self_attn.", ".attn.")
+
+
+def _score_all(graph) -> None:
+    """Give the head every position again, in place."""
+    nodes = {node.name: node for node in graph.graph.node}
+    gather, unsqueeze = nodes["/lm_head/prune/Gather"], nodes["/lm_head/prune/Unsqueeze"]
+    for node in graph.graph.node:
+        node.input[:] = [gather.input[0] if name == unsqueeze.output[0] else name for name in node.input]
+    for node in (gather, unsqueeze):
+        graph.graph.node.remove(node)
+    used = {name for node in graph.graph.node for name in node.input}
+    for tensor in [one for one in graph.graph.initializer if one.name not in used]:
+        graph.graph.initializer.remove(tensor)
+    output = next(one for one in graph.graph.output if one.name == "logits")
+    output.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
+
+
+def _nbytes(tensor) -> int:
+    """Bytes of an initializer, wherever its data are."""
+    from onnx import helper
+
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return int(np.prod(tensor.dims)) * dtype.itemsize
