@@ -26,6 +26,7 @@ RUNTIMES = {
     "simulated": "edgelab.runtimes.eager:Simulated",
     "compiled": "edgelab.runtimes.compiled:Compiled",
     "onnxruntime": "edgelab.runtimes.onnxruntime:OnnxRuntime",
+    "openvino": "edgelab.runtimes.openvino:OpenVino",
 }
 IN_TORCH = ("torch", "simulated", "compiled")
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from edgelab import variants
 from edgelab.recipes import Context
+from edgelab.runtimes import RuntimeRefused
 from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor, pack
 from edgelab.techniques.quantization.unpack import Unpack
 
@@ -38,10 +39,20 @@ GRAPH, SCORING, DATA = "model.onnx", "scoring.onnx", "model.onnx.data"
 SMALL = 1024  # bytes; smaller tensors stay in the graph's own file
 
 
-def export(variant: Path, folder: Path, precision: str = "fp32") -> int:
+def check_layout(variant: Path) -> None:
+    """Raise RuntimeRefused for a layout that the export does not know."""
+    layout = variants.load_config(variant).model_type
+    if layout not in LAYOUTS:
+        raise RuntimeRefused(
+            f"The export to ONNX knows the layouts {', '.join(LAYOUTS)}, not {layout}; use 'torch'."
+        )
+
+
+def export(variant: Path, folder: Path, precision: str = "fp32", shared: bool = True) -> int:
     """Write both graphs and the configuration of ONNX Runtime GenAI into a folder; returns the bytes of weights.
 
-    precision: that of the builder, "fp32", or "int4" and "int8" for its own rounding.
+    precision: that of the builder, "fp32", or "int4" and "int8" for its own rounding. shared: a tied embedding is
+    stored once for lookup and head, which not every reader of ONNX understands.
     """
     import onnx
 
@@ -54,7 +65,7 @@ def export(variant: Path, folder: Path, precision: str = "fp32") -> int:
         for name in ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (built / name).exists():
                 shutil.copy(built / name, folder / name)
-    put_integers(graph, model)
+    put_integers(graph, model, shared)
     onnx.save_model(
         graph,
         folder / GRAPH,
@@ -93,7 +104,7 @@ def _build(dense: Path, folder: Path, precision: str) -> None:
     logging.getLogger(__name__).debug(said.getvalue())
 
 
-def put_integers(graph, model: PreTrainedModel) -> None:
+def put_integers(graph, model: PreTrainedModel, shared: bool = True) -> None:
     """Replace, in place, the products with quantized matrices of a float graph of the builder by ours."""
     from onnx import helper, numpy_helper
 
@@ -138,34 +149,42 @@ def put_integers(graph, model: PreTrainedModel) -> None:
         raise ValueError(f"the graph lacks {', '.join(packed)}")
     embedding = model.get_input_embeddings()
     if isinstance(embedding, PackedEmbedding):
-        nodes = _read_packed(nodes, embedding.tensor, place("model.embed_tokens", embedding.tensor))
+        tensor = embedding.tensor
+        names = place("model.embed_tokens", tensor)
+        if shared:
+            flat, more = [f"{name}.flat" for name in names], _flatten(names, len(tensor.integers))
+        else:
+            flat, more = [f"model.embed_tokens.{name}" for name in names], []
+            for old, new in zip(names, flat, strict=True):
+                array = numpy_helper.to_array(kept[old])
+                kept[new] = numpy_helper.from_array(array.reshape(len(array), -1).copy(), new)
+        nodes = [*more, *_look_up(nodes, tensor, flat)]
     used = {name for node in nodes for name in node.input}
     del graph.graph.node[:], graph.graph.initializer[:]
     graph.graph.node.extend(nodes)
     graph.graph.initializer.extend(tensor for name, tensor in kept.items() if name in used)
 
 
-def _read_packed(nodes: list, tensor: QuantizedTensor, names: list[str]) -> list:
-    """The nodes with the lookup of the embedding on packed rows; MatMulNBits keeps blocks apart, a lookup does not."""
+def _flatten(names: list[str], rows: int) -> list:
+    """MatMulNBits keeps blocks apart and a lookup does not: nodes that give `name.flat` of shape (rows, all else)."""
+    from onnx import TensorProto, helper
+
+    shape = helper.make_tensor("rows", TensorProto.INT64, [2], [rows, -1])
+    flat = [helper.make_node("Reshape", [name, "rows"], [f"{name}.flat"]) for name in names]
+    return [helper.make_node("Constant", [], ["rows"], value=shape), *flat]
+
+
+def _look_up(nodes: list, tensor: QuantizedTensor, names: list[str]) -> list:
+    """The nodes with the lookup of the embedding on packed rows."""
     from onnx import helper
 
+    packed, scale, *zero_point = names
     changed = []
     for node in nodes:
         if node.name == "/model/embed_tokens/Transpose":
             continue
-        if node.name != "/model/embed_tokens/Gather":
-            changed.append(node)
-            continue
-        flat = []
-        for name, last in zip(names, (-1, -1, -1), strict=False):
-            shape = f"{name}.rows"
-            value = helper.make_tensor(shape, 7, [2], [len(tensor.integers), last])
-            changed.append(helper.make_node("Constant", [], [shape], value=value))
-            changed.append(helper.make_node("Reshape", [name, shape], [f"{name}.flat"]))
-            flat.append(f"{name}.flat")
-        packed, scale, *zero_point = flat
-        changed.append(
-            helper.make_node(
+        if node.name == "/model/embed_tokens/Gather":
+            node = helper.make_node(
                 "GatherBlockQuantized",
                 [packed, node.input[1], scale, *zero_point],
                 node.output,
@@ -176,7 +195,7 @@ def _read_packed(nodes: list, tensor: QuantizedTensor, names: list[str]) -> list
                 gather_axis=0,
                 quantize_axis=1,
             )
-        )
+        changed.append(node)
     return changed
 
 

@@ -65,10 +65,7 @@ class OnnxRuntime:
             raise EngineMissing("ONNX Runtime GenAI", "runtimes")
         from edgelab.runtimes import onnx_export
 
-        layout = variants.load_config(variant).model_type
-        if layout not in onnx_export.LAYOUTS:
-            known = ", ".join(onnx_export.LAYOUTS)
-            raise RuntimeRefused(f"The export to ONNX knows the layouts {known}, not {layout}; use 'torch'.")
+        onnx_export.check_layout(variant)
         native = variants.read_about(variant)["native"]
         return onnx_export.export(variant, folder, native or "fp32")
 
