@@ -25,6 +25,7 @@ RUNTIMES = {
     "torch": "edgelab.runtimes.eager:Eager",
     "simulated": "edgelab.runtimes.eager:Simulated",
     "compiled": "edgelab.runtimes.compiled:Compiled",
+    "llamacpp": "edgelab.runtimes.llamacpp:LlamaCpp",
 }
 IN_TORCH = ("torch", "simulated", "compiled")
 
