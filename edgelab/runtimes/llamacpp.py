@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -91,57 +92,67 @@ class LlamaCpp:
         self._c.llama_perf_context_reset(self._context)
         self._ids = []
 
-    def _feed(self, ids: list[int], every: bool = False) -> np.ndarray:
-        """Go on by any number of tokens. Logits after the last, (1, vocabulary), or after every one of them."""
-        if len(self._ids) + len(ids) > self._room:
-            ids, every_of = self._ids + ids, len(ids)
-            self._open(1 << (len(ids) - 1).bit_length())
-            self._start()
-            return self._feed(ids, every)[-every_of if every else -1 :]
-        found = []
+    def _make_room(self, ids: list[int]) -> list[int]:
+        """What to compute to go on by `ids`: these; or everything again, in a larger context, once it is full."""
+        all_ids = self._ids + ids
+        if len(all_ids) <= self._room:
+            return ids
+        self._open(1 << (len(all_ids) - 1).bit_length())
+        self._ids = []
+        return all_ids
+
+    def _feed(self, ids: list[int], every: bool = False) -> Iterator[np.ndarray]:
+        """Go on by some tokens, part by part; logits after the last token of each part, (1, vocabulary), or after all.
+
+        llama.cpp overwrites them with those of the next part.
+        """
+        ids = self._make_room(ids)
         for start in range(0, len(ids), BATCH):
             part = ids[start : start + BATCH]
-            tokens = (ctypes.c_int32 * len(part))(*part)
+            tokens = (ctypes.c_int32 * len(part))(*part)  # the batch only points at them
             batch = self._c.llama_batch_get_one(tokens, len(part))
             if every:
                 batch.logits = (ctypes.c_int8 * len(part))(*[1] * len(part))
             if status := self._c.llama_decode(self._context, batch):
                 raise LlamaError(
-                    f"llama.cpp cannot go on with these tokens (status {status}); are they of its vocabulary?"
+                    f"llama.cpp computes nothing from these tokens (status {status}); they have to be below "
+                    f"{self._vocabulary}."
                 )
+            self._ids += part
             rows = len(part) if every else 1
-            pointer = self._c.llama_get_logits(self._context)
-            found.append(np.ctypeslib.as_array(pointer, (rows, self._vocabulary)))
-            if every:
-                found[-1] = found[-1].copy()  # llama.cpp overwrites them with the next part
-        self._ids += ids
-        return np.concatenate(found) if every else found[-1]
+            yield np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (rows, self._vocabulary))
+
+    def _next(self, ids: list[int]) -> np.ndarray:
+        """Go on by some tokens; the logits of what comes next, (vocabulary,), which the next call overwrites."""
+        *_, last = self._feed(ids)
+        return last[0]
 
     def prefill(self, ids: list[int]) -> int:
         self._start()
-        return int(self._feed(ids).argmax())
+        return int(self._next(ids).argmax())
 
     def decode(self, token: int) -> int:
-        return int(self._feed([token]).argmax())
+        return int(self._next([token]).argmax())
 
     def logits(self, ids: list[int]) -> Tensor:
         """Logits at every position of a new sequence, (time, vocabulary) float32."""
         self._start()
-        return torch.from_numpy(self._feed(ids, every=True))
+        return torch.cat([torch.tensor(part) for part in self._feed(ids, every=True)])
 
     def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
         """The most likely next tokens of a new sequence with their log-probabilities, best first."""
         self._start()
-        found = torch.from_numpy(self._feed(ids)[0]).log_softmax(-1).topk(count)
+        found = torch.from_numpy(self._next(ids)).log_softmax(-1).topk(count)
         return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
     def own_timings(self) -> dict[str, float]:
-        """llama.cpp's own rates since the last `prefill`: prompt and decoded tokens per second."""
+        """llama.cpp's own rates in this sequence, tokens per second: of parts of several tokens, and of single ones."""
         timings = self._c.llama_perf_context(self._context)
-        return {
-            "prefill_tok_s": 1e3 * timings.n_p_eval / timings.t_p_eval_ms,
-            "decode_tok_s": 1e3 * timings.n_eval / timings.t_eval_ms,
+        counted = {
+            "prefill_tok_s": (timings.n_p_eval, timings.t_p_eval_ms),
+            "decode_tok_s": (timings.n_eval, timings.t_eval_ms),
         }
+        return {name: 1e3 * tokens / spent for name, (tokens, spent) in counted.items() if spent}
 
     def close(self) -> None:
         """Give back its memory."""
