@@ -87,19 +87,27 @@ def write(variant: Path, file: Path) -> int:
     about = variants.read_about(variant)
     if reason := refusal(about):
         raise RuntimeRefused(reason)
-    model = variants.load(variant)
-    kind = model.config.model_type
-    if kind not in ARCHITECTURES:
-        raise RuntimeRefused(f"{kind} models are not written as GGUF; {', '.join(ARCHITECTURES)} are.")
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[kind]])
+    has_tokenizer = (variant / "tokenizer.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(variant) if has_tokenizer else None
+    return write_model(
+        variants.load(variant), tokenizer, file, str(about.get("model")), str(about.get("recipe"))
+    )
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, file: Path, name: str, recipe: str
+) -> int:
+    """Write a model, whose layers may be packed, as a GGUF file; returns the bytes of its weights."""
+    architecture = find_architecture(model)
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     try:
-        writer.add_name(str(about.get("model", kind)))
-        writer.add_description(f"edgelab: {about.get('recipe', 'none')}")
+        writer.add_name(name)
+        writer.add_description(f"edgelab: {recipe}")
         add_shape(writer, model)
-        add_tokenizer(writer, read_tokenizer(variant), model.config.vocab_size, str(about.get("model")))
+        add_tokenizer(writer, tokenizer, model.config.vocab_size, name)
         weights, matrices = 0, dict[str, None]()
-        for name, values, stored in tensors(model):
-            writer.add_tensor(name, values, raw_dtype=stored)
+        for place, values, stored in tensors(model, architecture):
+            writer.add_tensor(place, values, raw_dtype=stored)
             weights += values.nbytes
             if values.ndim > 1:
                 matrices[stored.name] = None
@@ -112,38 +120,57 @@ def write(variant: Path, file: Path) -> int:
     return weights
 
 
-def add_shape(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
-    """The sizes that llama.cpp builds its graph from, read from the layers themselves.
-
-    Raises RuntimeRefused where layers differ or do what llama.cpp does not do for this architecture.
-    """
-    config, layers = model.config, model.model.layers
-    head = layers[0].self_attn.head_dim
-    sizes = {
-        "query heads": [layer.self_attn.q_proj.out_features // head for layer in layers],
-        "key-value heads": [layer.self_attn.k_proj.out_features // head for layer in layers],
+def layer_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Query heads, key-value heads and MLP channels of every layer, from the layers themselves."""
+    layers = model.model.layers
+    return {
+        "query heads": [layer.self_attn.q_proj.out_features // layer.self_attn.head_dim for layer in layers],
+        "key-value heads": [
+            layer.self_attn.k_proj.out_features // layer.self_attn.head_dim for layer in layers
+        ],
         "MLP channels": [layer.mlp.up_proj.out_features for layer in layers],
     }
-    for what, counts in sizes.items():
-        if len(set(counts)) > 1:
-            raise RuntimeRefused(
-                f"llama.cpp wants the same number of {what} in every layer of a {config.model_type} model, and here "
-                f"it is {min(counts)} to {max(counts)}; prune all layers alike."
-            )
+
+
+def find_architecture(model: PreTrainedModel) -> gguf.MODEL_ARCH:
+    """What llama.cpp calls the architecture; a Llama whose layers differ in size is a Deci to it.
+
+    Raises RuntimeRefused for a model that it would compute in another way.
+    """
+    config = model.config
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        raise RuntimeRefused(f"{kind} models are not written as GGUF; {', '.join(ARCHITECTURES)} are.")
     if config.hidden_act not in ("silu", "swish"):
         raise RuntimeRefused(
-            f"llama.cpp computes {config.model_type} models with silu, and this one has {config.hidden_act}."
+            f"llama.cpp computes {kind} models with silu, and this one has {config.hidden_act}; run it on torch."
         )
     if getattr(config, "use_sliding_window", False):
         raise RuntimeRefused(
-            f"llama.cpp gives {config.model_type} models no sliding window; set use_sliding_window to false."
+            f"llama.cpp gives {kind} models no sliding window; set use_sliding_window to false, or run it on torch."
         )
+    differing = [what for what, counts in layer_sizes(model).items() if len(set(counts)) > 1]
+    if not differing:
+        return ARCHITECTURES[kind]
+    if kind == "llama":
+        return gguf.MODEL_ARCH.DECI
+    raise RuntimeRefused(
+        f"llama.cpp wants as many {differing[0]} in every layer of a {kind} model; prune all layers alike."
+    )
+
+
+def add_shape(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
+    """The sizes that llama.cpp builds its graph from; those that differ between layers as lists."""
+    config, head = model.config, model.model.layers[0].self_attn.head_dim
+    queries, keys, channels = (
+        counts if len(set(counts)) > 1 else counts[0] for counts in layer_sizes(model).values()
+    )
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(len(layers))
-    writer.add_feed_forward_length(sizes["MLP channels"][0])
-    writer.add_head_count(sizes["query heads"][0])
-    writer.add_head_count_kv(sizes["key-value heads"][0])
+    writer.add_block_count(len(model.model.layers))
+    writer.add_feed_forward_length(channels)
+    writer.add_head_count(queries)
+    writer.add_head_count_kv(keys)
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
@@ -153,9 +180,9 @@ def add_shape(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray, Type]]:
+def tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, np.ndarray, Type]]:
     """Names, contents and types of all tensors of the file. Vectors are float32, as llama.cpp wants them."""
-    named = gguf.get_tensor_name_map(ARCHITECTURES[model.config.model_type], len(model.model.layers))
+    named = gguf.get_tensor_name_map(architecture, len(model.model.layers))
     head = model.model.layers[0].self_attn.head_dim
 
     def place(name: str) -> str:
@@ -253,11 +280,6 @@ def encode_float(values: Tensor) -> tuple[np.ndarray, Type]:
     kind = FLOATS[values.dtype]
     values = values.contiguous()
     return (values.view(torch.uint8) if kind == Type.BF16 else values).numpy(), kind
-
-
-def read_tokenizer(variant: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a variant that was saved with one."""
-    return AutoTokenizer.from_pretrained(variant) if (variant / "tokenizer.json").is_file() else None
 
 
 def add_tokenizer(
