@@ -308,12 +308,12 @@ def add_tokenizer(
     writer.add_token_merges(
         [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
     )
-    for token, add in {
-        tokenizer.bos_token_id: writer.add_bos_token_id,
-        tokenizer.eos_token_id: writer.add_eos_token_id,
-        tokenizer.unk_token_id: writer.add_unk_token_id,
-        tokenizer.pad_token_id: writer.add_pad_token_id,
-    }.items():
+    for add, token in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
         if token is not None and token < vocabulary:
             add(token)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
