@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from edgelab import corpora, reference
+from edgelab import corpora, recipes, reference, variants
 
 STORY = (
     "The lighthouse keeper counted ships. On Monday he saw three, on Tuesday none, and on Wednesday "
@@ -129,3 +129,20 @@ def story(tiny_reference: reference.Reference) -> corpora.TokenizedText:
     """About 5,000 tokens of text, characters of two and three bytes among them."""
     text = "".join(f"{STORY}Page {page}, {page * 7919 % 1000} €.\n" for page in range(28))
     return corpora.tokenize_text(text, tiny_reference.tokenizer, "story")
+
+
+@pytest.fixture
+def variant(
+    tmp_path: Path, new_model: Callable[..., PreTrainedModel], byte_tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Path]:
+    """`variant(recipe, layout, **config)`: the folder of a variant of a tiny model, with its tokenizer."""
+
+    def make(text: str, layout: str = "llama", **changes: object) -> Path:
+        model = new_model(layout, **changes)
+        for technique in recipes.parse(text).techniques:
+            model = technique.apply(model, recipes.Context(reference=model))
+        folder = tmp_path / "variants" / text.replace("/", "")
+        variants.save(model, folder, {"recipe": text}, byte_tokenizer)
+        return folder
+
+    return make

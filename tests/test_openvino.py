@@ -1,0 +1,115 @@
+"""OpenVINO on tiny models: our integers after two conversions, PyTorch's logits, and what it refuses."""
+
+import numpy as np
+import openvino
+import pytest
+import torch
+
+from edgelab import runtimes, variants
+from edgelab.runtimes import RuntimeRefused
+from edgelab.runtimes.openvino import GRAPH
+
+IDS = [3, 17, 250, 9, 88, 120, 45, 7, 61, 200, 33, 12]
+
+
+def apart(runtime, folder):
+    """Distance of the logits from PyTorch's dequantized ones, relative."""
+    with torch.inference_mode():
+        expected = variants.load(folder)(torch.tensor([IDS])).logits[0].float()
+    return float((runtime.logits(IDS) - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("layout", ["llama", "qwen3"])
+def test_float16_logits_are_those_of_pytorch(variant, layout):
+    folder = variant("quantize.fp16", layout)
+    runtime = runtimes.load("openvino", folder)
+    assert runtime.kernel == "float32" and apart(runtime, folder) < 0.01
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "quantize.rtn:bits=4,group_size=32",
+        "quantize.rtn:bits=4,group_size=64,symmetric=true",
+        "quantize.rtn:bits=3,group_size=32",
+        "quantize.rtn:bits=8,group_size=0,symmetric=true",
+        "quantize.rtn:bits=4,group_size=32 + quantize.embedding:bits=8",
+    ],
+)
+def test_logits_with_our_integers_are_those_of_pytorch(variant, text):
+    """Up to activations and a cache that are rounded to int8."""
+    folder = variant(text)
+    runtime = runtimes.load("openvino", folder)
+    assert "int8 activations" in runtime.kernel and apart(runtime, folder) < 0.06
+
+
+def test_the_graph_holds_our_integers(variant):
+    folder = variant("quantize.rtn:bits=4,group_size=32")
+    graph = openvino.Core().read_model(runtimes.exported("openvino", folder).folder / GRAPH)
+    constants = {
+        op.data.reshape(-1).tobytes()
+        for op in graph.get_ops()
+        if op.get_type_name() == "Constant" and op.get_element_type().get_type_name() == "u4"
+    }
+    tensor = variants.load(folder).get_submodule("model.layers.0.mlp.down_proj").tensor
+    packed = tensor.integers.numpy().reshape(-1, 2)
+    assert (packed[:, 0] | packed[:, 1] << 4).astype(np.uint8).tobytes() in constants
+    zero = tensor.zero_point.numpy().reshape(-1, 2)
+    assert (zero[:, 0] | zero[:, 1] << 4).astype(np.uint8).tobytes() in constants
+
+
+def test_decoding_goes_on_as_pytorch_does_with_any_token(variant):
+    folder = variant("quantize.fp16")
+    runtime, torch_runtime = (runtimes.load(name, folder) for name in ("openvino", "torch"))
+    assert runtime.prefill(IDS) == torch_runtime.prefill(IDS)
+    same = [runtime.decode(token) == torch_runtime.decode(token) for token in (5, 250, 2, 77, 9, 31, 4, 8)]
+    assert sum(same) >= 7  # keys and values are rounded to int8
+    assert runtime.prefill(IDS[:3]) == torch_runtime.prefill(IDS[:3])  # a new sequence forgets the old one
+    assert runtime.top(IDS, 3)[0][0] == torch_runtime.top(IDS, 3)[0][0]
+    runtime.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 1},
+        {"num_attention_heads": 2, "num_key_value_heads": 1},
+        {"intermediate_size": 96},
+    ],
+    ids=["layers", "heads", "channels"],
+)
+def test_smaller_models(variant, changes):
+    folder = variant("quantize.rtn:bits=4,group_size=32", **changes)
+    assert apart(runtimes.load("openvino", folder), folder) < 0.06
+
+
+@pytest.mark.parametrize("text", ["native.int8", "native.int4"])
+def test_nncf_rounds_in_its_own_way(variant, text):
+    folder = variant(text)
+    runtime = runtimes.load("openvino", folder)
+    assert "int8 activations" in runtime.kernel
+    assert 1e-4 < apart(runtime, folder) < (0.06 if text == "native.int8" else 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("none", "quantize.fp16 is the float"),
+        ("quantize.hqq:bits=4,group_size=32", "whole zero-points"),
+        ("quantize.rtn:bits=5,group_size=32", "4 and 8 bits"),
+        ("quantize.nf4:group_size=32", "uniform grid"),
+        ("quantize.dynamic", "a way of its own"),
+        ("quantize.kv:bits=8", "a quantized cache runs on 'torch'"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_in_one_sentence(variant, text, words):
+    with pytest.raises(RuntimeRefused, match=words):
+        runtimes.load("openvino", variant(text))
+
+
+def test_a_damaged_graph_is_refused(variant):
+    folder = variant("quantize.fp16")
+    graph = runtimes.exported("openvino", folder).folder / GRAPH
+    graph.write_text(graph.read_text()[:1000])
+    with pytest.raises(RuntimeRefused, match="`edgelab cache clear`"):
+        runtimes.load("openvino", folder)
