@@ -1,4 +1,4 @@
-"""llama.cpp against PyTorch on the same weights: the tiny model in every type and smaller by hand, and the embedded one.
+"""llama.cpp against PyTorch on the same weights: the tiny model in every type, smaller ones, and the embedded one.
 
 llama.cpp keeps keys and values in float16 and rounds the inputs of quantized matrices to int8 in blocks of 32. On the
 tiny model, whose logits have a standard deviation of 1.6, that is a Kullback-Leibler divergence of some 1e-6 nats for
