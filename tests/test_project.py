@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 
 TOP = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
-TESTED = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+EXTRAS = PROJECT["optional-dependencies"]
+TESTED = PROJECT["dependencies"] + EXTRAS["runtimes"] + EXTRAS["test"]
 
 
 def load_build():

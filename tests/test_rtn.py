@@ -365,10 +365,9 @@ def test_the_embedding_is_rounded_behind_any_technique(new_model, layout):
     embedding, head = both.get_input_embeddings(), both.get_output_embeddings()
     assert embedding.tensor.zero_point is None and embedding.tensor.scale.shape == (300, 1)
     assert (embedding.tensor is head.tensor) == model.config.tie_word_embeddings
-    ids = torch.arange(2, 40)[None]
-    with torch.inference_mode():
-        apart = (both(ids).logits - linear(ids).logits).norm() / linear(ids).logits.norm()
-    assert 0 < apart < 0.02
+    weight = linear.get_input_embeddings().weight
+    half_a_step = embedding.tensor.scale.float() * 0.501  # float16 scales are rounded themselves
+    assert ((embedding.tensor.dequantize() - weight).abs() <= half_a_step).all()
 
 
 def test_an_embedding_is_not_rounded_twice(tiny_reference):
