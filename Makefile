@@ -9,7 +9,7 @@ TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch lab compare test browser compiler notebooks reference lint format bench peers lock clean
+.PHONY: help setup fetch lab compare test browser compiler notebooks reference lint format bench engines peers lock clean
 
 help:
 	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint       format, lint, import and notebook checks;  make format mends what it can"
 	@echo "make reference  measure the rows of data/reference anew, and the picture of the README"
 	@echo "make bench      measure the measuring: against a plain loop and against lm-eval"
+	@echo "make engines    the same integers on every engine: shares of the bandwidth limit, and the engines' own timings"
 	@echo "make peers      quantize with llm-compressor, auto-round, hqq and torchao too, in an environment of theirs"
 	@echo "make lock       resolve the dependencies anew into requirements.lock"
 	@echo "make clean      remove the environment and build leftovers; weights, rows and results stay"
@@ -104,11 +105,19 @@ SCORED := quantize.hqq:bits=4 quantize.hqq:bits=3 quantize.gptq:bits=4 quantize.
 	qat:bits=4,minutes=4.6 qat:bits=3,minutes=4.6 qat:bits=3,minutes=10 qat:bits=1.58,minutes=10,learning_rate=0.001
 COMPILED := none "none @ compiled" quantize.rtn:bits=4,embedding_bits=8 \
 	"quantize.rtn:bits=4,embedding_bits=8 @ compiled"
+# The same integers on every engine, floats and 8 bits beside them, and the engines' own quantizers.
+INT4 := quantize.gptq:bits=4 + quantize.embedding
+INT8 := quantize.rtn:bits=8,group_size=0,symmetric=true + quantize.embedding
+ENGINES := "$(INT4)" "$(INT4) @ onnxruntime" "$(INT4) @ openvino" "$(INT4) @ llamacpp" \
+	"$(INT8)" "$(INT8) @ onnxruntime" "$(INT8) @ openvino" "$(INT8) @ llamacpp" \
+	"none @ onnxruntime" "none @ llamacpp" "quantize.fp16 @ openvino" \
+	"native.int4 @ onnxruntime" "native.int4 @ openvino" "native.int8 @ openvino"
 reference: export EDGELAB_HOME := $(CURDIR)/results/reference
 reference: fetch
 	$(BIN)/edgelab compare $(MEASURED)
 	$(BIN)/edgelab compare $(SCORED) --only quality
 	$(BIN)/edgelab compare $(COMPILED) --only speed
+	$(BIN)/edgelab compare $(ENGINES)
 	$(BIN)/edgelab ledger export data/reference/quantization.jsonl
 	$(BIN)/edgelab report --reference data/reference/tradeoff.png
 
@@ -124,6 +133,9 @@ format: setup
 
 bench: $(VENV)/bench.stamp fetch
 	$(BIN)/python -m benchmarks
+
+engines: fetch
+	$(BIN)/python -m benchmarks.engines
 
 # Without dependencies: peers.lock holds them all, and benchmarks/peers.txt says why pip would not agree with it.
 $(PEERS)/installed.stamp: benchmarks/peers.lock

@@ -1,6 +1,6 @@
 """Checked exercises of the notebooks; importing this package registers every one of them."""
 
-from edgelab.exercises import calibration, measuring, memory, one_bit, quantization, speed, training
+from edgelab.exercises import calibration, engines, measuring, memory, one_bit, quantization, speed, training
 from edgelab.exercises.checking import EXERCISES, Exercise, UnknownExercise, check, exercise
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "UnknownExercise",
     "calibration",
     "check",
+    "engines",
     "exercise",
     "measuring",
     "memory",

@@ -1,0 +1,129 @@
+"""Engines on the embedded model, about ten minutes on two quiet cores: `make engines` writes results/engines.md.
+
+The same 4-bit integers on every engine, in turns with PyTorch in float32; what share of the bandwidth limit each
+reaches; our rates beside those that the engines' own tools report in the same process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgelab import corpora, lab, ledger, recipes, reference, runtimes, variants
+from edgelab.measure import bandwidth
+from edgelab.measure.isolation import Isolated
+from edgelab.measure.latency import Timed
+
+INT4 = "quantize.gptq:bits=4,group_size=64 + quantize.embedding:bits=8"
+ENGINES = ("torch", "onnxruntime", "openvino", "llamacpp")
+EXPORT_S = {"llamacpp": 15, "onnxruntime": 30, "openvino": 15}
+PROMPT, TOKENS, ROUNDS = 128, 64, 5
+AGREE = "within 10 %"
+
+
+class OwnTools:
+    """One engine in a process of its own: our clock around its steps, and the engine's own figures."""
+
+    def __init__(self, recipe: str) -> None:
+        parsed = recipes.parse(recipe)
+        source = reference.resolve()
+        folder = variants.build(parsed, source, 0, lambda done, total: None)
+        self.ids = corpora.tokenize("wiki", reference.load_tokenizer(source)).ids[:PROMPT].tolist()
+        self.runtime = runtimes.load(parsed.runtime, folder)
+        self.timed = Timed(self.runtime, self.ids)
+        self.timed.warm_up()
+
+    def ours(self) -> dict[str, float]:
+        """Prefill and decode rates by the clock that rows are measured with."""
+        first = self.timed.prefill()
+        return {
+            "prefill_tok_s": 1e3 * PROMPT / first,
+            "decode_tok_s": 1e3 / statistics.mean(self.timed.decode(TOKENS)),
+        }
+
+    def llamacpp(self) -> dict[str, float]:
+        """What llama.cpp counted during the sequence that `ours` timed last."""
+        return self.runtime.own_timings()
+
+    def onnxruntime(self) -> dict[str, float]:
+        """The loop of ONNX Runtime GenAI's own benchmark: append the prompt, then generate token by token."""
+        import onnxruntime_genai
+
+        parameters = onnxruntime_genai.GeneratorParams(self.runtime.engine)
+        parameters.set_search_options(do_sample=False, max_length=1024, min_length=PROMPT + TOKENS)
+        generator = onnxruntime_genai.Generator(self.runtime.engine, parameters)
+        started = time.perf_counter()
+        generator.append_tokens(np.array([self.ids], dtype=np.int32))
+        generator.generate_next_token()
+        first = time.perf_counter() - started
+        steps = []
+        for _ in range(TOKENS - 1):
+            started = time.perf_counter()
+            generator.generate_next_token()
+            steps.append(time.perf_counter() - started)
+        return {"prefill_tok_s": PROMPT / first, "decode_tok_s": 1 / statistics.mean(steps)}
+
+
+def agreement(engine: str) -> Iterator[tuple[str, str, str]]:
+    """Median over rounds of our rate ÷ the engine's own, for prefill and decoding."""
+    with Isolated("benchmarks.engines:OwnTools", threads=2, recipe=f"{INT4} @ {engine}") as tools:
+        rounds = [(tools.call("ours"), tools.call(engine)) for _ in range(ROUNDS)]
+    for name in ("prefill_tok_s", "decode_tok_s"):
+        ratio = statistics.median(ours[name] / theirs[name] for ours, theirs in rounds)
+        own = statistics.median(theirs[name] for _, theirs in rounds)
+        yield f"{engine}: our {name} ÷ its own ({own:.0f})", f"{ratio:.3f}", AGREE
+
+
+def speeds() -> Iterator[tuple[str, str, str]]:
+    """Export, loading, decoding and share of the bandwidth limit of the same integers on every engine."""
+    texts = [f"{INT4} @ {engine}" for engine in ENGINES]
+    rows = list(lab.stream(["none", *texts], only="speed", force=True))
+    read = max(bandwidth.read_gb_s() for _ in range(3))
+    yield "memory read, GB/s", f"{read:.1f}", ""
+    for engine, row in zip(ENGINES, rows[1:], strict=True):
+        if row.status != "ok":
+            raise RuntimeError(f"{row.recipe}: {row.error}")
+        low, high = row.decode_ratio_low, row.decode_ratio_high
+        best = "4.5 for the best" if engine == "onnxruntime" else ""
+        yield (
+            f"{engine}: decoding ÷ PyTorch eager float32 ({row.decode_tok_s:.0f} tok/s)",
+            f"{row.decode_ratio:.2f} [{low:.2f}, {high:.2f}]",
+            best,
+        )
+        share = row.decode_tok_s * row.weights_mb / 1e3 / read
+        yield f"{engine}: share of the bandwidth limit", f"{share:.2f}", "0.30 for the best"
+        if engine in EXPORT_S:
+            yield (
+                f"{engine}: export and load, s",
+                f"{row.export_s + row.load_s:.1f}",
+                f"under {EXPORT_S[engine]}",
+            )
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    rows = [*speeds(), *agreement("llamacpp"), *agreement("onnxruntime")]
+    machine = ledger.provenance(threads=2)
+    lines = [
+        f"# Engines, {datetime.date.today()}",
+        "",
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_gb']} GB. `{INT4}`",
+        "",
+        "| what | value | bound |",
+        "| --- | --- | --- |",
+        *(f"| {what} | {value} | {bound} |" for what, value, bound in rows),
+    ]
+    place = Path("results/engines.md")
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("\n".join(lines) + "\n")
+    print(place.read_text())
+
+
+if __name__ == "__main__":
+    main()

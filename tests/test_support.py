@@ -1,0 +1,52 @@
+"""Which recipe runs where: asked of the runtimes themselves, shown by the command line and in the README."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from edgelab import cli, runtimes
+from edgelab.runtimes import RuntimeRefused, support
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def answers():
+    return support.table()
+
+
+def test_every_runtime_answers_to_every_layout(answers):
+    assert len(answers) == len(support.LAYOUTS) * len(runtimes.RUNTIMES)
+    said = {(answer.recipe, answer.runtime): answer.reason for answer in answers}
+    assert all(said["quantize.rtn:bits=4", name] is None for name in runtimes.RUNTIMES)
+    assert said["quantize.nf4", "torch"] is None and "codebook" in said["quantize.nf4", "onnxruntime"]
+    assert "names" not in said["native.int4", "torch"] and "engine itself" in said["native.int4", "torch"]
+    assert said["native.int4", "openvino"] is None
+    for reason in filter(None, said.values()):
+        assert reason.endswith(".") and "\n" not in reason and len(reason) < 220
+
+
+def test_the_readme_holds_the_table(answers):
+    text = README.read_text(encoding="utf-8")
+    shown = text.partition("<!-- support -->")[2].partition("<!-- /support -->")[0].strip()
+    assert shown == support.markdown(answers), "write support.markdown(support.table()) into the README"
+
+
+def test_the_command_line_lists_it():
+    found = CliRunner().invoke(cli.app, ["list", "runtimes", "--json"])
+    rows = [json.loads(line) for line in found.output.splitlines()]
+    assert {"recipe", "runtime", "runs", "reason", "alike"} == rows[0].keys()
+    assert [row["runs"] for row in rows] == [row["reason"] is None for row in rows]
+    shown = CliRunner().invoke(cli.app, ["list", "runtimes"]).output
+    assert "✓" in shown and "native.int8 is rounded by an engine itself" in shown
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "llamacpp", "openvino"])
+def test_what_the_table_refuses_is_refused(variant, answers, runtime):
+    refused = [
+        a for a in answers if a.runtime == runtime and a.reason and a.recipe.startswith("quantize.nf4")
+    ]
+    with pytest.raises(RuntimeRefused):
+        runtimes.load(runtime, variant(refused[0].recipe))
