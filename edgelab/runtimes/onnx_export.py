@@ -66,20 +66,36 @@ def export(variant: Path, folder: Path, precision: str = "fp32", shared: bool = 
             if (built / name).exists():
                 shutil.copy(built / name, folder / name)
     put_integers(graph, model, shared)
+    save(graph, folder / GRAPH)
+    graph = onnx.load(folder / GRAPH, load_external_data=False)
+    _score_all(graph)
+    onnx.save_model(graph, folder / SCORING)
+    return weights_bytes(graph)
+
+
+def save(graph, file: Path) -> None:
+    """Write a graph, and its tensors into DATA beside it."""
+    import onnx
+
     onnx.save_model(
         graph,
-        folder / GRAPH,
+        file,
         save_as_external_data=True,
         all_tensors_to_one_file=True,
         location=DATA,
         size_threshold=SMALL,
         convert_attribute=False,
     )
-    graph = onnx.load(folder / GRAPH, load_external_data=False)
-    _score_all(graph)
-    onnx.save_model(graph, folder / SCORING)
+
+
+def weights_bytes(graph) -> int:
+    """Bytes of all initializers but the tables of the rotary embedding, wherever their data are."""
+    from onnx import helper
+
     return sum(
-        _nbytes(tensor) for tensor in graph.graph.initializer if tensor.name not in ("cos_cache", "sin_cache")
+        int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in graph.graph.initializer
+        if tensor.name not in ("cos_cache", "sin_cache")
     )
 
 
@@ -262,11 +278,3 @@ def _score_all(graph) -> None:
         graph.graph.initializer.remove(tensor)
     output = next(one for one in graph.graph.output if one.name == "logits")
     output.type.tensor_type.shape.dim[1].dim_param = "sequence_length"
-
-
-def _nbytes(tensor) -> int:
-    """Bytes of an initializer, wherever its data are."""
-    from onnx import helper
-
-    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return int(np.prod(tensor.dims)) * dtype.itemsize
