@@ -27,6 +27,7 @@ RUNTIMES = {
     "compiled": "edgelab.runtimes.compiled:Compiled",
     "onnxruntime": "edgelab.runtimes.onnxruntime:OnnxRuntime",
     "openvino": "edgelab.runtimes.openvino:OpenVino",
+    "llamacpp": "edgelab.runtimes.llamacpp:LlamaCpp",
 }
 IN_TORCH = ("torch", "simulated", "compiled")
 

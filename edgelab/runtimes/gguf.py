@@ -1,0 +1,335 @@
+"""GGUF files of variants: the integers that our techniques chose, as llama.cpp stores them.
+
+A block is 32 weights of one row with a float16 scale d, and in the types that end in _1 a float16 minimum m:
+
+| type | a weight is      | takes                                                                        |
+| ---- | ---------------- | ---------------------------------------------------------------------------- |
+| Q4_0 | (q - 8) d        | 2 to 4 bits, symmetric                                                       |
+| Q4_1 | q d + m          | up to 4 bits with a zero-point, and 1 bit                                    |
+| Q5_0 | (q - 16) d       | 5 bits, symmetric                                                            |
+| Q5_1 | q d + m          | 5 bits with a zero-point                                                     |
+| Q8_0 | q d, q signed    | 6 to 8 bits, symmetric; 6 and 7 bits with an integer zero-point              |
+
+Our groups are whole numbers of blocks, whose scale is repeated. Integers and scales are kept bit for bit. The minimum
+is -zero_point * scale rounded to float16, which moves the weights of a block together by at most 2**-11 of it. Fewer
+than 4 bits cost 4.5 (Q4_0) or 5 (Q4_1) bits per weight in the file: the narrower types of llama.cpp have blocks of 256,
+which small models are not made of, and grids of their own.
+
+Llama's queries and keys are stored with the two halves of each head interleaved, since llama.cpp rotates neighbours
+where transformers rotates halves. Rows move whole, with their scales.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from edgelab import assets, variants
+from edgelab.runtimes import RuntimeRefused
+from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor
+
+BLOCK = 32
+TYPES_KEY = "edgelab.types"  # of the matrices, so that the engine can say what runs
+ARCHITECTURES = {  # of transformers -> of GGUF
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
+# How llama.cpp calls a pre-tokenizer that splits runs of digits so, in the regular expression of GPT-4.
+DIGITS = {r"|\p{N}{1,3}|": "llama-bpe", r"|\p{N}|": "qwen2"}
+
+
+def stored_as(bits: int, zero_point: str | None) -> Type | None:
+    """The type that holds a uniform grid, None where there is none. zero_point: None, "integer" or "float"."""
+    if bits == 1 or (zero_point and bits <= 4):
+        return Type.Q4_1
+    if zero_point is None:
+        return Type.Q4_0 if bits <= 4 else Type.Q5_0 if bits == 5 else Type.Q8_0
+    if bits == 5:
+        return Type.Q5_1
+    return Type.Q8_0 if bits < 8 and zero_point == "integer" else None
+
+
+def refusal(about: dict) -> str | None:
+    """Why GGUF cannot hold a variant's matrices (`about` is its `variant.json`), in one sentence; None where it can."""
+    for name, how in about["quantized"].items():
+        how = about["quantized"].get(how.get("same_as"), {}) | how
+        bits = how["bits"]
+        if how["grid"] != "uniform":
+            return f"GGUF has no type for the table of values of {name}; use a uniform grid, such as quantize.rtn."
+        if stored_as(bits, how["zero_point"]) is None:
+            return (
+                f"GGUF keeps {bits} bits around zero only, and {name} has zero-points; use symmetric=true, or "
+                "5 bits or fewer."
+            )
+        if how["group_size"] % BLOCK:
+            return (
+                f"GGUF gives each {BLOCK} weights a scale, and {name} has groups of {how['group_size']}; use a "
+                f"group_size that {BLOCK} divides."
+            )
+    return None
+
+
+def write(variant: Path, file: Path) -> int:
+    """Write a variant with its tokenizer as a GGUF file; returns the bytes of its weights.
+
+    Raises RuntimeRefused with one sentence where GGUF or llama.cpp cannot hold it.
+    """
+    about = variants.read_about(variant)
+    if reason := refusal(about):
+        raise RuntimeRefused(reason)
+    has_tokenizer = (variant / "tokenizer.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(variant) if has_tokenizer else None
+    return write_model(
+        variants.load(variant), tokenizer, file, str(about.get("model")), str(about.get("recipe"))
+    )
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, file: Path, name: str, recipe: str
+) -> int:
+    """Write a model, whose layers may be packed, as a GGUF file; returns the bytes of its weights."""
+    architecture = find_architecture(model)
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
+    try:
+        writer.add_name(name)
+        writer.add_description(f"edgelab: {recipe}")
+        add_shape(writer, model)
+        add_tokenizer(writer, tokenizer, model.config.vocab_size, name)
+        weights, matrices = 0, dict[str, None]()
+        for place, values, stored in tensors(model, architecture):
+            writer.add_tensor(place, values, raw_dtype=stored)
+            weights += values.nbytes
+            if values.ndim > 1:
+                matrices[stored.name] = None
+        writer.add_string(TYPES_KEY, " ".join(matrices))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    return weights
+
+
+def layer_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Query heads, key-value heads and MLP channels of every layer, from the layers themselves."""
+    layers = model.model.layers
+    return {
+        "query heads": [layer.self_attn.q_proj.out_features // layer.self_attn.head_dim for layer in layers],
+        "key-value heads": [
+            layer.self_attn.k_proj.out_features // layer.self_attn.head_dim for layer in layers
+        ],
+        "MLP channels": [layer.mlp.up_proj.out_features for layer in layers],
+    }
+
+
+def find_architecture(model: PreTrainedModel) -> gguf.MODEL_ARCH:
+    """What llama.cpp calls the architecture; a Llama whose layers differ in size is a Deci to it.
+
+    Raises RuntimeRefused for a model that it would compute in another way.
+    """
+    config = model.config
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        raise RuntimeRefused(f"{kind} models are not written as GGUF; {', '.join(ARCHITECTURES)} are.")
+    if config.hidden_act not in ("silu", "swish"):
+        raise RuntimeRefused(
+            f"llama.cpp computes {kind} models with silu, and this one has {config.hidden_act}; run it on torch."
+        )
+    if getattr(config, "use_sliding_window", False):
+        raise RuntimeRefused(
+            f"llama.cpp gives {kind} models no sliding window; set use_sliding_window to false, or run it on torch."
+        )
+    differing = [what for what, counts in layer_sizes(model).items() if len(set(counts)) > 1]
+    if not differing:
+        return ARCHITECTURES[kind]
+    if kind == "llama":
+        return gguf.MODEL_ARCH.DECI
+    raise RuntimeRefused(
+        f"llama.cpp wants as many {differing[0]} in every layer of a {kind} model; prune all layers alike."
+    )
+
+
+def add_shape(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
+    """The sizes that llama.cpp builds its graph from; those that differ between layers as lists."""
+    config, head = model.config, model.model.layers[0].self_attn.head_dim
+    queries, keys, channels = (
+        counts if len(set(counts)) > 1 else counts[0] for counts in layer_sizes(model).values()
+    )
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(model.model.layers))
+    writer.add_feed_forward_length(channels)
+    writer.add_head_count(queries)
+    writer.add_head_count_kv(keys)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, np.ndarray, Type]]:
+    """Names, contents and types of all tensors of the file. Vectors are float32, as llama.cpp wants them."""
+    named = gguf.get_tensor_name_map(architecture, len(model.model.layers))
+    head = model.model.layers[0].self_attn.head_dim
+
+    def place(name: str) -> str:
+        found = named.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise RuntimeRefused(f"llama.cpp has no place for {name} in a {model.config.model_type} model.")
+        return found
+
+    def order(name: str, rows: int) -> Tensor | slice:
+        interleaved = model.config.model_type == "llama" and name.split(".")[-2] in ("attn_q", "attn_k")
+        return interleaved_rows(rows, head) if interleaved else slice(None)
+
+    if (factors := rotary_factors(model)) is not None:
+        yield "rope_freqs.weight", factors, Type.F32
+    written: set[int] = set()  # a head tied to the embedding is stored once
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear | PackedEmbedding) and id(layer.tensor) not in written:
+            written.add(id(layer.tensor))
+            theirs = place(f"{name}.weight")
+            yield theirs, *encode(layer.tensor, order(theirs, len(layer.tensor.integers)))
+    for name, parameter in model.named_parameters():
+        theirs = place(name)
+        values = parameter.detach()[order(theirs, len(parameter))]
+        yield theirs, *encode_float(values if values.dim() > 1 else values.float())
+
+
+def interleaved_rows(rows: int, head: int) -> Tensor:
+    """Which row of transformers stands where: in each head of `head` rows, first and second half in turns."""
+    return torch.arange(rows).reshape(-1, 2, head // 2).transpose(1, 2).flatten()
+
+
+def rotary_factors(model: PreTrainedModel) -> np.ndarray | None:
+    """What llama.cpp divides rotary frequencies by, (head size / 2,) float32; None where they are plain.
+
+    Taken from the frequencies of the model, so that any scaling that does not change with length is covered.
+    """
+    config, rotary = model.config, model.model.rotary_emb
+    kind = config.rope_parameters.get("rope_type", "default")
+    head = 2 * len(rotary.inv_freq)
+    plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
+    factors = plain / rotary.inv_freq.double()
+    if kind == "default" or torch.allclose(factors, torch.ones_like(factors), rtol=1e-5):
+        return None
+    if kind not in ("linear", "llama3") or config.model_type != "llama":
+        raise RuntimeRefused(
+            f"Rotary scaling '{kind}' of a {config.model_type} model is not written as GGUF; 'linear' and 'llama3' "
+            "of a llama model are."
+        )
+    return factors.float().numpy()
+
+
+def encode(tensor: QuantizedTensor, order: Tensor | slice = slice(None)) -> tuple[np.ndarray, Type]:
+    """A quantized matrix as blocks, (out_features, bytes) uint8, and their type. `order` picks its rows.
+
+    Raises RuntimeRefused where a minimum is beyond float16.
+    """
+    zero_point = tensor.zero_point
+    precision = None if zero_point is None else "integer" if zero_point.dtype == torch.uint8 else "float"
+    kind = stored_as(tensor.bits, precision)
+    out_features, in_features = tensor.integers.shape
+    repeats = tensor.group_size // BLOCK
+
+    def per_block(
+        values: Tensor,
+    ) -> np.ndarray:  # (out_features, groups) or (1, 1) -> (out_features, blocks, 1)
+        return values.expand(out_features, -1)[order].repeat_interleave(repeats, 1).numpy()[..., None]
+
+    integers = tensor.integers[order].numpy().reshape(out_features, in_features // BLOCK, BLOCK)
+    parts = [per_block(tensor.scale.half())]
+    if kind == Type.Q8_0:
+        signed = integers.astype(np.int16) - per_block(tensor.centre().short())
+        return _joined([*parts, signed.astype(np.int8)]), kind
+    width = 4 if kind in (Type.Q4_0, Type.Q4_1) else 5
+    if kind in (Type.Q4_1, Type.Q5_1):
+        minimum = (-tensor.centre() * tensor.scale.float()).half()
+        if not minimum.isfinite().all():
+            raise RuntimeRefused("A zero-point times its scale is beyond float16, which GGUF keeps it in.")
+        parts.append(per_block(minimum))
+    else:
+        integers = integers + np.uint8(2 ** (width - 1) - 2 ** (tensor.bits - 1))
+    if width == 5:
+        parts.append(np.packbits(integers >> 4, axis=-1, bitorder="little"))
+    parts.append((integers[..., :16] & 15) | (integers[..., 16:] & 15) << 4)
+    return _joined(parts), kind
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Parts of blocks (out_features, blocks, any) one after the other, as bytes (out_features, bytes)."""
+    joined = np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts], -1)
+    return joined.reshape(len(joined), -1)
+
+
+def encode_float(values: Tensor) -> tuple[np.ndarray, Type]:
+    """A float tensor as it is, and its type; bfloat16, which numpy does not have, as bytes."""
+    kind = FLOATS[values.dtype]
+    values = values.contiguous()
+    return (values.view(torch.uint8) if kind == Type.BF16 else values).numpy(), kind
+
+
+def add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, model: str
+) -> None:
+    """Tokens, merges, special tokens and chat template.
+
+    Only byte-level BPE is written. Beside any other tokenizer the file has none: it runs on token ids, as here.
+    """
+    described = {} if tokenizer is None else json.loads(tokenizer.backend_tokenizer.to_str())
+    if described.get("model", {}).get("type") != "BPE" or described["model"].get("byte_fallback"):
+        writer.add_tokenizer_model("none")
+        return
+    texts = [f"[PAD{index}]" for index in range(vocabulary)]
+    types = [gguf.TokenType.UNUSED] * vocabulary
+    for text, index in described["model"]["vocab"].items():
+        texts[index], types[index] = text, gguf.TokenType.NORMAL
+    for token in described["added_tokens"]:
+        texts[token["id"]] = token["content"]
+        types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(described["pre_tokenizer"], model))
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    writer.add_token_merges(
+        [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
+    )
+    for token, add in {
+        tokenizer.bos_token_id: writer.add_bos_token_id,
+        tokenizer.eos_token_id: writer.add_eos_token_id,
+        tokenizer.unk_token_id: writer.add_unk_token_id,
+        tokenizer.pad_token_id: writer.add_pad_token_id,
+    }.items():
+        if token is not None:
+            add(token)
+    writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+    writer.add_add_space_prefix(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def pre_tokenizer(described: dict | None, model: str) -> str:
+    """What llama.cpp calls the way a tokenizer splits text before it merges; "default" where it is none we know."""
+    if model == assets.EMBEDDED_NAME:  # digits stand alone, which its decoded form has forgotten
+        return "smollm"
+    steps = described.get("pretokenizers", [described]) if described else []
+    for step in steps:
+        if step["type"] == "Digits" and step["individual_digits"]:
+            return "smollm"
+        for digits, name in DIGITS.items():
+            if step["type"] == "Split" and digits in step["pattern"].get("Regex", ""):
+                return name
+    return "gpt-2" if [step["type"] for step in steps] == ["ByteLevel"] else "default"

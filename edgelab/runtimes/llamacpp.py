@@ -1,0 +1,161 @@
+"""llama.cpp, through the library of the package xllamacpp: a GGUF file with our integers, llama.cpp's kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgelab.runtimes import gguf
+from edgelab.runtimes.llama_c import LlamaError, library
+
+FILE = "model.gguf"
+CONTEXT = 1024  # tokens of keys and values at first; it doubles where a sequence outgrows it
+BATCH = 512  # tokens that are computed at once, llama.cpp's default
+# What llama.cpp rounds the inputs of a product to, by the type of the weights; blocks of int8 for all others.
+ACTIVATIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class LlamaCpp:
+    """A variant in llama.cpp on the CPU. Greedy decoding; keys and values in float16, which is llama.cpp's default."""
+
+    badge = "runtime"
+    model = None
+    gives_logits = True
+    version = 1
+    cache_bits = 16
+
+    @staticmethod
+    def refusal(about: dict) -> str | None:
+        """llama.cpp runs uniform grids in groups of whole blocks, and rounds the inputs in its own way."""
+        if about["native"] is not None:
+            return f"llama.cpp runs integers that a technique chose, not native.{about['native']}; use quantize.rtn."
+        if about["cache"] is not None:
+            return "llama.cpp keeps keys and values in float16 here; run quantize.kv on torch."
+        if any("activation" in how for how in about["quantized"].values()):
+            return (
+                "llama.cpp rounds inputs on a grid of its own, for each 32 of them; leave them to it and quantize "
+                "the weights only, or run this on torch."
+            )
+        return gguf.refusal(about)
+
+    @staticmethod
+    def export(variant: Path, folder: Path) -> int:
+        """Write the GGUF file; returns the bytes of the weights in it."""
+        return gguf.write(variant, folder / FILE)
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        file = folder / FILE
+        self._c = library()
+        self._threads = threads
+        self._context: int | None = None
+        self._model = self._c.llama_model_load_from_file(
+            str(file).encode(), self._c.llama_model_default_params()
+        )
+        if not self._model:
+            raise LlamaError(f"llama.cpp cannot load {file}; remove its folder, and it is written again.")
+        self.kernel = self._kernel()
+        self._vocabulary = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
+        self._ids: list[int] = []  # the sequence so far
+        self._open(CONTEXT)
+        self.prefill([0, 0])  # warm-up: weights are read, buffers allocated
+        self.decode(0)
+
+    def _kernel(self) -> str:
+        answer = ctypes.create_string_buffer(256)
+        if self._c.llama_model_meta_val_str(self._model, gguf.TYPES_KEY.encode(), answer, len(answer)) < 0:
+            return "ggml"
+        types = answer.value.decode().split()
+        return "ggml " + " + ".join(f"{kind} ({ACTIVATIONS.get(kind, 'int8')} activations)" for kind in types)
+
+    def _open(self, context: int) -> None:
+        """An empty context for so many tokens, in place of the one there is."""
+        self._c.llama_free(self._context)
+        params = self._c.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = context, BATCH, BATCH
+        params.n_threads = params.n_threads_batch = self._threads
+        params.no_perf = False  # for `own_timings`
+        self._context = self._c.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise LlamaError(
+                f"llama.cpp has no memory for a context of {context} tokens; use a shorter text."
+            )
+        self._room = self._c.llama_n_ctx(self._context)
+
+    def _start(self) -> None:
+        """A new sequence."""
+        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), False)
+        self._c.llama_perf_context_reset(self._context)
+        self._ids = []
+
+    def _make_room(self, ids: list[int]) -> list[int]:
+        """What to compute to go on by `ids`: these; or everything again, in a larger context, once it is full."""
+        all_ids = self._ids + ids
+        if len(all_ids) <= self._room:
+            return ids
+        self._open(1 << (len(all_ids) - 1).bit_length())
+        self._ids = []
+        return all_ids
+
+    def _feed(self, ids: list[int], every: bool = False) -> Iterator[np.ndarray]:
+        """Go on by some tokens, part by part; logits after the last token of each part, (1, vocabulary), or after all.
+
+        llama.cpp overwrites them with those of the next part.
+        """
+        ids = self._make_room(ids)
+        for start in range(0, len(ids), BATCH):
+            part = ids[start : start + BATCH]
+            tokens = (ctypes.c_int32 * len(part))(*part)  # the batch only points at them
+            batch = self._c.llama_batch_get_one(tokens, len(part))
+            if every:
+                batch.logits = (ctypes.c_int8 * len(part))(*[1] * len(part))
+            if status := self._c.llama_decode(self._context, batch):
+                raise LlamaError(
+                    f"llama.cpp computes nothing from these tokens (status {status}); they have to be below "
+                    f"{self._vocabulary}."
+                )
+            self._ids += part
+            rows = len(part) if every else 1
+            yield np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (rows, self._vocabulary))
+
+    def _next(self, ids: list[int]) -> np.ndarray:
+        """Go on by some tokens; the logits of what comes next, (vocabulary,), which the next call overwrites."""
+        *_, last = self._feed(ids)
+        return last[0]
+
+    def prefill(self, ids: list[int]) -> int:
+        self._start()
+        return int(self._next(ids).argmax())
+
+    def decode(self, token: int) -> int:
+        return int(self._next([token]).argmax())
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Logits at every position of a new sequence, (time, vocabulary) float32."""
+        self._start()
+        return torch.cat([torch.tensor(part) for part in self._feed(ids, every=True)])
+
+    def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
+        """The most likely next tokens of a new sequence with their log-probabilities, best first."""
+        self._start()
+        found = torch.from_numpy(self._next(ids)).log_softmax(-1).topk(count)
+        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+    def own_timings(self) -> dict[str, float]:
+        """llama.cpp's own rates in this sequence, tokens per second: of parts of several tokens, and of single ones."""
+        timings = self._c.llama_perf_context(self._context)
+        counted = {
+            "prefill_tok_s": (timings.n_p_eval, timings.t_p_eval_ms),
+            "decode_tok_s": (timings.n_eval, timings.t_eval_ms),
+        }
+        return {name: 1e3 * tokens / spent for name, (tokens, spent) in counted.items() if spent}
+
+    def close(self) -> None:
+        """Give back its memory."""
+        self._c.llama_free(self._context)
+        self._c.llama_model_free(self._model)
+        self._context = self._model = None
