@@ -17,6 +17,7 @@ from edgelab.techniques.quantization.ranges import SHRINKING, find_grid, mse_gri
 from edgelab.techniques.quantization.rtn import (
     SMALLEST_SCALE,
     GroupSizeError,
+    RoundEmbedding,
     RoundToNearest,
     linear_layers,
     quantize_affine,
@@ -352,3 +353,27 @@ def test_apply_uses_the_range(kind, new_model, layout):
     expected = quantize_affine(layer.weight.detach(), 2, 32, range=kind)
     assert torch.equal(rounded.get_submodule(name).tensor.dequantize(), expected.dequantize())
     assert not torch.equal(expected.dequantize(), quantize_affine(layer.weight.detach(), 2, 32).dequantize())
+
+
+def test_the_embedding_is_rounded_behind_any_technique(new_model, layout):
+    model = new_model(layout)
+    linear = parse("quantize.hqq:bits=4,group_size=32").techniques[0].apply(model, Context())
+    both = RoundEmbedding().apply(linear, Context())
+    assert type(linear.get_input_embeddings()) is type(
+        model.get_input_embeddings()
+    )  # the argument is left alone
+    embedding, head = both.get_input_embeddings(), both.get_output_embeddings()
+    assert embedding.tensor.zero_point is None and embedding.tensor.scale.shape == (300, 1)
+    assert (embedding.tensor is head.tensor) == model.config.tie_word_embeddings
+    ids = torch.arange(2, 40)[None]
+    with torch.inference_mode():
+        apart = (both(ids).logits - linear(ids).logits).norm() / linear(ids).logits.norm()
+    assert 0 < apart < 0.02
+
+
+def test_an_embedding_is_not_rounded_twice(tiny_reference):
+    rounded = RoundToNearest(embedding_bits=8).apply(tiny_reference.model, Context())
+    with pytest.raises(RecipeError, match="stands once"):
+        RoundEmbedding().apply(rounded, Context())
+    with pytest.raises(RecipeError, match="bits=9 is outside 2 to 8"):
+        RoundEmbedding(bits=9)

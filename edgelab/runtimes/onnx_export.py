@@ -48,11 +48,10 @@ def check_layout(variant: Path) -> None:
         )
 
 
-def export(variant: Path, folder: Path, precision: str = "fp32", shared: bool = True) -> int:
+def export(variant: Path, folder: Path, precision: str = "fp32") -> int:
     """Write both graphs and the configuration of ONNX Runtime GenAI into a folder; returns the bytes of weights.
 
-    precision: that of the builder, "fp32", or "int4" and "int8" for its own rounding. shared: a tied embedding is
-    stored once for lookup and head, which not every reader of ONNX understands.
+    precision: that of the builder, "fp32", or "int4" and "int8" for its own rounding.
     """
     import onnx
 
@@ -65,35 +64,31 @@ def export(variant: Path, folder: Path, precision: str = "fp32", shared: bool = 
         for name in ("genai_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (built / name).exists():
                 shutil.copy(built / name, folder / name)
-    put_integers(graph, model, shared)
-    save(graph, folder / GRAPH)
-    graph = onnx.load(folder / GRAPH, load_external_data=False)
-    _score_all(graph)
-    onnx.save_model(graph, folder / SCORING)
-    return weights_bytes(graph)
-
-
-def save(graph, file: Path) -> None:
-    """Write a graph, and its tensors into DATA beside it."""
-    import onnx
-
+    put_integers(graph, model)
     onnx.save_model(
         graph,
-        file,
+        folder / GRAPH,
         save_as_external_data=True,
         all_tensors_to_one_file=True,
         location=DATA,
         size_threshold=SMALL,
         convert_attribute=False,
     )
+    graph = onnx.load(folder / GRAPH, load_external_data=False)
+    _score_all(graph)
+    onnx.save_model(graph, folder / SCORING)
+    return weights_bytes(graph)
 
 
 def weights_bytes(graph) -> int:
     """Bytes of all initializers but the tables of the rotary embedding, wherever their data are."""
-    from onnx import helper
+    from onnx import TensorProto, helper
 
+    halves = (TensorProto.INT4, TensorProto.UINT4)
     return sum(
-        int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        int(np.prod(tensor.dims))
+        * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        // (2 if tensor.data_type in halves else 1)
         for tensor in graph.graph.initializer
         if tensor.name not in ("cos_cache", "sin_cache")
     )
@@ -120,7 +115,7 @@ def _build(dense: Path, folder: Path, precision: str) -> None:
     logging.getLogger(__name__).debug(said.getvalue())
 
 
-def put_integers(graph, model: PreTrainedModel, shared: bool = True) -> None:
+def put_integers(graph, model: PreTrainedModel) -> None:
     """Replace, in place, the products with quantized matrices of a float graph of the builder by ours."""
     from onnx import helper, numpy_helper
 
@@ -167,14 +162,8 @@ def put_integers(graph, model: PreTrainedModel, shared: bool = True) -> None:
     if isinstance(embedding, PackedEmbedding):
         tensor = embedding.tensor
         names = place("model.embed_tokens", tensor)
-        if shared:
-            flat, more = [f"{name}.flat" for name in names], _flatten(names, len(tensor.integers))
-        else:
-            flat, more = [f"model.embed_tokens.{name}" for name in names], []
-            for old, new in zip(names, flat, strict=True):
-                array = numpy_helper.to_array(kept[old])
-                kept[new] = numpy_helper.from_array(array.reshape(len(array), -1).copy(), new)
-        nodes = [*more, *_look_up(nodes, tensor, flat)]
+        flat = [f"{name}.flat" for name in names]
+        nodes = [*_flatten(names, len(tensor.integers)), *_look_up(nodes, tensor, flat)]
     used = {name for node in nodes for name in node.input}
     del graph.graph.node[:], graph.graph.initializer[:]
     graph.graph.node.extend(nodes)

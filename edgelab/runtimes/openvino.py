@@ -1,7 +1,9 @@
-"""OpenVINO: the ONNX graph with our integers, its cache made a state of the engine, compiled for this CPU.
+"""OpenVINO: a GGUF file with our integers, turned into OpenVINO's own graph once, and compiled for this CPU.
 
-Weights of 4 and 8 bits stay what they are until they are multiplied; the CPU plugin rounds activations to int8 in
-blocks of 32 for that. All else is float32. `native.int8` and `native.int4` are NNCF's `compress_weights`.
+OpenVINO GenAI reads GGUF and keeps its integers: 4 and 8 bits with a scale and a zero-point for each block of 32. The
+CPU plugin multiplies them with activations that it rounds to int8 in blocks of 32; keys and values are kept in int8,
+in blocks, too; both are its defaults, and all else is float32 here. `native.int8` and `native.int4` start from the
+float32 file and are rounded by NNCF.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ from torch import Tensor
 
 from edgelab import variants
 from edgelab.runtimes import EngineMissing, RuntimeRefused
-from edgelab.runtimes.onnxruntime import OnnxRuntime
 
 try:
     import openvino
 except ImportError:
     openvino = None
 
-GRAPH = "scoring.onnx"
-NATIVE = {"int8": "INT8_ASYM", "int4": "INT4_ASYM"}  # of NNCF
+GRAPH = "openvino_model.xml"
+LAYOUTS = ("llama", "qwen2", "qwen3")  # that OpenVINO GenAI reads from GGUF
+SMALL_TYPES = ("u4", "i4", "u8", "i8")
 
 
 class OpenVino:
@@ -32,25 +34,48 @@ class OpenVino:
     model = None
     gives_logits = True
     version = 1
-    cache_bits = 32
+    cache_bits = 8
 
     @staticmethod
     def refusal(about: dict) -> str | None:
-        """What the ONNX graph can hold."""
-        reason = OnnxRuntime.refusal(about)
-        return reason and reason.replace("ONNX Runtime", "OpenVINO").replace("MatMulNBits", "OpenVINO")
+        """What GGUF holds, on grids whose zero-points are whole: OpenVINO makes integers of a block's minimum."""
+        from edgelab.runtimes import gguf
+
+        if about["cache"] is not None:
+            return "OpenVINO keeps keys and values in its own way; a quantized cache runs on 'torch'."
+        if any(how.get("activation") for how in about["quantized"].values()):
+            return (
+                "OpenVINO rounds activations in a way of its own; calibrated or row-wise ones run on 'torch'."
+            )
+        if any(
+            how.get("zero_point") == "float" or how.get("bits") in (1, 5)
+            for how in about["quantized"].values()
+        ):
+            return "OpenVINO's reader knows 4 and 8 bits with whole zero-points; other grids run on 'torch'."
+        reason = gguf.refusal(about)
+        return reason and f"OpenVINO reads GGUF here. {reason}"
 
     @staticmethod
     def export(variant: Path, folder: Path) -> int:
-        """Convert the ONNX graph with our integers. Raises RuntimeRefused for a layout that has no such graph."""
+        """Write a GGUF file, have it read and converted; returns the bytes of all constants of the graph."""
         if openvino is None:
             raise EngineMissing("OpenVINO", "runtimes")
-        from edgelab.runtimes import onnx_export
+        import openvino_genai
 
-        onnx_export.check_layout(variant)
-        weights = onnx_export.export(variant, folder, shared=False)
-        native = variants.read_about(variant)["native"]
-        return weights if native is None else compress(folder, NATIVE[native])
+        from edgelab.runtimes import gguf
+
+        layout = variants.load_config(variant).model_type
+        if layout not in LAYOUTS:
+            raise RuntimeRefused(
+                f"OpenVINO GenAI reads {', '.join(LAYOUTS)} from GGUF, not {layout}; use 'torch'."
+            )
+        file = folder / "model.gguf"
+        gguf.write(variant, file)
+        openvino_genai.LLMPipeline(str(file), "CPU", enable_save_ov_model=True)
+        file.unlink()
+        if native := variants.read_about(variant)["native"]:
+            compress(folder / GRAPH, native)
+        return (folder / GRAPH).with_suffix(".bin").stat().st_size
 
     def __init__(self, folder: Path, threads: int) -> None:
         if openvino is None:
@@ -64,13 +89,11 @@ class OpenVino:
 
     def _read(self):
         try:
-            model = openvino.Core().read_model(self.file)
+            return openvino.Core().read_model(self.file)
         except RuntimeError:
             raise RuntimeRefused(
                 f"{self.file} is no graph that OpenVINO can read; `edgelab cache clear` removes it."
             ) from None
-        make_stateful(model)
-        return model
 
     def _compiled(self, model):
         options = {"INFERENCE_NUM_THREADS": self.threads, "INFERENCE_PRECISION_HINT": "f32"}
@@ -87,15 +110,16 @@ class OpenVino:
         return self._step([token])
 
     def _step(self, ids: list[int]) -> int:
+        found = run(self._request, ids, self._length)
         self._length += len(ids)
-        return int(_run(self._request, ids, self._length)[-1].argmax())
+        return int(found[-1].argmax())
 
     def logits(self, ids: list[int]) -> Tensor:
         """Logits at every position of a new sequence, (time, vocabulary) float32."""
         if self._scoring is None:
             self._scoring = self._compiled(self._read()).create_infer_request()
         self._scoring.reset_state()
-        return torch.from_numpy(_run(self._scoring, ids, len(ids)).copy())
+        return torch.from_numpy(run(self._scoring, ids, 0).copy())
 
     def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
         """The most likely next tokens of a new sequence with their log-probabilities, best first."""
@@ -107,56 +131,32 @@ class OpenVino:
         self._request = self._scoring = None
 
 
-def _run(request, ids: list[int], length: int) -> np.ndarray:
-    """Logits (time, vocabulary) of the next tokens of a sequence that is then `length` tokens long; a view."""
-    request.infer({"input_ids": np.array([ids]), "attention_mask": np.ones((1, length), np.int64)})
+def run(request, ids: list[int], past: int) -> np.ndarray:
+    """Logits (time, vocabulary) of the next tokens of a sequence that has `past` tokens; a view."""
+    length = past + len(ids)
+    request.infer(
+        {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, length), np.int64),
+            "position_ids": np.arange(past, length)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+    )
     return request.get_tensor("logits").data[0]
 
 
-def make_stateful(model) -> None:
-    """Keep keys and values in the engine from call to call, in place, for one sequence at a time."""
-    from openvino._offline_transformations import apply_make_stateful_transformation
-
-    shapes, pairs = {"input_ids": [1, -1], "attention_mask": [1, -1]}, {}
-    attention = next(op for op in model.get_ops() if op.get_type_name() == "GroupQueryAttention")
-    for one in model.inputs:
-        name = one.get_any_name()
-        if name.startswith("past_key_values."):
-            heads = one.partial_shape[1].get_length()
-            shapes[name] = [1, heads, -1, _width(attention.input_value(1))]
-            pairs[name] = name.replace("past_key_values", "present")
-    model.reshape(shapes)
-    apply_make_stateful_transformation(model, pairs)
-
-
-def _width(output) -> int:
-    """The last dimension of a tensor in the graph."""
-    return output.get_partial_shape()[-1].get_length()
-
-
-def compress(folder: Path, mode: str) -> int:
-    """Round the weights of an exported float graph with NNCF, in place; returns their bytes.
-
-    At 4 bits in groups of 64, head and embedding keep 8, which is NNCF's default for the last layer.
-    """
+def compress(file: Path, width: str) -> None:
+    """Round the weights of a float graph with NNCF, in place: int8 per row; int4 in groups of 64, the head in int8."""
     import nncf
-    import onnx
 
-    from edgelab.runtimes import onnx_export
-
-    settings = {"group_size": 64} if mode.startswith("INT4") else {}
-    graph = nncf.compress_weights(
-        onnx.load(folder / GRAPH),
-        mode=nncf.CompressWeightsMode[mode],
-        ignored_scope=nncf.IgnoredScope(
-            types=["Gather"]
-        ),  # a tied embedding is read through the head's integers
-        **settings,
-    )
-    for old in (onnx_export.GRAPH, onnx_export.DATA):
-        (folder / old).unlink()
-    onnx_export.save(graph, folder / GRAPH)
-    return onnx_export.weights_bytes(graph)
+    int4 = {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": 64}
+    settings = int4 if width == "int4" else {"mode": nncf.CompressWeightsMode.INT8_ASYM}
+    model = nncf.compress_weights(openvino.Core().read_model(file), **settings)
+    draft = file.with_name(f"rounded_{file.name}")
+    openvino.save_model(model, draft, compress_to_fp16=False)
+    del model  # it has the old file open
+    for suffix in (".xml", ".bin"):
+        draft.with_suffix(suffix).replace(file.with_suffix(suffix))
 
 
 def last_logits(model) -> None:
@@ -164,6 +164,8 @@ def last_logits(model) -> None:
     from openvino import opset13
 
     head = model.output("logits").get_node().input_value(0).get_node()
+    while head.get_type_name() != "MatMul":
+        head = head.input_value(0).get_node()
     last, end, one, axis = (np.array([value]) for value in (-1, np.iinfo(np.int64).max, 1, 1))
     head.input(0).replace_source_output(opset13.slice(head.input_value(0), last, end, one, axis).output(0))
     model.validate_nodes_and_infer_types()
@@ -171,10 +173,10 @@ def last_logits(model) -> None:
 
 def describe(model) -> str:
     """How the matrices are stored, read from the graph."""
-    types = {
+    stored = {
         op.get_element_type().get_type_name()
         for op in model.get_ops()
-        if op.get_type_name() == "Constant" and len(op.shape) >= 2 and op.get_element_type().size <= 1
+        if op.get_type_name() == "Constant" and len(op.shape) > 1 and op.shape[-1] > 1
     }
-    stored = sorted(types & {"u4", "i4", "u8", "i8"})
-    return f"{' + '.join(stored)} weights, int8 activations" if stored else "float32"
+    small = sorted(stored & set(SMALL_TYPES))
+    return f"{' + '.join(small)} weights, int8 activations" if small else "float32"

@@ -25,6 +25,7 @@ LAYOUTS = {  # a recipe without calibration -> the techniques that store their w
     "quantize.rtn:bits=4,symmetric=true": "gptq, qat",
     "quantize.rtn:bits=4,group_size=0": "",
     "quantize.rtn:bits=4,embedding_bits=8": "",
+    "quantize.rtn:bits=4 + quantize.embedding": "the same with any other",
     "quantize.rtn:bits=3": "gptq, awq, autoround, mixed, qat",
     "quantize.hqq:bits=4": "gptq after hqq",
     "quantize.nf4": "codebook",

@@ -208,3 +208,28 @@ def quantize_embedding(model: PreTrainedModel, bits: int, symmetric: bool = Fals
     head_tensor = tensor if tied else quantize_affine(head.weight.detach(), bits, 0, symmetric)
     model.set_input_embeddings(PackedEmbedding(tensor, embedding.weight.dtype, multiplier))
     model.set_output_embeddings(PackedLinear(head_tensor, head.bias))
+
+
+@register("quantize.embedding", shown=("bits",))
+@dataclass(frozen=True)
+class RoundEmbedding:
+    """Round the embedding, and the head, per row: what stands behind a technique for the linear layers.
+
+    bits: 2 to 8. symmetric: zero-point in the middle, which every engine takes; rows of an embedding hardly lean.
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        check_settings(self.method, 0, self.bits)
+
+    def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """A copy of the model with a PackedEmbedding and a PackedLinear head, one matrix where they are tied."""
+        if isinstance(model.get_input_embeddings(), PackedEmbedding):
+            raise RecipeError(
+                "The embedding is quantized already; quantize.embedding stands once, without embedding_bits."
+            )
+        model = copy.deepcopy(model)
+        quantize_embedding(model, self.bits, self.symmetric)
+        return model
