@@ -297,7 +297,8 @@ def add_tokenizer(
     types = [gguf.TokenType.UNUSED] * vocabulary
     for text, index in described["model"]["vocab"].items():
         texts[index], types[index] = text, gguf.TokenType.NORMAL
-    for token in described["added_tokens"]:
+    known = [token for token in described["added_tokens"] if token["id"] < vocabulary]
+    for token in known:  # a class of transformers may add some that the model has no row for
         texts[token["id"]] = token["content"]
         types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
@@ -307,13 +308,13 @@ def add_tokenizer(
     writer.add_token_merges(
         [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
     )
-    for token, add in {
-        tokenizer.bos_token_id: writer.add_bos_token_id,
-        tokenizer.eos_token_id: writer.add_eos_token_id,
-        tokenizer.unk_token_id: writer.add_unk_token_id,
-        tokenizer.pad_token_id: writer.add_pad_token_id,
-    }.items():
-        if token is not None:
+    for add, token in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if token is not None and token < vocabulary:
             add(token)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
     writer.add_add_space_prefix(False)
