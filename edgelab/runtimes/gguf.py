@@ -22,6 +22,7 @@ where transformers rotates halves. Rows move whole, with their scales.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,12 +106,14 @@ def write_model(
         writer.add_description(f"edgelab: {recipe}")
         add_shape(writer, model)
         add_tokenizer(writer, tokenizer, model.config.vocab_size, name)
-        weights, matrices = 0, dict[str, None]()
+        weights, matrices = 0, Counter[str]()
         for place, values, stored in tensors(model, architecture):
             writer.add_tensor(place, values, raw_dtype=stored)
             weights += values.nbytes
             if values.ndim > 1:
-                matrices[stored.name] = None
+                matrices[stored.name] += values.size
+        most = matrices.most_common(1)[0][0]
+        writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if most == 'F32' else 'MOSTLY'}_{most}"])
         writer.add_string(TYPES_KEY, " ".join(matrices))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -2,8 +2,8 @@
 
 OpenVINO GenAI reads GGUF and keeps its integers: 4 and 8 bits with a scale and a zero-point for each block of 32. The
 CPU plugin multiplies them with activations that it rounds to int8 in blocks of 32; keys and values are kept in int8,
-in blocks, too; both are its defaults, and all else is float32 here. `native.int8` and `native.int4` start from the
-float32 file and are rounded by NNCF.
+in blocks, too; both are its defaults, and all else is float32 here. `native.int8` and `native.int4` start from
+float16 weights, which NNCF rounds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from edgelab import variants
 from edgelab.runtimes import EngineMissing, RuntimeRefused
@@ -52,6 +53,8 @@ class OpenVino:
             for how in about["quantized"].values()
         ):
             return "OpenVINO's reader knows 4 and 8 bits with whole zero-points; other grids run on 'torch'."
+        if about["native"] is None and about["dtype"] != "float16" and not about["quantized"]:
+            return f"OpenVINO's reader knows no {about['dtype']} in GGUF; quantize.fp16 is the float that it takes."
         reason = gguf.refusal(about)
         return reason and f"OpenVINO reads GGUF here. {reason}"
 
@@ -70,10 +73,15 @@ class OpenVino:
                 f"OpenVINO GenAI reads {', '.join(LAYOUTS)} from GGUF, not {layout}; use 'torch'."
             )
         file = folder / "model.gguf"
-        gguf.write(variant, file)
+        native = variants.read_about(variant)["native"]
+        if native is None:
+            gguf.write(variant, file)
+        else:  # float16 is the only float that the reader takes
+            tokenizer = AutoTokenizer.from_pretrained(variant)
+            gguf.write_model(variants.load(variant).half(), tokenizer, file, layout, f"native.{native}")
         openvino_genai.LLMPipeline(str(file), "CPU", enable_save_ov_model=True)
         file.unlink()
-        if native := variants.read_about(variant)["native"]:
+        if native is not None:
             compress(folder / GRAPH, native)
         return (folder / GRAPH).with_suffix(".bin").stat().st_size
 
