@@ -20,7 +20,9 @@ class Device:
     """What a model runs on. A figure that no source gives is None.
 
     memory_gb is the size as sold. Memory sold as 8 GB holds 8 x 2^30 = 8.59 x 10^9 bytes; the difference of 7
-    % is left to the operating system, which usually takes more.
+    % is left to the operating system, which usually takes more. Bandwidth and compute are peaks, dense; runs_on is the
+    part that engines use, "CPU", "phone" or "GPU". power_w is drawn while running: measured where a source did, else
+    the limit of board or mode; its source says which.
     """
 
     name: str
@@ -29,27 +31,39 @@ class Device:
     memory_bandwidth_gb_s: float | None = None  # peak
     memory_source: str = ""
     bandwidth_source: str = ""
+    runs_on: str = ""
+    float32_gflop_s: float | None = None
+    float16_gflop_s: float | None = None
+    int8_gop_s: float | None = None
+    compute_source: str = ""
+    power_w: float | None = None
+    power_source: str = ""
+    battery_wh: float | None = None
+    battery_source: str = ""
 
     def holds(self, need: MemoryNeed) -> bool:
         """Whether the memory is at least as large as the need."""
         return self.memory_gb is not None and need.total_gb <= self.memory_gb
 
+    def compute_gflop_s(self, multiply: str) -> float | None:
+        """Peak of products in `multiply` (int8, float16 or float32), or of the next wider format that has a figure."""
+        peaks = {"int8": self.int8_gop_s, "float16": self.float16_gflop_s, "float32": self.float32_gflop_s}
+        wider = list(peaks)[list(peaks).index(multiply) :]
+        return next((peaks[name] for name in wider if peaks[name]), None)
+
+
+NUMBERS = (
+    *("memory_gb", "memory_bandwidth_gb_s", "float32_gflop_s", "float16_gflop_s", "int8_gop_s"),
+    *("power_w", "battery_wh"),
+)
+
 
 def catalogue() -> list[Device]:
     """The devices of `data/devices.csv`, from the smallest memory to the largest."""
-    devices = [
-        Device(
-            name=row["name"],
-            device_class=row["class"],
-            memory_gb=float(row["memory_gb"]) if row["memory_gb"] else None,
-            memory_bandwidth_gb_s=float(row["memory_bandwidth_gb_s"])
-            if row["memory_bandwidth_gb_s"]
-            else None,
-            memory_source=row["memory_source"],
-            bandwidth_source=row["bandwidth_source"],
-        )
-        for row in table("devices.csv")
-    ]
+    devices = []
+    for row in table("devices.csv"):
+        figures = {name: float(text) if (text := row.pop(name)) else None for name in NUMBERS}
+        devices.append(Device(device_class=row.pop("class"), **row, **figures))
     return sorted(
         devices, key=lambda device: (device.memory_gb or math.inf, device.memory_bandwidth_gb_s or 0)
     )
@@ -62,4 +76,5 @@ def this_machine() -> Device:
         device_class=platform.machine(),
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
         memory_source="psutil",
+        runs_on="CPU",
     )

@@ -44,16 +44,16 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Any, name: str = "") -> ModelShape:
-        """The shape of a transformers configuration of Llama, Mistral, Qwen2, Qwen3, Gemma, Phi or StableLM.
+        """The shape of a transformers configuration of Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi or StableLM.
 
         Raises ShapeError, naming the supported layouts, for any other model_type and for query-key norms that
         are not Qwen3's.
         """
         layout = config.model_type
-        if layout not in ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "stablelm"):
+        if layout not in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "stablelm"):
             raise ShapeError(
                 f"The parameters of a {layout!r} model cannot be counted from its configuration; "
-                "supported are llama, mistral, qwen2, qwen3, gemma, phi and stablelm."
+                "supported are llama, mistral, qwen2, qwen3, gemma, gemma2, phi and stablelm."
             )
         if getattr(config, "qk_layernorm", False):
             raise ShapeError(
@@ -79,7 +79,7 @@ class ModelShape:
             mlp_bias=layout == "phi" or bool(getattr(config, "mlp_bias", False)),
             head_bias=layout == "phi",
             norm="layernorm" if layout in ("phi", "stablelm") else "rmsnorm",
-            norms_per_layer=1 if one_norm else 2,
+            norms_per_layer=4 if layout == "gemma2" else 1 if one_norm else 2,
             head_norms=layout == "qwen3",
             context_length=config.max_position_embeddings,
         )
