@@ -11,6 +11,7 @@ from edgelab.plot_style import (
 from edgelab.plots.activations import activation_outliers
 from edgelab.plots.allocation import bit_allocation, largest_factor, predicted_measured, predictions
 from edgelab.plots.cache import context_reach
+from edgelab.plots.devices import device_rates, published_rates, step_operations
 from edgelab.plots.engines import engines
 from edgelab.plots.memory import NEED_PARTS, gigabytes, memory_bars
 from edgelab.plots.methods import method_lines
@@ -30,6 +31,7 @@ __all__ = [
     "bit_allocation",
     "context_reach",
     "decode_limit",
+    "device_rates",
     "engines",
     "gigabytes",
     "label",
@@ -42,8 +44,10 @@ __all__ = [
     "predicted_measured",
     "predictions",
     "protocols",
+    "published_rates",
     "roofline",
     "size_bars",
+    "step_operations",
     "tradeoff",
     "training_curve",
     "weight_grid",

@@ -1,0 +1,80 @@
+"""The devices that a model may run on: `data/devices.csv`, with the source of every figure."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from edgelab.devices.tables import table
+
+if TYPE_CHECKING:
+    from edgelab.devices.memory import MemoryNeed
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a model runs on. A figure that no source gives is None.
+
+    memory_gb is the size as sold. Memory sold as 8 GB holds 8 x 2^30 = 8.59 x 10^9 bytes; the difference of 7
+    % is left to the operating system, which usually takes more. Bandwidth and compute are peaks, dense; runs_on is the
+    part that engines use, "CPU", "phone" or "GPU". power_w is drawn while running: measured where a source did, else
+    the limit of board or mode; its source says which.
+    """
+
+    name: str
+    device_class: str
+    memory_gb: float | None
+    memory_bandwidth_gb_s: float | None = None  # peak
+    memory_source: str = ""
+    bandwidth_source: str = ""
+    runs_on: str = ""
+    float32_gflop_s: float | None = None
+    float16_gflop_s: float | None = None
+    int8_gop_s: float | None = None
+    compute_source: str = ""
+    power_w: float | None = None
+    power_source: str = ""
+    battery_wh: float | None = None
+    battery_source: str = ""
+
+    def holds(self, need: MemoryNeed) -> bool:
+        """Whether the memory is at least as large as the need."""
+        return self.memory_gb is not None and need.total_gb <= self.memory_gb
+
+    def compute_gflop_s(self, multiply: str) -> float | None:
+        """Peak of products in `multiply` (int8, float16 or float32), or of the next wider format that has a figure."""
+        peaks = {"int8": self.int8_gop_s, "float16": self.float16_gflop_s, "float32": self.float32_gflop_s}
+        wider = list(peaks)[list(peaks).index(multiply) :]
+        return next((peaks[name] for name in wider if peaks[name]), None)
+
+
+NUMBERS = (
+    *("memory_gb", "memory_bandwidth_gb_s", "float32_gflop_s", "float16_gflop_s", "int8_gop_s"),
+    *("power_w", "battery_wh"),
+)
+
+
+def catalogue() -> list[Device]:
+    """The devices of `data/devices.csv`, from the smallest memory to the largest."""
+    devices = []
+    for row in table("devices.csv"):
+        figures = {name: float(text) if (text := row.pop(name)) else None for name in NUMBERS}
+        devices.append(Device(device_class=row.pop("class"), **row, **figures))
+    return sorted(
+        devices, key=lambda device: (device.memory_gb or math.inf, device.memory_bandwidth_gb_s or 0)
+    )
+
+
+def this_machine() -> Device:
+    """The machine this runs on, with the memory its system reports; its bandwidth is not measured here."""
+    return Device(
+        name="This machine",
+        device_class=platform.machine(),
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        memory_source="psutil",
+        runs_on="CPU",
+    )

@@ -1,0 +1,173 @@
+"""What a model needs in memory: every need is *analytic*, computed from shapes, none measured.
+
+    weights    = parameters x bits / 8, and scales where the weights are quantized
+    KV cache   = 2 x layers x kv_heads x head_dim x context x batch x kv_bits / 8
+    training   = weights + gradients + optimizer moments (AdamW keeps two) + activations
+
+GB is 10^9 bytes, MB 10^6.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pandas as pd
+
+from edgelab.devices.catalogue import Device, catalogue
+from edgelab.devices.shapes import ModelShape, ShapeError
+
+SCALE_BITS = 16
+OPTIMIZER_MOMENTS = {"sgd": 0, "momentum": 1, "adamw": 2}  # float32 values kept per parameter
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Memory by what fills it, in GB of 10^9 bytes, computed from shapes."""
+
+    weights_gb: float
+    kv_cache_gb: float = 0.0
+    gradients_gb: float = 0.0
+    optimizer_gb: float = 0.0
+    activations_gb: float = 0.0
+    badge: str = "analytic"
+
+    @property
+    def total_gb(self) -> float:
+        return (
+            self.weights_gb + self.kv_cache_gb + self.gradients_gb + self.optimizer_gb + self.activations_gb
+        )
+
+
+def inference_memory(
+    shape: ModelShape,
+    bits: int = 16,
+    context: int = 2048,
+    batch: int = 1,
+    kv_bits: int = 16,
+    group_size: int = 0,
+    embedding_bits: int | None = None,
+    activation_bits: int = 16,
+) -> MemoryNeed:
+    """Memory for generating up to `context` tokens in each of `batch` sequences.
+
+    Below 16 bits every group of `group_size` inputs (0: every row) adds a 16-bit scale and a `bits`-bit
+    zero-point, and norms and biases stay at 16 bits. `embedding_bits` is for embedding and head, by default
+    `bits`. The activations are the widest moment of a prefill of the whole context in one pass: residual and
+    normalised stream, the MLP's intermediate tensors, and float32 logits of the last token; attention scores
+    are taken as never stored (as in FlashAttention). Engines that prefill in pieces need less, and every
+    engine adds its own buffers.
+    Raises ShapeError for sizes that are not positive.
+    """
+    _positive(bits=bits, context=context, batch=batch, kv_bits=kv_bits, activation_bits=activation_bits)
+    if group_size < 0:
+        raise ShapeError(f"group_size is {group_size}, but must be 0 (one group per row) or larger.")
+    return MemoryNeed(
+        weights_gb=_weight_bits(shape, bits, group_size, embedding_bits or bits) / 8e9,
+        kv_cache_gb=_kv_cache_bits(shape, context * batch, kv_bits) / 8e9,
+        activations_gb=(context * _layer_activations(shape) * activation_bits + shape.vocab_size * 32)
+        * batch
+        / 8e9,
+    )
+
+
+def training_memory(
+    shape: ModelShape, optimizer: str = "adamw", bits: int = 32, context: int = 512, batch: int = 1
+) -> MemoryNeed:
+    """Memory for training all parameters, with activation checkpointing (Chen et al. 2016, arXiv:1604.06174).
+
+    32 bits: weights, gradients and moments in float32, 16 bytes per parameter with AdamW, four times the
+    weights. 16 bits: weights and gradients in 16 bits, moments and a copy of the weights in float32
+    (Micikevicius et al. 2018, arXiv:1710.03740), which comes to the same 16 bytes. Activations: the input of
+    every layer, the tensors of the one layer being recomputed and their gradients, and float32 logits with
+    theirs.
+    Raises ShapeError for other bits and for an optimizer other than sgd, momentum and adamw.
+    """
+    _positive(context=context, batch=batch)
+    if optimizer not in OPTIMIZER_MOMENTS:
+        raise ShapeError(f"No optimizer is called {optimizer!r}; there are {', '.join(OPTIMIZER_MOMENTS)}.")
+    if bits not in (16, 32):
+        raise ShapeError(f"Weights cannot be trained in {bits} bits; 16 and 32 work.")
+    tokens, master_copy = context * batch, bits == 16
+    activations = shape.layers * shape.hidden_size + 2 * _layer_activations(shape)  # per token
+    return MemoryNeed(
+        weights_gb=shape.parameters * bits / 8e9,
+        gradients_gb=shape.parameters * bits / 8e9,
+        optimizer_gb=shape.parameters * 32 * (OPTIMIZER_MOMENTS[optimizer] + master_copy) / 8e9,
+        activations_gb=tokens * (activations * bits + 2 * shape.vocab_size * 32) / 8e9,
+    )
+
+
+def kv_cache_mb_per_1k(shape: ModelShape, bits: int = 16) -> float:
+    """MB of keys and values for 1,000 tokens of one sequence."""
+    return _kv_cache_bits(shape, 1000, bits) / 8e6
+
+
+def longest_context(
+    shape: ModelShape,
+    weights_gb: float,
+    device: Device,
+    kv_bits: int = 16,
+    group_size: int = 32,
+    residual: int = 32,
+) -> int | None:
+    """Tokens of one sequence whose keys and values fit the device's memory beside the weights; 0 where none do.
+
+    Below 16 bits every `group_size` keys or values add a 16-bit scale and a 16-bit minimum, and the last `residual`
+    tokens stay at 16 bits. Activations and the system are left out, and so is how far the model was trained to look
+    (`shape.context_length`). None where the device's memory is not known.
+    Raises ShapeError for sizes that are not positive.
+    """
+    _positive(kv_bits=kv_bits, group_size=group_size)
+    if device.memory_gb is None:
+        return None
+    room = max(0.0, device.memory_gb - weights_gb) * 8e9
+    full = _kv_cache_bits(shape, 1, max(kv_bits, 16))  # bits of one token
+    recent = min(residual if kv_bits < 16 else 0, int(room // full))
+    scales = _kv_cache_bits(shape, 1, 2 * SCALE_BITS) / group_size if kv_bits < 16 else 0
+    return recent + int((room - recent * full) // (_kv_cache_bits(shape, 1, kv_bits) + scales))
+
+
+def context_table(
+    shape: ModelShape,
+    weights_gb: float,
+    devices: list[Device] | None = None,
+    kv_bits: tuple[int, ...] = (16, 8, 4, 2),
+) -> pd.DataFrame:
+    """`longest_context` of every device (the catalogue's by default), a row each, and a column for each `kv_bits`."""
+    rows = {
+        device.name: {
+            "memory_gb": device.memory_gb,
+            **{f"{bits}-bit cache": longest_context(shape, weights_gb, device, bits) for bits in kv_bits},
+        }
+        for device in (catalogue() if devices is None else devices)
+        if device.memory_gb is not None
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("device")
+
+
+def _weight_bits(shape: ModelShape, bits: int, group_size: int, embedding_bits: int) -> int:
+    embedding = (shape.vocab_size, shape.hidden_size)
+    matrices = [(linear, shape.layers, bits) for linear in shape.linear_shapes]
+    matrices.append((embedding, 1 if shape.tied_embeddings else 2, embedding_bits))
+    total = shape.other_parameters * max(bits, 16)
+    for (rows, columns), count, width in matrices:
+        groups = math.ceil(columns / group_size) if group_size else 1
+        scales = rows * groups * (SCALE_BITS + width) if width < 16 else 0
+        total += count * (rows * columns * width + scales)
+    return total
+
+
+def _kv_cache_bits(shape: ModelShape, tokens: int, bits: int) -> int:
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * bits  # keys and values
+
+
+def _layer_activations(shape: ModelShape) -> int:
+    """Values per token that live at once inside an MLP: two streams, and gate, up and their product."""
+    return 2 * shape.hidden_size + (3 if shape.gated_mlp else 2) * shape.intermediate_size
+
+
+def _positive(**settings: int) -> None:
+    for name, value in settings.items():
+        if value <= 0:
+            raise ShapeError(f"{name} is {value}, but must be at least 1.")

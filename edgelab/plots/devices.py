@@ -1,0 +1,160 @@
+"""What the roofline predicts: beside published rates, for one model on many devices, and inside one decode step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from edgelab.labels import Mark, label_marks
+from edgelab.plot_style import (
+    BASELINE_LINE,
+    GREY,
+    NothingToDraw,
+    new_chart,
+    scale_axis,
+    style_axes,
+)
+
+CLASS_COLOURS = {"CPU": "#0072B2", "phone": "#D55E00", "GPU": "#009E73"}
+BAND = 0.35  # relative error that the project allows itself
+PRECISION_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+BOUND_COLOURS = {"memory": "#0072B2", "compute": "#E69F00", "overhead": GREY}
+
+
+def published_rates(check: pd.DataFrame) -> Figure:
+    """Predicted over measured decoding rate of every row of `published_check`, with a band of 35 % around equality.
+
+    Raises NothingToDraw without rows.
+    """
+    if check.empty:
+        raise NothingToDraw("there are no published rates: pass the table of published_check()")
+    figure = new_chart(10.0, 9.0)
+    axes = figure.subplots()
+    ends = np.array(
+        [
+            check[["measured", "predicted"]].min().min() / 1.5,
+            check[["measured", "predicted"]].max().max() * 1.5,
+        ]
+    )
+    axes.fill_between(ends, ends * (1 - BAND), ends * (1 + BAND), color="#eeeeee", linewidth=0, zorder=0)
+    axes.plot(ends, ends, **BASELINE_LINE)
+    marks = []
+    for _, row in check.iterrows():
+        tint = CLASS_COLOURS.get(row["runs_on"], GREY)
+        axes.scatter(
+            row["measured"], row["predicted"], s=24, color=tint, edgecolor="white", linewidth=0.5, zorder=4
+        )
+        name = f"{_short(row['device'])}, {row['model']} {row['precision']}".strip()
+        outside = abs(row["error"]) > BAND
+        text = f"{name} {row['error']:+.0%}"
+        marks.append(Mark(row["measured"], row["predicted"], text, tint, rank=(not outside,), bold=outside))
+    for side in "xy":
+        axes.set(**{f"{side}lim": ends})
+        scale_axis(axes, side, pd.Series(ends))
+    axes.set_xlabel("Published decoding rate (tokens/s)", fontsize=9.5)
+    axes.set_ylabel("Predicted without rates of the same board (tokens/s)", fontsize=9.5)
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=tint, label=name)
+        for name, tint in CLASS_COLOURS.items()
+        if name in set(check["runs_on"])
+    ]
+    handles.append(Patch(color="#eeeeee", label=f"within {BAND:.0%}"))
+    within = (check["error"].abs() <= BAND).sum()
+    style_axes(
+        axes, f"Predicted (analytic) against published: {within} of {len(check)} within {BAND:.0%}", handles
+    )
+    label_marks(axes, marks)
+    return figure
+
+
+def device_rates(table: pd.DataFrame, title: str = "") -> Figure:
+    """Decoding rates of one model from `fits_and_speed`: a group of bars for each device, a bar for each precision.
+
+    Raises NothingToDraw where no row has a rate, or the table holds several models.
+    """
+    drawn = table.dropna(subset="decode_tok_s")
+    if drawn.empty:
+        raise NothingToDraw("no device of this table holds the model and has a known bandwidth")
+    if table["model"].nunique() > 1:
+        raise NothingToDraw("these bars show one model; select the rows of one")
+    precisions = list(dict.fromkeys(table["precision"]))
+    devices = list(drawn.groupby("device")["decode_tok_s"].max().sort_values().index)
+    figure = new_chart(8.5, 1.4 + 0.16 * len(devices) * (len(precisions) + 1))
+    axes = figure.subplots()
+    height = 0.8 / len(precisions)
+    for place, precision in enumerate(precisions):
+        tint = PRECISION_COLOURS[place % len(PRECISION_COLOURS)]
+        rates = drawn[drawn["precision"] == precision].set_index("device")["decode_tok_s"]
+        for position, device in enumerate(devices):
+            middle = position + 0.4 - (place + 0.5) * height
+            if device not in rates:
+                axes.text(
+                    drawn["decode_tok_s"].min() * 0.55,
+                    middle,
+                    "does not fit",
+                    va="center",
+                    fontsize=7,
+                    color=GREY,
+                )
+                continue
+            axes.barh(middle, rates[device], height=height * 0.9, color=tint, linewidth=0)
+            axes.text(rates[device] * 1.04, middle, f"{rates[device]:.3g}", va="center", fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlim(drawn["decode_tok_s"].min() * 0.5, drawn["decode_tok_s"].max() * 1.6)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axes.set_yticks(range(len(devices)), devices, parse_math=False)
+    axes.set_xlabel("Decoding (tokens/s), higher is better", fontsize=9.5)
+    handles = [
+        Patch(color=PRECISION_COLOURS[place % len(PRECISION_COLOURS)], label=name)
+        for place, name in enumerate(precisions)
+    ]
+    style_axes(
+        axes, f"{title or drawn['model'].iloc[0]}: analytic, from published shares of bandwidth", handles
+    )
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def step_operations(work: pd.DataFrame, title: str = "One decode step") -> Figure:
+    """Operations of a step by time, from `step`: the colour says what bounds each, the text its share and bytes.
+
+    Raises NothingToDraw without operations.
+    """
+    if work.empty:
+        raise NothingToDraw("there are no operations: pass the table of step()")
+    ordered = work.sort_values("ms")
+    total = ordered["ms"].sum()
+    figure = new_chart(8.5, 1.2 + 0.28 * len(ordered))
+    axes = figure.subplots()
+    for position, (name, row) in enumerate(ordered.iterrows()):
+        axes.barh(position, row["ms"], height=0.7, color=BOUND_COLOURS[row["bound"]], linewidth=0)
+        times = f" × {row['times']}" if row["times"] > 1 else ""
+        read = "" if name == "overhead" else f", {row['mb']:,.3g} MB{times and ' in' + times[2:] + ' runs'}"
+        axes.text(
+            row["ms"] + 0.01 * ordered["ms"].max(),
+            position,
+            f"{row['ms'] / total:.0%}{read}",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(ordered)), ordered.index)
+    axes.set_xlim(0, ordered["ms"].max() * 1.35)
+    axes.set_xlabel("Milliseconds, all layers together", fontsize=9.5)
+    handles = [
+        Patch(color=tint, label=f"bound by {bound}" if bound != "overhead" else bound)
+        for bound, tint in BOUND_COLOURS.items()
+        if bound in set(ordered["bound"])
+    ]
+    style_axes(axes, f"{title}: {total:.3g} ms (analytic)", handles)
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _short(device: str) -> str:
+    """A device's name without the words that the colour or the number already says."""
+    for words in ("Phone, ", "GeForce ", "Raspberry ", "Jetson ", "MacBook ", "Intel "):
+        device = device.removeprefix(words)
+    return device
