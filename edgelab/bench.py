@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from edgelab import corpora, recipes, reference, runtimes, variants
-from edgelab.measure import divergence, isolation, latency, memory, parity, perplexity
+from edgelab.measure import divergence, energy, isolation, latency, memory, parity, perplexity
 
 
 class Bench:
@@ -130,13 +130,28 @@ class Bench:
         ids = corpora.tokenize(corpus, self.tokenizer).ids[:tokens].tolist()
         prompt = (ids * math.ceil(tokens / len(ids)))[:tokens]
         self.timed = latency.Timed(self.runtime, prompt)
+        self.metered: list[tuple[energy.Meter, int]] = []
         return self.timed.warm_up()
 
     def prefill(self) -> float:
         return self.timed.prefill()
 
     def decode(self, tokens: int) -> list[float]:
-        return self.timed.decode(tokens)
+        with energy.metered() as meter:
+            times = self.timed.decode(tokens)
+        self.metered.append((meter, tokens))
+        return times
+
+    def energy(self, power_w: float | None) -> dict[str, object]:
+        """Joules per decoded token so far and their basis: RAPL where it can be read, else from the device's power."""
+        tokens = sum(count for _, count in self.metered)
+        read = [meter.joules for meter, _ in self.metered]
+        whole = energy.Meter(
+            seconds=sum(meter.seconds for meter, _ in self.metered),
+            joules=None if None in read or not read else sum(read),
+        )
+        joules, basis = whole.per_token(tokens, power_w) if tokens else (None, None)
+        return {"energy_j_per_token": joules, "energy_basis": basis}
 
     def peak_rss_mb(self) -> float:
         return memory.peak_rss_mb() - self.nothing_mb

@@ -81,6 +81,12 @@ Threads = Annotated[
 PromptTokens = Annotated[
     int | None, typer.Option("--prompt-tokens", help="Tokens of the timed prompt (default 128).")
 ]
+PowerW = Annotated[
+    float | None,
+    typer.Option(
+        "--power-w", help="Watts of this device while decoding, to estimate energy where RAPL is closed."
+    ),
+]
 Only = Annotated[str | None, typer.Option(help="Measure one part: quality, speed or memory.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure again although the ledger has the row.")]
 
@@ -113,6 +119,7 @@ def measure(
     seed: Seed = 0,
     threads: Threads = None,
     prompt_tokens: PromptTokens = None,
+    power_w: PowerW = None,
     only: Only = None,
     force: Force = False,
     as_json: AsJson = False,
@@ -135,6 +142,7 @@ def compare(
     seed: Seed = 0,
     threads: Threads = None,
     prompt_tokens: PromptTokens = None,
+    power_w: PowerW = None,
     only: Only = None,
     force: Force = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report of these rows here.")] = None,

@@ -58,6 +58,9 @@ class Settings:
     seed: int = 0
     threads: int = 2
     prompt_tokens: int = latency.PREFILL_TOKENS
+    power_w: float | None = (
+        None  # of the device while it decodes, for an estimate where no counter can be read
+    )
     only: str | None = None
     force: bool = False
     timeout_s: float = 3600
@@ -67,6 +70,10 @@ class Settings:
             raise MeasureError(f"only={self.only} is none of quality, speed, memory.")
         if min(self.windows, self.threads, self.prompt_tokens) < 1:
             raise MeasureError("windows, threads and prompt_tokens are whole numbers from 1 on.")
+        if self.power_w is not None and not self.power_w > 0:
+            raise MeasureError(
+                f"power_w={self.power_w} is not positive; give the watts of the device, such as 5."
+            )
 
     @property
     def quality(self) -> bool:
@@ -84,8 +91,9 @@ class Settings:
 def measure(recipe: str, *, model: str = reference.EMBEDDED, **settings: object) -> Row:
     """Apply a recipe, pack the variant, measure it in fresh processes, record the row and return it.
 
-    settings: corpus, protocol, windows, runtime, seed, threads, prompt_tokens, only ("quality", "speed" or "memory"),
-    force (measure again although the ledger has the row), timeout_s. Raises MeasureError where it failed.
+    settings: corpus, protocol, windows, runtime, seed, threads, prompt_tokens, power_w (watts of the device
+    while it decodes), only ("quality", "speed" or "memory"), force (measure again although the ledger has the row),
+    timeout_s. Raises MeasureError where it failed.
     """
     parsed, chosen = _prepare([recipe], model=model, **settings)
     row = _known(parsed[0], chosen) or _row(parsed[0], chosen)
@@ -293,6 +301,7 @@ def _process(row: Row, bench: Isolated, beside: Isolated | None, chosen: Setting
             row.decode_ratio, row.decode_ratio_low, row.decode_ratio_high = latency.ratio(
                 mine.turns_ms, theirs.turns_ms
             )
+        _fill(row, bench.call("energy", power_w=chosen.power_w))
     row.peak_rss_mb = bench.call("peak_rss_mb")
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from edgelab import lab, ledger
+from edgelab import lab, ledger, variants
 from edgelab.errors import EdgeLabError
 from edgelab.measure import isolation
 
@@ -134,3 +134,50 @@ def test_the_public_measure_stays_the_function():
     from edgelab.measure import latency
 
     assert latency.PREFILL_TOKENS == 128
+
+
+def test_energy_is_estimated_from_the_power_that_is_given(settings):
+    row = lab.measure("none", only="speed", power_w=10, force=True, **settings)
+    if row.energy_basis.startswith("RAPL"):
+        assert row.energy_j_per_token > 0
+    else:
+        assert row.energy_j_per_token == pytest.approx(10 / row.decode_tok_s, rel=0.5)
+        assert row.energy_basis.startswith("estimated: 10 W")
+    with pytest.raises(EdgeLabError, match="power_w=0 is not positive"):
+        lab.measure("none", power_w=0, **settings)
+
+
+def test_prompts_of_another_length_are_another_row(settings):
+    short = lab.measure("none", only="speed", prompt_tokens=32, **settings)
+    long = lab.measure("none", only="speed", **settings)
+    assert (short.prefill_tokens, long.prefill_tokens) == (32, 128) and short.row_id != long.row_id
+    assert lab.measure("none", only="speed", prompt_tokens=32, **settings).row_id == short.row_id
+    assert short.prefill_tok_s == pytest.approx(32e3 / short.ttft_ms_p50)
+
+
+def test_an_engine_is_compared_with_pytorch_before_its_speed_counts(settings):
+    row = lab.measure(
+        "quantize.rtn:bits=8,group_size=0,symmetric=true @ llamacpp", only="quality", **settings
+    )
+    assert row.badge == "runtime" and row.parity == "passed" and "against" in row.parity_detail
+    assert row.export_s > 0 and row.linear_mb is None and row.weights_mb < row.file_mb
+    twin = lab.measure("quantize.rtn:bits=8,group_size=0,symmetric=true", only="quality", **settings)
+    assert f"{row.ppl:.3f} against {twin.ppl:.3f}" in row.parity_detail
+    native = lab.measure("native.int8 @ onnxruntime", only="quality", **settings)
+    assert native.parity == "own weights" and native.ppl > 0
+
+
+def test_a_file_that_is_damaged_after_its_export_is_an_error_row(settings):
+    """Cut in the middle, where no header tells."""
+    recipe = "quantize.rtn:bits=4,group_size=32 @ llamacpp"
+    lab.measure(recipe, only="memory", **settings)
+    (file,) = variants.cache_dir().glob("*/exports/llamacpp-*/model.gguf")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    table = lab.compare([recipe], only="memory", force=True, **settings)
+    assert table.status[0] == "error" and "cannot load" in table.error[0]
+
+
+def test_what_an_engine_refuses_is_an_error_row_with_its_sentence(settings):
+    table = lab.compare(["quantize.nf4 @ onnxruntime", "native.int4"], only="memory", **settings)
+    assert list(table.status) == ["error", "error"]
+    assert "a codebook runs on 'torch'" in table.error[0] and "by an engine itself" in table.error[1]
