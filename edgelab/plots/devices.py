@@ -129,7 +129,7 @@ def step_operations(work: pd.DataFrame, title: str = "One decode step") -> Figur
     total = ordered["ms"].sum()
     figure = new_chart(8.5, 1.2 + 0.28 * len(ordered))
     axes = figure.subplots()
-    for position, (name, row) in enumerate(ordered.iterrows()):
+    for position, (_, row) in enumerate(ordered.iterrows()):
         axes.barh(position, row["ms"], height=0.7, color=BOUND_COLOURS[row["bound"]], linewidth=0)
         runs = f" in {row['times']} runs" if row["times"] > 1 else ""
         read = f", {row['mb']:,.3g} MB{runs}" if row["bound"] != "overhead" else ""
