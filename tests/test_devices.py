@@ -27,6 +27,14 @@ PUBLISHED = {
     "Gemma-2B": 2_506_172_416,
     "Phi-2": 2_779_683_840,
     "StableLM-3B": 2_795_443_200,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-7B": 7_615_616_512,
+    "Gemma-2-2B": 2_614_341_888,
+    "Gemma-2-9B": 9_241_705_984,
+    "SmolLM2-1.7B": 1_711_376_384,
     "SmolLM2-135M": 134_515_008,
 }
 TINY = {
@@ -44,6 +52,7 @@ TINY_LAYOUTS = [
     ("qwen2", {"num_key_value_heads": 2}),
     ("qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
     ("gemma", {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True}),
+    ("gemma2", {"num_key_value_heads": 2, "head_dim": 16}),
     ("phi", {}),
     ("stablelm", {"num_key_value_heads": 6}),
     ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
@@ -63,7 +72,7 @@ def config_of(shape: ModelShape) -> AutoConfig:
         num_key_value_heads=shape.kv_heads,
         tie_word_embeddings=shape.tied_embeddings,
         max_position_embeddings=shape.context_length,
-        **({"head_dim": shape.head_dim} if shape.model_type in ("llama", "gemma") else {}),
+        **({"head_dim": shape.head_dim} if shape.model_type in ("llama", "gemma", "gemma2") else {}),
     )
 
 
@@ -244,6 +253,11 @@ def test_every_figure_of_the_catalogue_has_a_source_and_no_source_is_left_over()
     for device in devices:
         assert bool(device.memory_gb) == bool(device.memory_source), device
         assert bool(device.memory_bandwidth_gb_s) == bool(device.bandwidth_source), device
+        computes = [device.compute_gflop_s(kind) for kind in ("float32", "float16", "int8")]
+        assert any(computes) == bool(device.compute_source), device
+        assert bool(device.power_w) == bool(device.power_source), device
+        assert bool(device.battery_wh) == bool(device.battery_source), device
+        assert device.runs_on in ("CPU", "phone", "GPU"), device
         assert device.device_class
     assert [device.memory_gb for device in devices] == sorted(device.memory_gb for device in devices)
 

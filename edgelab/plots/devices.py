@@ -31,7 +31,7 @@ def published_rates(check: pd.DataFrame) -> Figure:
     """
     if check.empty:
         raise NothingToDraw("there are no published rates: pass the table of published_check()")
-    figure = new_chart(10.0, 9.0)
+    figure = new_chart(11.5, 11.0)
     axes = figure.subplots()
     ends = np.array(
         [
@@ -129,10 +129,10 @@ def step_operations(work: pd.DataFrame, title: str = "One decode step") -> Figur
     total = ordered["ms"].sum()
     figure = new_chart(8.5, 1.2 + 0.28 * len(ordered))
     axes = figure.subplots()
-    for position, (name, row) in enumerate(ordered.iterrows()):
+    for position, (_, row) in enumerate(ordered.iterrows()):
         axes.barh(position, row["ms"], height=0.7, color=BOUND_COLOURS[row["bound"]], linewidth=0)
-        times = f" × {row['times']}" if row["times"] > 1 else ""
-        read = "" if name == "overhead" else f", {row['mb']:,.3g} MB{times and ' in' + times[2:] + ' runs'}"
+        runs = f" in {row['times']} runs" if row["times"] > 1 else ""
+        read = f", {row['mb']:,.3g} MB{runs}" if row["bound"] != "overhead" else ""
         axes.text(
             row["ms"] + 0.01 * ordered["ms"].max(),
             position,
