@@ -12,7 +12,8 @@ from edgelab.runtimes import Runtime
 from edgelab.runtimes.streaming import stream
 
 LIMIT = 128  # tokens of an answer
-RECIPES = ("none", "quantize.bf16", "quantize.rtn:bits=4,embedding_bits=8")
+SMALL = "quantize.rtn:bits=4 + quantize.embedding"
+RECIPES = ("none", SMALL, f"{SMALL} @ onnxruntime", f"{SMALL} @ llamacpp")
 
 
 def chat_box(
