@@ -25,7 +25,7 @@ LONGEST_CELL = 20  # lines that are not blank
 LONGEST_FUNCTION = 10
 PROGRESS = re.compile(r"^[^\n]*\d+%\|")
 MACHINE_PATH = re.compile(
-    r"/(?:home|Users)/\w|/tmp/|/var/folders/|\b[A-Z]:\\+Users\\|site-packages|dist-packages"
+    r"/(?:home|Users)/\w|(?<!/data/local)/tmp/|/var/folders/|\b[A-Z]:\\+Users\\|site-packages|dist-packages"
     + "".join(f"|{re.escape(str(path))}/" for path in (Path.home(), HERE.parent) if len(path.parts) > 1)
 )
 
