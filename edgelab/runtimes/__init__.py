@@ -28,6 +28,7 @@ RUNTIMES = {
     "onnxruntime": "edgelab.runtimes.onnxruntime:OnnxRuntime",
     "openvino": "edgelab.runtimes.openvino:OpenVino",
     "llamacpp": "edgelab.runtimes.llamacpp:LlamaCpp",
+    "executorch": "edgelab.runtimes.executorch:ExecuTorch",
 }
 IN_TORCH = ("torch", "simulated", "compiled")
 
