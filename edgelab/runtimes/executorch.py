@@ -7,6 +7,7 @@ it packed in its own way. XNNPACK has one pool of threads for a process.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -42,18 +43,19 @@ class ExecuTorch:
     def export(variant: Path, folder: Path) -> int:
         """Write the program; returns its bytes: weights and a few kilobytes of instructions."""
         _operators()
-        from edgelab.runtimes import executorch_export
-
         native = variants.read_about(variant)["native"]
-        executorch_export.check_layout(variant)
-        executorch_export.write(variants.load(variant), native, folder / PROGRAM)
+        with warnings.catch_warnings(action="ignore"):  # of names that torch is going to take away
+            from edgelab.runtimes import executorch_export
+
+            executorch_export.check_layout(variant)
+            executorch_export.write(variants.load(variant), native, folder / PROGRAM)
         return (folder / PROGRAM).stat().st_size
 
     def __init__(self, folder: Path, threads: int) -> None:
         _operators()
-        from executorch.extension.pybindings import portable_lib
-        from executorch.runtime import Runtime
-
+        with warnings.catch_warnings(action="ignore"):  # that the interface is young
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
         if portable_lib._threadpool_get_thread_count() != threads:
             portable_lib._unsafe_reset_threadpool(threads)
         file = folder / PROGRAM
@@ -112,7 +114,8 @@ class ExecuTorch:
 def _operators() -> None:
     """Load the operators of language models and of rounded embeddings. Raises EngineMissing without the package."""
     try:
-        import executorch.kernels.quantized  # noqa: F401
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+        with warnings.catch_warnings(action="ignore"):
+            import executorch.kernels.quantized
+            from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
     except ImportError:
-        raise EngineMissing("ExecuTorch", "runtimes") from None
+        raise EngineMissing("ExecuTorch", "executorch") from None
