@@ -29,6 +29,7 @@ RUNTIMES = {
     "openvino": "edgelab.runtimes.openvino:OpenVino",
     "llamacpp": "edgelab.runtimes.llamacpp:LlamaCpp",
     "executorch": "edgelab.runtimes.executorch:ExecuTorch",
+    "litert": "edgelab.runtimes.litert:LiteRt",
 }
 IN_TORCH = ("torch", "simulated", "compiled")
 
