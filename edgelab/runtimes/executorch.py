@@ -115,7 +115,7 @@ def _operators() -> None:
     """Load the operators of language models and of rounded embeddings. Raises EngineMissing without the package."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            import executorch.kernels.quantized
+            import executorch.kernels.quantized  # noqa: F401
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
     except ImportError:
         raise EngineMissing("ExecuTorch", "executorch") from None

@@ -12,6 +12,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import io
+import json
 import sys
 import tempfile
 import types
@@ -31,7 +32,7 @@ try:
 except ImportError:
     ai_edge_litert = None
 
-BUNDLE, MODEL = "model.litertlm", "model.tflite"
+BUNDLE, MODEL, NOTE = "model.litertlm", "model.tflite", "weights.json"
 LAYOUTS = ("llama", "qwen2", "qwen3")
 CHUNK = 128  # tokens of a prompt at once
 ROOM = 2048  # tokens of the cache
@@ -68,7 +69,8 @@ class LiteRt:
                 f"The export to LiteRT knows {', '.join(LAYOUTS)}, not {layout}; use 'torch'."
             )
         convert = _converter()
-        recipe = RECIPES[variants.read_about(variant)["native"]]
+        native = variants.read_about(variant)["native"]
+        recipe = RECIPES[native]
         with tempfile.TemporaryDirectory(dir=folder) as work:
             source, made = Path(work) / "source", Path(work) / "made"
             variants.load(variant).save_pretrained(source)
@@ -84,6 +86,7 @@ class LiteRt:
                     keep_temporary_files=True,
                 )
             (made / BUNDLE).replace(folder / BUNDLE)
+            (folder / NOTE).write_text(json.dumps({"native": native}))
             model = made / (MODEL if recipe == "none" else "model_quantized.tflite")
             return model.replace(folder / MODEL).stat().st_size
 
@@ -99,8 +102,9 @@ class LiteRt:
         try:
             self._engine = CompiledModel.from_file(str(folder / MODEL), options=options)
             self._prefill = f"prefill_{CHUNK}"
+            native = json.loads((folder / NOTE).read_text())["native"]
             shapes = self._engine.get_input_tensor_details("decode")
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, OSError):
             raise RuntimeRefused(
                 f"{folder / MODEL} is no model that LiteRT can run; `edgelab cache clear` removes it."
             ) from None
@@ -119,7 +123,7 @@ class LiteRt:
             for signature in (self._prefill, "decode")
         }
         self._logits = self._engine.create_output_buffer_by_name("decode", "logits")
-        self.kernel = "XNNPACK float32"
+        self.kernel = f"XNNPACK {native}, int8 activations" if native else "XNNPACK float32"
         self._length = 0
 
     def prefill(self, ids: list[int]) -> int:
