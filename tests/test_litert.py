@@ -1,5 +1,8 @@
 """LiteRT on tiny models: PyTorch's next tokens, its own rounding close to them, and what it refuses."""
 
+import importlib.util
+import shutil
+
 import pytest
 import torch
 
@@ -33,12 +36,7 @@ def pair(tmp_path_factory, new_model, byte_tokenizer):
 def test_float_log_probabilities_are_those_of_pytorch(pair):
     engine, _, folder = pair
     assert engine.kernel == "XNNPACK float32"
-    for ids in (
-        IDS,
-        IDS[:1],
-        IDS * 11,
-        IDS * 24,
-    ):  # 12 tokens, one, 132 and 288: one piece, none, two and three
+    for ids in (IDS, IDS[:1], IDS * 11, IDS * 24):  # of 12 tokens, one, 132 and 288: up to three pieces
         assert apart(engine, folder, ids) < 1e-4
 
 
@@ -58,12 +56,12 @@ def test_a_text_fills_the_cache_and_no_more(pair):
         engine.decode(7)
 
 
-@pytest.mark.parametrize(("width", "most"), [("int8", 0.1), ("int4", 1)])
+@pytest.mark.parametrize(("width", "most"), [("int8", 0.2), ("int4", 1)])
 def test_its_own_rounding(variant, width, most):
     folder = variant(f"native.{width}")
     engine = runtimes.load("litert", folder)
     assert engine.kernel == f"XNNPACK {width}, int8 activations"
-    assert most / 100 < apart(engine, folder) < most
+    assert most / 200 < apart(engine, folder) < most
 
 
 @pytest.mark.parametrize(
@@ -96,19 +94,17 @@ def test_an_unknown_layout_is_refused(variant):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"GGUF" * 9, lambda _: b""]
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"GGUF" + data[4:8][::-1] + data[8:], lambda _: b""]
 )
 def test_a_damaged_model_is_refused(pair, tmp_path, damage):
     from edgelab.runtimes.litert import MODEL, NOTE, LiteRt
 
-    whole = runtimes.exported("litert", pair[2]).folder / MODEL
-    (tmp_path / NOTE).write_text('{"native": null}')
-    (tmp_path / MODEL).write_bytes(damage(whole.read_bytes()))
+    whole = runtimes.exported("litert", pair[2]).folder
+    shutil.copy(whole / NOTE, tmp_path)
+    (tmp_path / MODEL).write_bytes(damage((whole / MODEL).read_bytes()))
     with pytest.raises(RuntimeRefused, match="`edgelab cache clear`"):
         LiteRt(tmp_path, 1)
 
 
 def test_tensorflow_is_not_left_behind(pair):
-    import importlib.util
-
     assert importlib.util.find_spec("tensorflow") is None

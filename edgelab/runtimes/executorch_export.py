@@ -10,10 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-    XnnpackDynamicallyQuantizedPartitioner,
-    XnnpackPartitioner,
-)
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from torch import Tensor, nn
 from torch.nn import functional
@@ -165,13 +162,10 @@ def write(model: PreTrainedModel, native: str | None, file: Path) -> None:
     with torch.no_grad():
         shapes = ({1: time}, {}, {0: places})
         traced = torch.export.export(step, example, dynamic_shapes=shapes, strict=False)
-    partitioners = [XnnpackPartitioner()]
-    if native is not None:
-        partitioners.insert(0, XnnpackDynamicallyQuantizedPartitioner())
     notes = {"room": room, "chunk": chunk, "bits": int(native.removeprefix("int")) if native else 32}
     settings = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
     lowered = to_edge_transform_and_lower(
-        traced, partitioner=partitioners, compile_config=settings, constant_methods=notes
+        traced, partitioner=[XnnpackPartitioner()], compile_config=settings, constant_methods=notes
     )
     program = lowered.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
     with file.open("wb") as stream:

@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.util
 import io
 import json
+import os
 import sys
 import tempfile
 import types
@@ -37,6 +38,7 @@ LAYOUTS = ("llama", "qwen2", "qwen3")
 CHUNK = 128  # tokens of a prompt at once
 ROOM = 2048  # tokens of the cache
 RECIPES = {None: "none", "int8": "dynamic_wi8_afp32", "int4": "dynamic_wi4_afp32"}
+IDENTIFIER = b"TFL3"  # of a TensorFlow Lite file, at its byte 4
 UNSEEN = -1e9  # added to the score of a token that lies ahead
 
 
@@ -86,9 +88,10 @@ class LiteRt:
                     keep_temporary_files=True,
                 )
             (made / BUNDLE).replace(folder / BUNDLE)
-            (folder / NOTE).write_text(json.dumps({"native": native}))
             model = made / (MODEL if recipe == "none" else "model_quantized.tflite")
-            return model.replace(folder / MODEL).stat().st_size
+            size = model.replace(folder / MODEL).stat().st_size
+            (folder / NOTE).write_text(json.dumps({"native": native, "bytes": size}))
+            return size
 
     def __init__(self, folder: Path, threads: int) -> None:
         if ai_edge_litert is None:
@@ -99,10 +102,10 @@ class LiteRt:
         from ai_edge_litert.options import Options
 
         options = Options(HardwareAccelerator.CPU, cpu_options=CpuOptions(num_threads=threads))
+        self._prefill = f"prefill_{CHUNK}"
         try:
+            native = _read_note(folder)
             self._engine = CompiledModel.from_file(str(folder / MODEL), options=options)
-            self._prefill = f"prefill_{CHUNK}"
-            native = json.loads((folder / NOTE).read_text())["native"]
             shapes = self._engine.get_input_tensor_details("decode")
         except (RuntimeError, ValueError, OSError):
             raise RuntimeRefused(
@@ -110,11 +113,11 @@ class LiteRt:
             ) from None
         self.room = int(shapes["mask"]["shape"][-1])
         self._vocabulary = int(self._engine.get_output_tensor_details("decode")["logits"]["shape"][-1])
-        self._cache = {
-            name: self._engine.create_input_buffer_by_name("decode", name)
-            for name in shapes
-            if name.startswith("kv_cache")
-        }
+        self._cache = {}
+        for name, about in shapes.items():
+            if name.startswith("kv_cache"):  # zeros: what lies there counts for nothing, unless it is no number
+                self._cache[name] = self._engine.create_input_buffer_by_name("decode", name)
+                self._cache[name].write(np.zeros(about["shape"], np.float32))
         self._inputs = {
             signature: {
                 name: self._engine.create_input_buffer_by_name(signature, name)
@@ -193,6 +196,16 @@ def benchmark(folder: Path, threads: int, prompt_tokens: int, new_tokens: int) -
         str(folder / BUNDLE), backend, prefill_tokens=prompt_tokens, decode_tokens=new_tokens
     ).run()
     return found.last_prefill_tokens_per_second, found.last_decode_tokens_per_second
+
+
+def _read_note(folder: Path) -> str | None:
+    """How the weights were rounded. Raises ValueError for a file that LiteRT would crash on instead of refusing it."""
+    note = json.loads((folder / NOTE).read_text())
+    with (folder / MODEL).open("rb") as stream:
+        whole = os.fstat(stream.fileno()).st_size == note["bytes"]
+        if not whole or stream.read(8)[4:] != IDENTIFIER:
+            raise ValueError("not the model that was exported")
+    return note["native"]
 
 
 def _converter():
