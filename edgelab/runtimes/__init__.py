@@ -28,6 +28,8 @@ RUNTIMES = {
     "onnxruntime": "edgelab.runtimes.onnxruntime:OnnxRuntime",
     "openvino": "edgelab.runtimes.openvino:OpenVino",
     "llamacpp": "edgelab.runtimes.llamacpp:LlamaCpp",
+    "executorch": "edgelab.runtimes.executorch:ExecuTorch",
+    "litert": "edgelab.runtimes.litert:LiteRt",
 }
 IN_TORCH = ("torch", "simulated", "compiled")
 

@@ -1,0 +1,172 @@
+"""What ExecuTorch runs: a model with attention and cache as its own operators, lowered to XNNPACK.
+
+One method, `forward(ids, start, kept)`: the next tokens of a sequence (1, time), their first position (1,) and the
+places among them whose logits are wanted (places,); time and places may be anything up to CHUNK. It returns
+(1, places, vocabulary). Keys and values are buffers of the program.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from torch import Tensor, nn
+from torch.nn import functional
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    choose_qparams_affine,
+    dequantize_affine,
+    quantize_affine,
+)
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from edgelab import variants
+from edgelab.runtimes import RuntimeRefused
+
+CHUNK = 512  # tokens at once; memory for their logits is planned, not touched
+ROOM = 2048  # tokens of the cache
+GROUP = 32  # inputs under one scale of native.int4
+LAYOUTS = ("llama", "qwen2", "qwen3")  # whose attention is causal to the first token, in every layer
+ATTENTION = "edgelab_executorch"  # a name that transformers has no mask for: the operator masks by itself
+
+
+class StateCache:
+    """Keys and values in buffers (1, ROOM, heads, head_dim), as transformers' models use a cache."""
+
+    def __init__(self, owner: nn.Module, config: PretrainedConfig, room: int) -> None:
+        heads = config.num_key_value_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.owner = owner
+        for layer in range(config.num_hidden_layers):
+            for name in ("keys", "values"):
+                empty = torch.zeros(1, room, heads, head_dim)
+                owner.register_buffer(f"{name}_{layer}", empty, persistent=False)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Write (1, heads, time, head_dim) from `start` on; returns the buffers."""
+        kept = []
+        for name, new in (("keys", keys), ("values", values)):
+            buffer = getattr(self.owner, f"{name}_{layer}")
+            torch.ops.llama.update_cache(new.transpose(1, 2).contiguous(), buffer, self.owner.start)
+            kept.append(buffer)
+        return kept[0], kept[1]
+
+    def get_seq_length(self, *_: object) -> int:
+        """Positions are given."""
+        return 0
+
+
+def attend(
+    layer: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """Causal attention of (1, heads, time, head_dim) to all that the buffers hold; (1, time, heads, head_dim)."""
+    start = layer.step.start
+    found = torch.ops.llama.custom_sdpa(
+        query.transpose(1, 2).contiguous(), keys, values, start, None, 0.0, True, kwargs.get("scaling")
+    )
+    return found, None
+
+
+class Step(nn.Module):
+    """A model with its cache as a function of the next tokens; see the head of this file. Changes the model."""
+
+    def __init__(self, model: PreTrainedModel, room: int) -> None:
+        super().__init__()
+        self.model, self.start, self.room = model, 0, room
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+        model.set_attn_implementation(ATTENTION)
+        self.cache = StateCache(self, model.config, room)
+        for layer in model.modules():
+            if hasattr(layer, "layer_idx") and hasattr(layer, "head_dim"):
+                object.__setattr__(layer, "step", self)  # no submodule: it would be its own child
+
+    def forward(self, ids: Tensor, start: Tensor, kept: Tensor) -> Tensor:
+        self.start = start[0].item()
+        torch._check(self.start >= 0)
+        torch._check(self.start + ids.shape[1] <= self.room)
+        places = (torch.arange(ids.shape[1]) + self.start)[None]
+        hidden = self.model.base_model(
+            input_ids=ids, position_ids=places, past_key_values=self.cache, use_cache=True
+        )[0]
+        return self.model.lm_head(hidden[:, kept])
+
+
+class Rounded(nn.Module):
+    """A layer of torchao as plain operators, in the pattern that XNNPACK knows: exporting them takes far less time."""
+
+    def __init__(self, layer: nn.Linear | nn.Embedding) -> None:
+        super().__init__()
+        weight = layer.weight
+        self.looks_up, self.block, self.bias = isinstance(layer, nn.Embedding), weight.block_size, None
+        self.low, self.high = (-8, 7) if weight.target_dtype == torch.int4 else (-128, 127)
+        for name in ("qdata", "scale", "zero_point"):
+            self.register_buffer(name, getattr(weight, name))
+        if getattr(layer, "bias", None) is not None:
+            self.bias = layer.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight = dequantize_affine(
+            self.qdata, self.block, self.scale, self.zero_point, torch.int8, self.low, self.high
+        )
+        if self.looks_up:
+            return functional.embedding(inputs, weight)
+        token = (*[1] * (inputs.dim() - 1), inputs.shape[-1])
+        limits = {"quant_min": -128, "quant_max": 127}
+        scale, zero_point = choose_qparams_affine(
+            inputs, MappingType.ASYMMETRIC, token, torch.int8, **limits, zero_point_dtype=torch.int8
+        )
+        integers = quantize_affine(inputs, token, scale, zero_point, torch.int8, **limits)
+        inputs = dequantize_affine(integers, token, scale, zero_point, torch.int8, **limits)
+        return functional.linear(inputs, weight, self.bias)
+
+
+def check_layout(variant: Path) -> None:
+    """Raises RuntimeRefused for a layout whose attention is not that of `attend`."""
+    layout = variants.load_config(variant).model_type
+    if layout not in LAYOUTS:
+        raise RuntimeRefused(
+            f"The export to ExecuTorch knows {', '.join(LAYOUTS)}, not {layout}; use 'torch'."
+        )
+
+
+def round_weights(model: PreTrainedModel, width: str) -> None:
+    """Round with torchao, in place: linear layers to `width`, the embedding to int8, one scale per row."""
+    head = model.lm_head
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # no longer the embedding's
+    dtype, granularity = (torch.int4, PerGroup(GROUP)) if width == "int4" else (torch.int8, PerAxis(0))
+    quantize_(
+        model, Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
+    )
+    whole = IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
+    quantize_(model, whole, lambda layer, _: isinstance(layer, nn.Embedding))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            model.set_submodule(name, Rounded(layer))
+
+
+def write(model: PreTrainedModel, native: str | None, file: Path) -> None:
+    """Round if wanted, trace, lower to XNNPACK and write the program. Changes the model."""
+    room = min(ROOM, model.config.max_position_embeddings)
+    chunk = min(CHUNK, room // 2)
+    if native is not None:
+        round_weights(model, native)
+    step = Step(model.eval(), room).eval()
+    some = {"min": 1, "max": chunk}
+    time, places = torch.export.Dim("time", **some), torch.export.Dim("places", **some)
+    example = torch.zeros(1, 5, dtype=torch.long), torch.tensor([0]), torch.arange(3)
+    with torch.no_grad():
+        shapes = ({1: time}, {}, {0: places})
+        traced = torch.export.export(step, example, dynamic_shapes=shapes, strict=False)
+    notes = {"room": room, "chunk": chunk, "bits": int(native.removeprefix("int")) if native else 32}
+    settings = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    lowered = to_edge_transform_and_lower(
+        traced, partitioner=[XnnpackPartitioner()], compile_config=settings, constant_methods=notes
+    )
+    program = lowered.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
+    with file.open("wb") as stream:
+        program.write_to_file(stream)
