@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+PHONE := .venv-phone
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch lab compare test browser compiler notebooks reference lint format bench engines peers lock clean
+.PHONY: help setup fetch lab compare test phone browser compiler notebooks reference lint format bench engines peers lock clean
 
 help:
 	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
@@ -21,6 +22,7 @@ help:
 	@echo "make reference  measure the rows of data/reference anew, and the picture of the README"
 	@echo "make bench      measure the measuring: against a plain loop and against lm-eval"
 	@echo "make engines    the same integers on every engine: shares of the bandwidth limit, and the engines' own timings"
+	@echo "make phone      an environment for ExecuTorch and LiteRT too, in .venv-phone"
 	@echo "make peers      quantize with llm-compressor, auto-round, hqq and torchao too, in an environment of theirs"
 	@echo "make lock       resolve the dependencies anew into requirements.lock"
 	@echo "make clean      remove the environment and build leftovers; weights, rows and results stay"
@@ -61,6 +63,18 @@ $(VENV)/bench.stamp: $(VENV)/installed.stamp
 	$(PIP) --quiet --constraint requirements.lock --editable '.[bench]'
 	@touch $@
 
+# The engines of phones, 600 MB, in an environment that sees the first: torchao, which both of them bring, would be
+# imported by every process of edgelab in the first.
+$(PHONE)/installed.stamp: $(VENV)/installed.stamp requirements-phone.lock
+	$(BIN)/python -m venv --clear $(PHONE)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$($(PHONE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(PHONE)/bin/python -m pip install --disable-pip-version-check --no-deps --requirement requirements-phone.lock
+	$(PHONE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+phone: $(PHONE)/installed.stamp fetch
+
 fetch: setup
 	$(BIN)/edgelab fetch
 
@@ -86,8 +100,9 @@ compiler:
 			|| echo "g++ could not be installed with apt-get; the test of the compiled runtime will fail."; \
 	else echo "No C++ compiler here and no right to install it; the test of the compiled runtime will fail."; fi
 
-test: fetch browser compiler
+test: phone browser compiler
 	$(BIN)/python -m pytest
+	$(PHONE)/bin/python -m pytest tests/test_executorch.py tests/test_litert.py
 
 notebooks: fetch
 	$(BIN)/python notebooks/build.py run $(NAMES)
@@ -112,12 +127,15 @@ ENGINES := "$(INT4)" "$(INT4) @ onnxruntime" "$(INT4) @ openvino" "$(INT4) @ lla
 	"$(INT8)" "$(INT8) @ onnxruntime" "$(INT8) @ openvino" "$(INT8) @ llamacpp" \
 	"none @ onnxruntime" "none @ llamacpp" "quantize.fp16 @ openvino" \
 	"native.int4 @ onnxruntime" "native.int4 @ openvino" "native.int8 @ openvino"
+ON_PHONES := "none @ litert" "native.int8 @ litert" "native.int4 @ litert" \
+	"none @ executorch" "native.int8 @ executorch" "native.int4 @ executorch"
 reference: export EDGELAB_HOME := $(CURDIR)/results/reference
-reference: fetch
+reference: phone
 	$(BIN)/edgelab compare $(MEASURED)
 	$(BIN)/edgelab compare $(SCORED) --only quality
 	$(BIN)/edgelab compare $(COMPILED) --only speed
 	$(BIN)/edgelab compare $(ENGINES)
+	$(PHONE)/bin/edgelab compare $(ON_PHONES)
 	$(BIN)/edgelab ledger export data/reference/quantization.jsonl
 	$(BIN)/edgelab report --reference data/reference/tradeoff.png
 
@@ -134,8 +152,8 @@ format: setup
 bench: $(VENV)/bench.stamp fetch
 	$(BIN)/python -m benchmarks
 
-engines: fetch
-	$(BIN)/python -m benchmarks.engines
+engines: phone
+	$(PHONE)/bin/python -m benchmarks.engines
 
 # Without dependencies: peers.lock holds them all, and benchmarks/peers.txt says why pip would not agree with it.
 $(PEERS)/installed.stamp: benchmarks/peers.lock
@@ -163,5 +181,5 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) $(PEERS) .venv-lock build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(PHONE) .venv-lock build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
-"""Engines on the embedded model, about ten minutes on two quiet cores: `make engines` writes results/engines.md.
+"""Engines on the embedded model, about twenty minutes on two quiet cores: `make engines` writes results/engines.md.
 
-The same 4-bit integers on every engine, in turns with PyTorch in float32; what share of the bandwidth limit each
-reaches; our rates beside those that the engines' own tools report in the same process.
+The same 4-bit integers on every engine that takes them, and the own 4 bits of the others, in turns with PyTorch in
+float32; what share of the bandwidth limit each reaches; our rates beside those that the engines' own tools report in
+the same process.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from edgelab.measure.isolation import Isolated
 from edgelab.measure.latency import Timed
 
 INT4 = "quantize.gptq:bits=4,group_size=64 + quantize.embedding:bits=8"
-ENGINES = ("torch", "onnxruntime", "openvino", "llamacpp")
-EXPORT_S = {"llamacpp": 15, "onnxruntime": 30, "openvino": 15}
+RECIPES = {engine: f"{INT4} @ {engine}" for engine in ("torch", "onnxruntime", "openvino", "llamacpp")} | {
+    engine: f"native.int4 @ {engine}" for engine in ("litert", "executorch")
+}
+EXPORT_S = {"llamacpp": 15, "onnxruntime": 30, "openvino": 15, "litert": 120, "executorch": 180}
+OWN_TOOLS = ("llamacpp", "onnxruntime", "litert")
 PROMPT, TOKENS, ROUNDS = 128, 64, 5
 AGREE = "within 10 %"
 
@@ -33,9 +37,9 @@ class OwnTools:
     def __init__(self, recipe: str) -> None:
         parsed = recipes.parse(recipe)
         source = reference.resolve()
-        folder = variants.build(parsed, source, 0, lambda done, total: None)
+        self.folder = variants.build(parsed, source, 0, lambda done, total: None)
         self.ids = corpora.tokenize("wiki", reference.load_tokenizer(source)).ids[:PROMPT].tolist()
-        self.runtime = runtimes.load(parsed.runtime, folder)
+        self.runtime = runtimes.load(parsed.runtime, self.folder)
         self.timed = Timed(self.runtime, self.ids)
         self.timed.warm_up()
 
@@ -69,10 +73,18 @@ class OwnTools:
             steps.append(time.perf_counter() - started)
         return {"prefill_tok_s": PROMPT / first, "decode_tok_s": 1 / statistics.mean(steps)}
 
+    def litert(self) -> dict[str, float]:
+        """The benchmark of LiteRT-LM on the bundle that a phone opens, as `litert-lm benchmark` runs it."""
+        from edgelab.runtimes import litert
+
+        place = runtimes.exported("litert", self.folder).folder
+        rates = litert.benchmark(place, torch.get_num_threads(), PROMPT, TOKENS)
+        return dict(zip(("prefill_tok_s", "decode_tok_s"), rates, strict=True))
+
 
 def agreement(engine: str) -> Iterator[tuple[str, str, str]]:
     """Median over rounds of our rate ÷ the engine's own, for prefill and decoding."""
-    with Isolated("benchmarks.engines:OwnTools", threads=2, recipe=f"{INT4} @ {engine}") as tools:
+    with Isolated("benchmarks.engines:OwnTools", threads=2, recipe=RECIPES[engine]) as tools:
         rounds = [(tools.call("ours"), tools.call(engine)) for _ in range(ROUNDS)]
     for name in ("prefill_tok_s", "decode_tok_s"):
         ratio = statistics.median(ours[name] / theirs[name] for ours, theirs in rounds)
@@ -81,12 +93,11 @@ def agreement(engine: str) -> Iterator[tuple[str, str, str]]:
 
 
 def speeds() -> Iterator[tuple[str, str, str]]:
-    """Export, loading, decoding and share of the bandwidth limit of the same integers on every engine."""
-    texts = [f"{INT4} @ {engine}" for engine in ENGINES]
-    rows = list(lab.stream(["none", *texts], only="speed", force=True))
+    """Export, loading, decoding and share of the bandwidth limit of 4 bits on every engine."""
+    rows = list(lab.stream(["none", *RECIPES.values()], only="speed", force=True))
     read = max(bandwidth.read_gb_s() for _ in range(3))
     yield "memory read, GB/s", f"{read:.1f}", ""
-    for engine, row in zip(ENGINES, rows[1:], strict=True):
+    for engine, row in zip(RECIPES, rows[1:], strict=True):
         if row.status != "ok":
             raise RuntimeError(f"{row.recipe}: {row.error}")
         low, high = row.decode_ratio_low, row.decode_ratio_high
@@ -108,12 +119,13 @@ def speeds() -> Iterator[tuple[str, str, str]]:
 
 def main() -> None:
     torch.set_num_threads(2)
-    rows = [*speeds(), *agreement("llamacpp"), *agreement("onnxruntime")]
+    rows = [*speeds(), *(line for engine in OWN_TOOLS for line in agreement(engine))]
     machine = ledger.provenance(threads=2)
     lines = [
         f"# Engines, {datetime.date.today()}",
         "",
-        f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_gb']} GB. `{INT4}`",
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['ram_gb']} GB. `{INT4}`, and `native.int4` on "
+        "litert and executorch.",
         "",
         "| what | value | bound |",
         "| --- | --- | --- |",

@@ -94,7 +94,8 @@ def test_an_unknown_layout_is_refused(variant):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[: len(data) // 2], lambda data: b"GGUF" + data[4:8][::-1] + data[8:], lambda _: b""]
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"GGUF" + data[4:8][::-1] + data[8:], lambda _: b""],
 )
 def test_a_damaged_model_is_refused(pair, tmp_path, damage):
     from edgelab.runtimes.litert import MODEL, NOTE, LiteRt

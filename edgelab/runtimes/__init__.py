@@ -51,7 +51,7 @@ class Runtime(Protocol):
     badge: str
     kernel: str
     model: PreTrainedModel | None
-    gives_logits: ClassVar[bool]  # of every position of a sequence, and not only the most likely next tokens
+    gives_logits: bool  # of every position of a sequence, and not only the most likely next tokens
 
     @staticmethod
     def refusal(about: dict) -> str | None:
@@ -78,6 +78,7 @@ class Engine(Runtime, Protocol):
 
     version: ClassVar[int]  # raise it when the export of the same variant changes
     cache_bits: ClassVar[int]  # of a key or value that is kept
+    spare: ClassVar[tuple[str, ...]]  # files of the export that running it does not need
 
     @staticmethod
     def export(variant: Path, folder: Path) -> int:
@@ -86,7 +87,7 @@ class Engine(Runtime, Protocol):
 
 @dataclass(frozen=True)
 class Export:
-    """What an engine loads: its folder, bytes of weights and of all files, and the seconds it took to make."""
+    """What an engine loads: its folder, bytes of weights and of the files it reads, and the seconds it took to make."""
 
     folder: Path
     weights_bytes: int
@@ -117,7 +118,8 @@ def exported(runtime: str, variant: Path) -> Export | None:
             started = time.perf_counter()
             weights = kind.export(variant, draft)
             spent = time.perf_counter() - started
-            found = {"weights_bytes": weights, "file_bytes": variants.folder_bytes(draft), "seconds": spent}
+            files = variants.folder_bytes(draft) - sum((draft / name).stat().st_size for name in kind.spare)
+            found = {"weights_bytes": weights, "file_bytes": files, "seconds": spent}
             (draft / note.name).write_text(json.dumps(found))
         variants.trim(keep=variant)
     return Export(folder, **json.loads(note.read_text()))

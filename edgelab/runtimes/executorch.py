@@ -27,6 +27,7 @@ class ExecuTorch:
     gives_logits = True
     version = 1
     cache_bits = 32
+    spare = ()
 
     @staticmethod
     def refusal(about: dict) -> str | None:

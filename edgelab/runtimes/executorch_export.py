@@ -7,21 +7,19 @@ places among them whose logits are wanted (places,); time and places may be anyt
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401, registers embedding_byte
 from torch import Tensor, nn
 from torch.nn import functional
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
-from torchao.quantization.quant_primitives import (
-    MappingType,
-    choose_qparams_affine,
-    dequantize_affine,
-    quantize_affine,
-)
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -32,6 +30,7 @@ CHUNK = 512  # tokens at once; memory for their logits is planned, not touched
 ROOM = 2048  # tokens of the cache
 GROUP = 32  # inputs under one scale of native.int4
 LAYOUTS = ("llama", "qwen2", "qwen3")  # whose attention is causal to the first token, in every layer
+OPS = torch.ops.quantized_decomposed  # what XNNPACK knows; each is one step of tracing, torchao's are a dozen
 ATTENTION = "edgelab_executorch"  # a name that transformers has no mask for: the operator masks by itself
 
 
@@ -104,25 +103,29 @@ class Rounded(nn.Module):
         weight = layer.weight
         self.looks_up, self.block, self.bias = isinstance(layer, nn.Embedding), weight.block_size, None
         self.low, self.high = (-8, 7) if weight.target_dtype == torch.int4 else (-128, 127)
-        for name in ("qdata", "scale", "zero_point"):
-            self.register_buffer(name, getattr(weight, name))
+        rows = self.block[1] == weight.shape[1]  # one scale each
+        self.register_buffer("qdata", weight.qdata)
+        for name in ("scale", "zero_point"):
+            values = getattr(weight, name)
+            self.register_buffer(name, values.flatten() if rows else values)
         if getattr(layer, "bias", None) is not None:
             self.bias = layer.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        weight = dequantize_affine(
-            self.qdata, self.block, self.scale, self.zero_point, torch.int8, self.low, self.high
-        )
         if self.looks_up:
-            return functional.embedding(inputs, weight)
-        token = (*[1] * (inputs.dim() - 1), inputs.shape[-1])
-        limits = {"quant_min": -128, "quant_max": 127}
-        scale, zero_point = choose_qparams_affine(
-            inputs, MappingType.ASYMMETRIC, token, torch.int8, **limits, zero_point_dtype=torch.int8
-        )
-        integers = quantize_affine(inputs, token, scale, zero_point, torch.int8, **limits)
-        inputs = dequantize_affine(integers, token, scale, zero_point, torch.int8, **limits)
-        return functional.linear(inputs, weight, self.bias)
+            return OPS.embedding_byte(self.qdata, self.scale, None, self.low, self.high, inputs)
+        limits = (-128, 127, torch.int8)
+        scale, zero_point = OPS.choose_qparams_per_token_asymmetric(inputs, torch.int8)
+        integers = OPS.quantize_per_token(inputs, scale, zero_point, *limits)
+        inputs = OPS.dequantize_per_token(integers, scale, zero_point, *limits, torch.float32)
+        return functional.linear(inputs, self._weight(), self.bias)
+
+    def _weight(self) -> Tensor:
+        limits = (self.low, self.high, torch.int8)
+        if self.scale.dim() == 1:
+            return OPS.dequantize_per_channel(self.qdata, self.scale, self.zero_point, 0, *limits)
+        group = (self.block[1], torch.float32)
+        return OPS.dequantize_per_channel_group(self.qdata, self.scale, self.zero_point, *limits, *group)
 
 
 def check_layout(variant: Path) -> None:
@@ -151,6 +154,23 @@ def round_weights(model: PreTrainedModel, width: str) -> None:
 
 def write(model: PreTrainedModel, native: str | None, file: Path) -> None:
     """Round if wanted, trace, lower to XNNPACK and write the program. Changes the model."""
+    with _uncollected():
+        _write(model, native, file)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Tracing makes millions of objects that stay; looking for garbage among them takes a fifth of its time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _write(model: PreTrainedModel, native: str | None, file: Path) -> None:
     room = min(ROOM, model.config.max_position_embeddings)
     chunk = min(CHUNK, room // 2)
     if native is not None:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from edgelab import variants
@@ -47,9 +48,9 @@ class LiteRt:
 
     badge = "runtime"
     model = None
-    gives_logits = False  # of the last token of a text alone
     version = 1
     cache_bits = 32
+    spare = (BUNDLE,)  # LiteRT-LM and a phone read it
 
     @staticmethod
     def refusal(about: dict) -> str | None:
@@ -115,7 +116,9 @@ class LiteRt:
         self._vocabulary = int(self._engine.get_output_tensor_details("decode")["logits"]["shape"][-1])
         self._cache = {}
         for name, about in shapes.items():
-            if name.startswith("kv_cache"):  # zeros: what lies there counts for nothing, unless it is no number
+            if name.startswith(
+                "kv_cache"
+            ):  # zeros: what lies there counts for nothing, unless it is no number
                 self._cache[name] = self._engine.create_input_buffer_by_name("decode", name)
                 self._cache[name].write(np.zeros(about["shape"], np.float32))
         self._inputs = {
@@ -126,6 +129,7 @@ class LiteRt:
             for signature in (self._prefill, "decode")
         }
         self._logits = self._engine.create_output_buffer_by_name("decode", "logits")
+        self.gives_logits = native is not None  # slowly; float32 can be asked for answers instead
         self.kernel = f"XNNPACK {native}, int8 activations" if native else "XNNPACK float32"
         self._length = 0
 
@@ -173,6 +177,14 @@ class LiteRt:
         return RuntimeRefused(
             f"The cache of a LiteRT model holds {self.room} tokens here; use a shorter text."
         )
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Logits at every position of a new sequence, (time, vocabulary) float32, one step after the other.
+
+        What takes a prompt in pieces returns no logits.
+        """
+        self._length = 0
+        return torch.stack([torch.from_numpy(self._step(token)) for token in ids])
 
     def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
         """The most likely next tokens of a new sequence with their log-probabilities, best first."""

@@ -28,6 +28,7 @@ class LlamaCpp:
     gives_logits = True
     version = 1
     cache_bits = 16
+    spare = ()
 
     @staticmethod
     def refusal(about: dict) -> str | None:

@@ -37,6 +37,7 @@ class OnnxRuntime:
     gives_logits = True
     version = 1
     cache_bits = 32
+    spare = ()
     provider = "CPUExecutionProvider"
 
     @staticmethod

@@ -36,6 +36,7 @@ class OpenVino:
     gives_logits = True
     version = 1
     cache_bits = 8
+    spare = ()
 
     @staticmethod
     def refusal(about: dict) -> str | None:
