@@ -129,6 +129,8 @@ ENGINES := "$(INT4)" "$(INT4) @ onnxruntime" "$(INT4) @ openvino" "$(INT4) @ lla
 	"native.int4 @ onnxruntime" "native.int4 @ openvino" "native.int8 @ openvino"
 ON_PHONES := "none @ litert" "native.int8 @ litert" "native.int4 @ litert" \
 	"none @ executorch" "native.int8 @ executorch" "native.int4 @ executorch"
+INT4_EVERYWHERE := "$(INT4)" "$(INT4) @ onnxruntime" "$(INT4) @ openvino" "$(INT4) @ llamacpp" \
+	"native.int4 @ litert" "native.int4 @ executorch"
 reference: export EDGELAB_HOME := $(CURDIR)/results/reference
 reference: phone
 	$(BIN)/edgelab compare $(MEASURED)
@@ -136,7 +138,10 @@ reference: phone
 	$(BIN)/edgelab compare $(COMPILED) --only speed
 	$(BIN)/edgelab compare $(ENGINES)
 	$(PHONE)/bin/edgelab compare $(ON_PHONES)
-	$(BIN)/edgelab ledger export data/reference/quantization.jsonl
+	for threads in 1 2; do for prompt in 32 128 512; do \
+		$(PHONE)/bin/edgelab compare $(INT4_EVERYWHERE) --only speed --threads $$threads --prompt-tokens $$prompt; \
+	done; done
+	$(BIN)/edgelab ledger export data/reference/rows.jsonl
 	$(BIN)/edgelab report --reference data/reference/tradeoff.png
 
 lint: setup
@@ -178,6 +183,12 @@ lock:
 	.venv-lock/tested/bin/pip install --quiet --constraint .venv-lock/all.txt --editable '.[test,runtimes]'
 	.venv-lock/tested/bin/pip freeze --exclude-editable --exclude uv | sed 's/+cpu$$//' > .venv-lock/tested.txt
 	mv .venv-lock/tested.txt requirements.lock
+	$(PYTHON) -m venv --clear .venv-lock/phone
+	$(call install_torch,.venv-lock/phone/bin/python,$(PIN))
+	.venv-lock/phone/bin/pip install --quiet --constraint requirements.lock --editable '.[test,runtimes,executorch,litert]'
+	.venv-lock/phone/bin/pip freeze --exclude-editable --exclude uv | sed 's/+cpu$$//' \
+		| grep --invert-match --line-regexp --fixed-strings --file requirements.lock > .venv-lock/phone.txt
+	mv .venv-lock/phone.txt requirements-phone.lock
 	rm -rf .venv-lock
 
 clean:

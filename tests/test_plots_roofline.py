@@ -38,6 +38,16 @@ def test_the_limit_is_bandwidth_over_bytes_and_points_say_their_share():
     figure.savefig(io.BytesIO(), format="png")
 
 
+def test_one_recipe_on_several_runtimes_is_named_by_the_runtimes():
+    engines = [
+        Row(f"{ROWS[1].recipe}{on}", "quantize", runtime=runtime, weights_mb=100.0, decode_tok_s=rate)
+        for on, runtime, rate in (("", "torch", 50.0), (" @ openvino", "openvino", 100.0))
+    ]
+    assert {"baseline, 50%", "torch, 25%", "openvino, 50%"} <= texts(
+        plots.decode_limit([ROWS[0], *engines], 20.0)
+    )
+
+
 def test_rows_of_fast_mode_and_failed_rows_are_said():
     failed = Row("quantize.bf16", "quantize", status="crashed")
     figure = plots.decode_limit(

@@ -43,15 +43,21 @@ def test_environment_file_lists_the_dependencies_of_pyproject():
     assert dependencies[-1]["pip"] == TESTED
 
 
-def test_lock_pins_what_pyproject_asks_for():
-    lines = (TOP / "requirements.lock").read_text().splitlines()
-    pins = {}
-    for line in lines:
-        name, version = re.fullmatch(r"([\w.\-]+)==([\w.]+)", line).groups()
-        pins[canonicalize_name(name)] = version
-    assert "edgelab" not in pins
-    for requirement in map(Requirement, TESTED):
-        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+def pins(name: str) -> dict[str, str]:
+    """Versions by package of a lock file."""
+    lines = (TOP / name).read_text().splitlines()
+    pairs = (re.fullmatch(r"([\w.\-]+)==([\w.]+)", line).groups() for line in lines)
+    return {canonicalize_name(package): version for package, version in pairs}
+
+
+def test_locks_pin_what_pyproject_asks_for():
+    first, phone = pins("requirements.lock"), pins("requirements-phone.lock")
+    assert "edgelab" not in first
+    assert not first.keys() & phone.keys()  # the second environment sees the first
+    optional = PROJECT["optional-dependencies"]
+    for requirement in map(Requirement, [*TESTED, *optional["executorch"], *optional["litert"]]):
+        pinned = (first | phone)[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pinned), requirement
 
 
 def test_imports_keep_their_direction():

@@ -54,10 +54,10 @@ def decode_limit(rows: Rows, read_gb_s: float) -> Figure:
     limit = np.column_stack([megabytes, limit_tok_s(megabytes, read_gb_s)])
     axes.plot(*limit.T, **BASELINE_LINE)
     marks = [Mark(*limit[49], f"{read_gb_s:.3g} GB/s ÷ bytes", "black")]
-    for _, row in drawn.iterrows():
+    for name, (_, row) in zip(_names(drawn), drawn.iterrows(), strict=True):
         draw_point(axes, row["weights_mb"], row["decode_tok_s"], row)
         share = row["decode_tok_s"] / limit_tok_s(row["weights_mb"], read_gb_s)
-        text = f"{label(row['recipe'])}, {share:.0%}"
+        text = f"{name}, {share:.0%}"
         marks.append(Mark(row["weights_mb"], row["decode_tok_s"], text, colour(row["family"])))
     _logarithmic(axes)
     axes.margins(0.06)
@@ -67,6 +67,17 @@ def decode_limit(rows: Rows, read_gb_s: float) -> Figure:
     stamp(figure, frame, [*notes, *cautions(drawn, ["decode_tok_s"])])
     label_marks(axes, marks, [limit])
     return figure
+
+
+def _names(drawn: pd.DataFrame) -> list[str]:
+    """A label for each row; rows of one recipe on several runtimes need no more than the runtime."""
+    names = [label(recipe) for recipe in drawn["recipe"]]
+    weights = [name.partition(" @ ")[0] for name in names]
+    repeated = {name for name in weights if weights.count(name) > 1}
+    if len(repeated) != 1:
+        return names
+    zipped = zip(names, weights, drawn["runtime"], strict=True)
+    return [runtime if of in repeated else name for name, of, runtime in zipped]
 
 
 def roofline(points: pd.DataFrame, read_gb_s: float, gflop_s: Mapping[str, float]) -> Figure:
