@@ -169,7 +169,7 @@ def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None = Non
         family=recipe.family,
         model=source.name,
         runtime=recipe.runtime,
-        **ledger.provenance(chosen.threads),
+        **ledger.provenance(chosen.threads, runtimes.find(recipe.runtime).packages),
     )
     started = time.perf_counter()
     try:
@@ -203,7 +203,7 @@ def _known(recipe: recipes.Recipe, chosen: Settings, interleaved: bool = False) 
     """The newest row that answers the same question, on this machine, with these versions; None where forced."""
     if chosen.force:
         return None
-    here = ledger.provenance(chosen.threads)
+    here = ledger.provenance(chosen.threads, runtimes.find(recipe.runtime).packages)
     same = {name: here[name] for name in ("host", "threads", "versions")}
     question = _question(recipe, reference.resolve(chosen.model).sha, chosen)
     row = ledger.find(**question, **same, status="ok")
@@ -268,7 +268,11 @@ def _gate(row: Row, recipe: recipes.Recipe, bench: Isolated, chosen: Settings) -
     twin = replace(recipe, runtime=recipes.DEFAULT_RUNTIME)
     if row.ppl is not None:
         quality = replace(chosen, only="quality", force=False)
-        verdict = parity.by_perplexity(row.ppl, (_known(twin, quality) or _row(twin, quality)).ppl)
+        theirs = _known(twin, quality) or _row(twin, quality)
+        if theirs.status != "ok":
+            row.parity, row.parity_detail = "failed", f"PyTorch could not be asked: {theirs.error}"
+            return
+        verdict = parity.by_perplexity(row.ppl, theirs.ppl)
     else:
         asked = {"corpus": chosen.corpus, "progress": _bar(f"{recipe}: parity")}
         with _bench(twin, chosen) as other:

@@ -250,8 +250,11 @@ def export(rows: list[Row], file: Path) -> Path:
     return file
 
 
-def provenance(threads: int) -> dict[str, object]:
-    """Machine, versions and time: where a row comes from. `host` is a hash, so that rows can be shared."""
+def provenance(threads: int, packages: Iterable[str] = ()) -> dict[str, object]:
+    """Machine, versions (those of `packages` too) and time: where a row comes from.
+
+    `host` is a hash, so that rows can be shared.
+    """
     machine = hashlib.sha256(f"{platform.node()} {_cpu()}".encode()).hexdigest()[:10]
     return {
         "host": machine,
@@ -261,16 +264,23 @@ def provenance(threads: int) -> dict[str, object]:
         "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "os": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": versions(packages),
         "git_sha": _git_sha(),
         "started_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
 
 
-def versions() -> str:
-    """The packages that decide the numbers, as JSON text."""
-    names = ("edgelab", "torch", "transformers", "numpy")
-    return json.dumps({name: metadata.version(name) for name in names})
+def versions(packages: Iterable[str] = ()) -> str:
+    """The packages that decide the numbers, an engine's `packages` among them, as JSON text; null: not installed."""
+    names = ("edgelab", "torch", "transformers", "numpy", *packages)
+    return json.dumps({name: _version(name) for name in names})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:

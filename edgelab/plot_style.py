@@ -268,6 +268,7 @@ def as_frame(rows: Rows) -> pd.DataFrame:
     frame["fast"] = frame["fast"].map(lambda value: value in (True, 1)).astype(bool)  # null is not fast
     frame["reader"] = frame["source"] != "reference"
     frame["hollow"] = frame["parity"].str.lower().isin(["fail", "failed", "false"])
+    frame["ungated"] = (frame["badge"] == "runtime") & (frame["parity"] == "")
     return frame
 
 
@@ -310,6 +311,8 @@ def cautions(drawn: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
         notes.append(f"Times come from several machines ({hosts}) and must not be ranked together.")
     if drawn["hollow"].any():
         notes.append("Hollow markers failed the parity gate: their outputs are not the reference's.")
+    if MACHINE_BOUND.intersection(metrics) and drawn["ungated"].any():
+        notes.append("Rows of engines without a parity verdict earn no rank: measure their quality too.")
     return notes
 
 

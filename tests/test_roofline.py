@@ -166,7 +166,7 @@ def test_the_split_that_made_the_rates_is_found_again(true_split):
     rates = [
         (PRECISIONS[name], decode_tok_s(machine, shape, PRECISIONS[name], engine=made)) for name in names
     ]
-    assert choose_split(shape, rates, 26.0) == true_split
+    assert choose_split(shape, [rates], 26.0) == true_split
 
 
 def test_calibration_refuses_rates_and_splits_out_of_range():

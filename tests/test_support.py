@@ -20,9 +20,10 @@ def answers():
 def test_every_runtime_answers_to_every_layout(answers):
     assert len(answers) == len(support.LAYOUTS) * len(runtimes.RUNTIMES)
     said = {(answer.recipe, answer.runtime): answer.reason for answer in answers}
-    assert all(said["quantize.rtn:bits=4", name] is None for name in runtimes.RUNTIMES)
+    own = {"executorch", "litert"}  # take nothing but what their own quantizers round
+    assert {name for name in runtimes.RUNTIMES if said["quantize.rtn:bits=4", name]} == own
     assert said["quantize.nf4", "torch"] is None and "codebook" in said["quantize.nf4", "onnxruntime"]
-    assert "names" not in said["native.int4", "torch"] and "engine itself" in said["native.int4", "torch"]
+    assert "engine itself" in said["native.int4", "torch"]
     assert said["native.int4", "openvino"] is None
     for reason in filter(None, said.values()):
         assert reason.endswith(".") and "\n" not in reason and len(reason) < 220
@@ -43,10 +44,19 @@ def test_the_command_line_lists_it():
     assert "✓" in shown and "native.int8 is rounded by an engine itself" in shown
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "llamacpp", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "llamacpp", "openvino", "executorch", "litert"])
 def test_what_the_table_refuses_is_refused(variant, answers, runtime):
-    refused = [
-        a for a in answers if a.runtime == runtime and a.reason and a.recipe.startswith("quantize.nf4")
-    ]
-    with pytest.raises(RuntimeRefused):
-        runtimes.load(runtime, variant(refused[0].recipe))
+    refused = [answer for answer in answers if answer.runtime == runtime and answer.reason]
+    assert refused
+    for answer in refused:
+        with pytest.raises(RuntimeRefused):
+            runtimes.load(runtime, variant(answer.recipe))
+
+
+@pytest.mark.parametrize(
+    "text", ["quantize.rtn + native.int4", "native.int4 + quantize.kv", "quantize.bf16 + native.int8"]
+)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "executorch", "litert"])
+def test_an_engines_own_quantizer_wants_float32(variant, runtime, text):
+    with pytest.raises(RuntimeRefused, match="take the other quantization out"):
+        runtimes.load(runtime, variant(text))

@@ -9,7 +9,7 @@ Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -220,23 +220,22 @@ def calibrate(
 
 def choose_split(
     shape: ModelShape,
-    measured: Iterable[tuple[Precision, float]],
+    engines: Iterable[Sequence[tuple[Precision, float]]],
     read_gb_s: float,
     splits: Iterable[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     context: int = 512,
 ) -> float:
-    """The split whose calibration on the first of the `measured` (precision, tokens/s) predicts the others best.
+    """The one split that suits the measured (precision, tokens/s) of several engines best.
 
-    Best is the smallest largest relative error.
+    Each engine is calibrated on its first rate and predicts its others; best is the smallest largest relative error.
     """
-    (anchor, rate), *others = measured
+    measured = list(engines)
     device = Device("calibrated", "", None, memory_bandwidth_gb_s=read_gb_s)
 
-    def largest_error(split: float) -> float:
-        engine = calibrate(shape, anchor, rate, read_gb_s, split, context)
-        return max(
-            abs(decode_tok_s(device, shape, precision, context, engine=engine) / tok_s - 1)
-            for precision, tok_s in others
-        )
+    def errors(split: float) -> Iterator[float]:
+        for (anchor, rate), *others in measured:
+            engine = calibrate(shape, anchor, rate, read_gb_s, split, context)
+            for precision, tok_s in others:
+                yield abs(decode_tok_s(device, shape, precision, context, engine=engine) / tok_s - 1)
 
-    return min(splits, key=largest_error)
+    return min(splits, key=lambda split: max(errors(split)))

@@ -101,7 +101,7 @@ def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str |
     drawn["front"] = False
     for _, group in drawn.groupby(keys, dropna=False):
         # Outputs that are not the reference's earn no rank in speed.
-        front = pareto_front(group[~group["hollow"]] if machine_bound else group, x, y)
+        front = pareto_front(group[~group["hollow"] & ~group["ungated"]] if machine_bound else group, x, y)
         drawn.loc[front.index, "front"] = True
         lines.append(_stairs(front[[x, y]].to_numpy(), horizontal.lower_is_better))
         axes.plot(*lines[-1].T, color="#9a9a9a", linewidth=1.2, zorder=1)

@@ -42,7 +42,10 @@ class EngineMissing(EdgeLabError):
     """An engine whose package is not installed."""
 
     def __init__(self, engine: str, extra: str) -> None:
-        super().__init__(f"{engine} is not installed here; `pip install 'edgelab[{extra}]'` installs it.")
+        beside = "" if extra == "runtimes" else "`make phone` makes an environment that has it, and "
+        super().__init__(
+            f"{engine} is not installed here; {beside}`pip install 'edgelab[{extra}]'` installs it."
+        )
 
 
 class Runtime(Protocol):
@@ -51,6 +54,7 @@ class Runtime(Protocol):
     badge: str
     kernel: str
     model: PreTrainedModel | None
+    packages: ClassVar[tuple[str, ...]]  # beside PyTorch, whose versions decide what it does
     gives_logits: bool  # of every position of a sequence, and not only the most likely next tokens
 
     @staticmethod
@@ -106,8 +110,12 @@ def exported(runtime: str, variant: Path) -> Export | None:
 
     Raises RuntimeRefused where the engine cannot run the variant, EngineMissing where it is not installed.
     """
-    kind = find(runtime)
-    if reason := kind.refusal(variants.read_about(variant)):
+    kind, about = find(runtime), variants.read_about(variant)
+    if about["native"] and (about["quantized"] or about["cache"] is not None or about["dtype"] != "float32"):
+        raise RuntimeRefused(
+            f"native.{about['native']} leaves float32 weights to an engine; take the other quantization out."
+        )
+    if reason := kind.refusal(about):
         raise RuntimeRefused(reason)
     if runtime in IN_TORCH:
         return None

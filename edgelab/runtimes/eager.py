@@ -147,6 +147,7 @@ class Eager:
     """A variant in PyTorch eager, on packed kernels where there are any. Greedy decoding with a growing cache."""
 
     badge = "packed"
+    packages = ()
     gives_logits = True
 
     @staticmethod

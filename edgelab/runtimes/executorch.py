@@ -23,6 +23,7 @@ class ExecuTorch:
     """A program on the CPU, with keys and values in float32."""
 
     badge = "runtime"
+    packages = ("executorch", "torchao")
     model = None
     gives_logits = True
     version = 1
@@ -68,7 +69,7 @@ class ExecuTorch:
             )
         except (RuntimeError, KeyError):
             raise RuntimeRefused(
-                f"{file} is no program that ExecuTorch can run; `edgelab cache clear` removes it."
+                f"{file} is no program that ExecuTorch can run; remove its folder, and it is written anew."
             ) from None
         self.kernel = "XNNPACK float32" if rounded == 32 else f"XNNPACK int{rounded}, int8 activations"
         self._length = 0

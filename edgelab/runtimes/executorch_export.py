@@ -130,11 +130,13 @@ class Rounded(nn.Module):
 
 def check_layout(variant: Path) -> None:
     """Raises RuntimeRefused for a layout whose attention is not that of `attend`."""
-    layout = variants.load_config(variant).model_type
-    if layout not in LAYOUTS:
+    config = variants.load_config(variant)
+    if config.model_type not in LAYOUTS:
         raise RuntimeRefused(
-            f"The export to ExecuTorch knows {', '.join(LAYOUTS)}, not {layout}; use 'torch'."
+            f"The export to ExecuTorch knows {', '.join(LAYOUTS)}, not {config.model_type}; use 'torch'."
         )
+    if getattr(config, "use_sliding_window", False):
+        raise RuntimeRefused("The export to ExecuTorch knows no sliding window; use 'torch'.")
 
 
 def round_weights(model: PreTrainedModel, width: str) -> None:

@@ -1,4 +1,4 @@
-"""LiteRT-LM, the successor of TensorFlow Lite: a bundle that its phone apps open, run here by the LiteRT library in it.
+"""LiteRT, the successor of TensorFlow Lite, and LiteRT-LM on it: a bundle that phone apps open, its model run here.
 
 Weights are float32, or rounded by the AI Edge quantizer with activations rounded to int8 for each token:
 `native.int8` and `native.int4`, one scale per row. A prompt goes through in pieces of CHUNK tokens; what the last piece
@@ -47,6 +47,7 @@ class LiteRt:
     """A compiled model on the CPU, with keys and values in float32 that it changes in place."""
 
     badge = "runtime"
+    packages = ("ai-edge-litert", "litert-torch")
     model = None
     version = 1
     cache_bits = 32
@@ -66,11 +67,13 @@ class LiteRt:
     @staticmethod
     def export(variant: Path, folder: Path) -> int:
         """Write the bundle, and beside it the model that lies in it; returns the bytes of that model."""
-        layout = variants.load_config(variant).model_type
-        if layout not in LAYOUTS:
+        config = variants.load_config(variant)
+        if config.model_type not in LAYOUTS:
             raise RuntimeRefused(
-                f"The export to LiteRT knows {', '.join(LAYOUTS)}, not {layout}; use 'torch'."
+                f"The export to LiteRT knows {', '.join(LAYOUTS)}, not {config.model_type}; use 'torch'."
             )
+        if getattr(config, "use_sliding_window", False):
+            raise RuntimeRefused("The export to LiteRT knows no sliding window here; use 'torch'.")
         convert = _converter()
         native = variants.read_about(variant)["native"]
         recipe = RECIPES[native]
@@ -108,9 +111,9 @@ class LiteRt:
             native = _read_note(folder)
             self._engine = CompiledModel.from_file(str(folder / MODEL), options=options)
             shapes = self._engine.get_input_tensor_details("decode")
-        except (RuntimeError, ValueError, OSError):
+        except (RuntimeError, ValueError, KeyError, OSError):
             raise RuntimeRefused(
-                f"{folder / MODEL} is no model that LiteRT can run; `edgelab cache clear` removes it."
+                f"{folder / MODEL} is no model that LiteRT can run; remove its folder, and it is written anew."
             ) from None
         self.room = int(shapes["mask"]["shape"][-1])
         self._vocabulary = int(self._engine.get_output_tensor_details("decode")["logits"]["shape"][-1])

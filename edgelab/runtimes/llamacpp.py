@@ -24,6 +24,7 @@ class LlamaCpp:
     """A variant in llama.cpp on the CPU. Greedy decoding; keys and values in float16, which is llama.cpp's default."""
 
     badge = "runtime"
+    packages = ("xllamacpp",)
     model = None
     gives_logits = True
     version = 1

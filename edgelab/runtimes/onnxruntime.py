@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ class OnnxRuntime:
     """A graph of `onnx_export` on the CPU."""
 
     badge = "runtime"
+    packages = ("onnxruntime", "onnxruntime-genai")
     model = None
     gives_logits = True
     version = 1
@@ -74,17 +77,12 @@ class OnnxRuntime:
         if onnxruntime_genai is None:
             raise EngineMissing("ONNX Runtime GenAI", "runtimes")
         self.folder, self.threads = folder, threads
-        config = onnxruntime_genai.Config(str(folder))
         options = {"intra_op_num_threads": threads, "log_severity_level": 3}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        try:
+        with _refusing(folder):
+            config = onnxruntime_genai.Config(str(folder))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self.engine = onnxruntime_genai.Model(config)
-        except Exception as error:
-            reason = str(error).split("\n")[0]
-            raise RuntimeRefused(
-                f"{folder} holds no graph that ONNX Runtime can load ({reason}); `edgelab cache clear` removes it."
-            ) from None
-        self.kernel = describe(folder)
+            self.kernel = describe(folder)
         self._generator, self._room, self._scoring = None, 0, None
 
     def prefill(self, ids: list[int]) -> int:
@@ -130,9 +128,10 @@ class OnnxRuntime:
 
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads, options.log_severity_level = self.threads, 3
-            self._scoring = onnxruntime.InferenceSession(
-                self.folder / SCORING, options, providers=[self.provider]
-            )
+            with _refusing(self.folder):
+                self._scoring = onnxruntime.InferenceSession(
+                    self.folder / SCORING, options, providers=[self.provider]
+                )
         return self._scoring
 
     def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
@@ -143,6 +142,18 @@ class OnnxRuntime:
     def close(self) -> None:
         """Forget graph, cache and sessions."""
         self._generator = self._scoring = self.engine = None
+
+
+@contextlib.contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    """One sentence for what the library says of a damaged file; its errors have no common class."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise RuntimeRefused(
+            f"{folder} holds no graph that ONNX Runtime can load ({reason}); remove it, and it is written anew."
+        ) from None
 
 
 def describe(folder: Path) -> str:

@@ -8,6 +8,8 @@ float16 weights, which NNCF rounds.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ class OpenVino:
     """A stateful graph on the CPU plugin."""
 
     badge = "runtime"
+    packages = ("openvino", "openvino-genai", "nncf")
     model = None
     gives_logits = True
     version = 1
@@ -97,16 +100,22 @@ class OpenVino:
         self._scoring = None
 
     def _read(self):
-        try:
+        with self._refusing():
             return openvino.Core().read_model(self.file)
-        except RuntimeError:
-            raise RuntimeRefused(
-                f"{self.file} is no graph that OpenVINO can read; `edgelab cache clear` removes it."
-            ) from None
 
     def _compiled(self, model):
         options = {"INFERENCE_NUM_THREADS": self.threads, "INFERENCE_PRECISION_HINT": "f32"}
-        return openvino.Core().compile_model(model, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
+        with self._refusing():
+            return openvino.Core().compile_model(model, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeRefused(
+                f"{self.file} is no graph that OpenVINO can run; remove its folder, and it is written anew."
+            ) from None
 
     def prefill(self, ids: list[int]) -> int:
         """Start a new sequence; returns the most likely next token."""
@@ -156,7 +165,10 @@ def run(request, ids: list[int], past: int) -> np.ndarray:
 
 def compress(file: Path, width: str) -> None:
     """Round the weights of a float graph with NNCF, in place: int8 per row; int4 in groups of 64, the head in int8."""
-    import nncf
+    try:
+        import nncf
+    except ImportError:
+        raise EngineMissing("NNCF", "runtimes") from None
 
     int4 = {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": 64}
     settings = int4 if width == "int4" else {"mode": nncf.CompressWeightsMode.INT8_ASYM}

@@ -15,7 +15,7 @@ UNFINISHED = "\ufffd"  # what decoding shows for a character of which not all by
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that one token added, tokens written so far, and their rate after the first; None for the first."""
+    """Text that one token added, tokens written so far, and the engine's rate after the first; None for the first."""
 
     text: str
     tokens: int
@@ -40,16 +40,16 @@ def stream(
     """The answer to a conversation, token by token, until the model ends it or `limit` tokens are written."""
     token = runtime.prefill(conversation_ids(tokenizer, messages))
     written: list[int] = []
-    shown = ""
-    started = time.perf_counter()
+    shown, spent = "", 0.0
     while token != tokenizer.eos_token_id and len(written) < limit:
         written.append(token)
         text = tokenizer.decode(written, skip_special_tokens=True)
         whole = shown if text.endswith(UNFINISHED) and len(written) < limit else text
-        spent = time.perf_counter() - started
         yield Piece(
             whole[len(shown) :], len(written), (len(written) - 1) / spent if len(written) > 1 else None
         )
         shown = whole
         if len(written) < limit:
+            started = time.perf_counter()
             token = runtime.decode(token)
+            spent += time.perf_counter() - started

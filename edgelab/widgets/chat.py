@@ -52,6 +52,7 @@ def chat_box(
         messages.append({"role": "user", "content": line.value.strip()})
         line.value = ""
         said = {"role": "assistant", "content": ""}
+        talk.value = conversation_html(messages)
         try:
             runtime = ready()
             for piece in stream(runtime, tokenizer, messages, LIMIT):
@@ -61,7 +62,7 @@ def chat_box(
             messages.append(said)
         except EdgeLabError as error:
             messages.pop()
-            rate.value = str(error)
+            talk.value, rate.value = conversation_html(messages), str(error)
         finally:
             send.disabled = False
 
