@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgelab import corpora, lab, ledger, recipes, reference, runtimes, variants
+from edgelab import corpora, devices, lab, ledger, recipes, reference, runtimes, variants
+from edgelab.devices import PRECISIONS, Precision
+from edgelab.ledger import Row
 from edgelab.measure import bandwidth
 from edgelab.measure.isolation import Isolated
 from edgelab.measure.latency import Timed
@@ -25,6 +27,12 @@ INT4 = "quantize.gptq:bits=4,group_size=64 + quantize.embedding:bits=8"
 RECIPES = {engine: f"{INT4} @ {engine}" for engine in ("torch", "onnxruntime", "openvino", "llamacpp")} | {
     engine: f"native.int4 @ {engine}" for engine in ("litert", "executorch")
 }
+INT8 = "quantize.rtn:bits=8,group_size=0,symmetric=true + quantize.embedding:bits=8"
+ROOFLINE = {  # bits of linear layers and head as the engine stores them, of 4 bits, 8 bits and float32
+    "onnxruntime": [Precision("4 bits", 4.56, 8.5, "int8"), Precision("8 bits", 8.5, 8.5, "int8")],
+    "llamacpp": [PRECISIONS["Q4_1"], PRECISIONS["Q8_0"]],
+}
+CONTEXT = 160  # tokens in the middle of a timed stretch
 EXPORT_S = {"llamacpp": 15, "onnxruntime": 30, "openvino": 15, "litert": 120, "executorch": 180}
 OWN_TOOLS = ("llamacpp", "onnxruntime", "litert")
 PROMPT, TOKENS, ROUNDS = 128, 64, 5
@@ -94,12 +102,15 @@ def agreement(engine: str) -> Iterator[tuple[str, str, str]]:
 
 def speeds() -> Iterator[tuple[str, str, str]]:
     """Export, loading, decoding and share of the bandwidth limit of 4 bits on every engine."""
-    rows = list(lab.stream(["none", *RECIPES.values()], only="speed", force=True))
-    read = max(bandwidth.read_gb_s() for _ in range(3))
+    others = [f"{weights} @ {engine}" for engine in ROOFLINE for weights in (INT8, "none")]
+    reads = [bandwidth.read_gb_s() for _ in range(3)]
+    rows = list(lab.stream(["none", *RECIPES.values(), *others], only="speed", force=True))
+    read = max(*reads, *(bandwidth.read_gb_s() for _ in range(3)))
     yield "memory read, GB/s", f"{read:.1f}", ""
-    for engine, row in zip(RECIPES, rows[1:], strict=True):
-        if row.status != "ok":
-            raise RuntimeError(f"{row.recipe}: {row.error}")
+    if failed := next((row for row in rows if row.status != "ok"), None):
+        raise RuntimeError(f"{failed.recipe}: {failed.error}")
+    yield from roofline(rows, read)
+    for engine, row in zip(RECIPES, rows[1:], strict=False):
         low, high = row.decode_ratio_low, row.decode_ratio_high
         best = "4.5 for the best" if engine == "onnxruntime" else ""
         yield (
@@ -114,6 +125,31 @@ def speeds() -> Iterator[tuple[str, str, str]]:
                 f"{engine}: export and load, s",
                 f"{row.export_s + row.load_s:.1f}",
                 f"under {EXPORT_S[engine]}",
+            )
+
+
+def roofline(rows: list[Row], read: float) -> Iterator[tuple[str, str, str]]:
+    """Rates of 8-bit and float weights, predicted from that of 4 bits on the same engine, ÷ the measured ones."""
+    shape = devices.models()["SmolLM2-135M"]
+    here = devices.Device("this machine", "", None, memory_bandwidth_gb_s=read)
+    by_recipe = {row.recipe: (row.decode_ratio or 1) * rows[0].decode_tok_s for row in rows}
+    pairs = {
+        engine: [
+            (precision, by_recipe[str(recipes.parse(f"{weights} @ {engine}"))])
+            for precision, weights in zip([*two, PRECISIONS["float32"]], (INT4, INT8, "none"), strict=True)
+        ]
+        for engine, two in ROOFLINE.items()
+    }
+    split = devices.choose_split(shape, pairs.values(), read, context=CONTEXT)
+    yield "split of the time beyond the limit, chosen on these rates", f"{split:g}", ""
+    for engine, (anchor, *checked) in pairs.items():
+        calibrated = devices.calibrate(shape, *anchor, read, split, CONTEXT)
+        for precision, rate in checked:
+            predicted = devices.decode_tok_s(here, shape, precision, CONTEXT, engine=calibrated)
+            yield (
+                f"{engine}: predicted ÷ measured, {precision.name} ({rate:.0f} tok/s)",
+                f"{predicted / rate:.2f}",
+                "0.75 to 1.25",
             )
 
 

@@ -23,7 +23,7 @@ from edgelab import assets, corpora, ledger, recipes, reference, runtimes, techn
 from edgelab.bench import Bench
 from edgelab.errors import EdgeLabError
 from edgelab.ledger import Row
-from edgelab.measure import divergence, latency, parity, perplexity
+from edgelab.measure import divergence, energy, latency, parity, perplexity
 from edgelab.measure.isolation import Isolated, IsolatedError
 from edgelab.measure.latency import Latency
 
@@ -212,6 +212,8 @@ def _known(recipe: recipes.Recipe, chosen: Settings, interleaved: bool = False) 
     if recipe.runtime != "simulated":
         wanted |= {"decode_tok_s": chosen.latency, "peak_rss_mb": chosen.process, "decode_ratio": interleaved}
     whole = row and all(getattr(row, name) is not None for name, asked in wanted.items() if asked)
+    if whole and chosen.latency and chosen.power_w:
+        whole = energy.is_of(row.energy_basis, chosen.power_w)
     return row if whole else None
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgelab import runtimes, variants
+from edgelab import recipes, runtimes, variants
 from edgelab.runtimes import RuntimeRefused, onnx_export
 from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
 from edgelab.techniques.quantization.rtn import quantize_affine
@@ -59,6 +59,13 @@ def test_the_graph_holds_our_integers_to_the_bit(variant):
     stored = initializers(runtimes.exported("onnxruntime", folder).folder)
     layers = {n: m for n, m in variants.load(folder).named_modules() if isinstance(m, PackedLinear)}
     assert len(layers) == 15
+    for name in [name for name in stored if ".qkv_proj." in name]:  # the rows of q, k and v under one another
+        places = [name.replace("qkv", one) for one in "qkv"]
+        sizes = [
+            layers[place.replace(".attn.", ".self_attn.").rpartition(".")[0]].out_features for place in places
+        ]
+        stored |= zip(places, np.split(stored.pop(name), np.cumsum(sizes)[:-1]), strict=True)
+    assert "model.layers.0.attn.k_proj.qweight" in stored
     for name, layer in layers.items():
         tensor, place = layer.tensor, name.replace(".self_attn.", ".attn.")
         packed = stored[f"{place}.qweight"].reshape(len(tensor.integers), -1)
@@ -73,6 +80,19 @@ def test_the_graph_holds_our_integers_to_the_bit(variant):
             np.stack([zero & 15, zero >> 4], -1).reshape(len(zero), -1)[:, : tensor.scale.shape[1]],
             tensor.zero_point,
         )
+
+
+def test_grids_of_several_kinds_are_not_fused(tmp_path, new_model, byte_tokenizer):
+    four, eight = (
+        recipes.parse(f"quantize.rtn:bits={bits},group_size=32").techniques[0].apply(new_model("llama"), None)
+        for bits in (4, 8)
+    )
+    four.model.layers[0].self_attn.q_proj = eight.model.layers[0].self_attn.q_proj
+    folder = tmp_path / "variants" / "mixed"
+    variants.save(four, folder, {"recipe": "mixed"}, byte_tokenizer)
+    runtime = runtimes.load("onnxruntime", folder)
+    assert "model.layers.0.attn.q_proj.qweight" in initializers(runtime.folder)
+    assert apart(runtime, folder) < 0.05
 
 
 def test_blocks_by_hand():

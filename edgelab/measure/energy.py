@@ -44,6 +44,11 @@ class Meter:
         return estimated_j(power_w, self.seconds / tokens) if power_w else (None, None)
 
 
+def is_of(basis: str | None, power_w: float) -> bool:
+    """Whether joules of this basis are what a device of `power_w` watts takes: measured ones, or estimated from it."""
+    return basis is not None and (basis == RAPL_BASIS or basis.startswith(f"estimated: {power_w:.3g} W "))
+
+
 @contextmanager
 def metered(root: Path = POWERCAP) -> Iterator[Meter]:
     """Measure a block: `with metered() as meter: ...`, then `meter.joules` and `meter.seconds`."""

@@ -38,7 +38,7 @@ class OnnxRuntime:
     packages = ("onnxruntime", "onnxruntime-genai")
     model = None
     gives_logits = True
-    version = 1
+    version = 2  # 2: query, key and value in one product
     cache_bits = 32
     spare = ()
     provider = "CPUExecutionProvider"
