@@ -83,8 +83,11 @@ def test_the_graph_holds_our_integers_to_the_bit(variant):
 
 
 def test_grids_of_several_kinds_are_not_fused(tmp_path, new_model, byte_tokenizer):
+    model = new_model("llama")
     four, eight = (
-        recipes.parse(f"quantize.rtn:bits={bits},group_size=32").techniques[0].apply(new_model("llama"), None)
+        recipes.parse(f"quantize.rtn:bits={bits},group_size=32")
+        .techniques[0]
+        .apply(model, recipes.Context(reference=model))
         for bits in (4, 8)
     )
     four.model.layers[0].self_attn.q_proj = eight.model.layers[0].self_attn.q_proj
