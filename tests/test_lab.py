@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from edgelab import lab, ledger, variants
+from edgelab import lab, ledger, recipes, variants
 from edgelab.errors import EdgeLabError
+from edgelab.ledger import Row
 from edgelab.measure import isolation
 
 
@@ -143,6 +144,10 @@ def test_energy_is_estimated_from_the_power_that_is_given(settings):
     else:
         assert row.energy_j_per_token == pytest.approx(10 / row.decode_tok_s, rel=0.5)
         assert row.energy_basis.startswith("estimated: 10 W")
+        other = lab.measure("none", only="speed", power_w=20, **settings)  # another question
+        assert other.energy_basis.startswith("estimated: 20 W")
+    known = lab.measure("none", only="speed", power_w=20, **settings)
+    assert known.row_id == lab.measure("none", only="speed", **settings).row_id
     with pytest.raises(EdgeLabError, match="power_w=0 is not positive"):
         lab.measure("none", power_w=0, **settings)
 
@@ -165,6 +170,13 @@ def test_an_engine_is_compared_with_pytorch_before_its_speed_counts(settings):
     assert f"{row.ppl:.3f} against {twin.ppl:.3f}" in row.parity_detail
     native = lab.measure("native.int8 @ onnxruntime", only="quality", **settings)
     assert native.parity == "own weights" and native.ppl > 0
+
+
+def test_an_engine_whose_twin_cannot_be_measured_has_failed_the_gate(monkeypatch):
+    monkeypatch.setattr(lab, "_known", lambda *_: Row("quantize.rtn", status="oom", error="memory ran out"))
+    row, recipe = Row("quantize.rtn @ llamacpp", ppl=20.0), recipes.parse("quantize.rtn @ llamacpp")
+    lab._gate(row, recipe, None, lab.Settings(model="embedded"))
+    assert row.parity == "failed" and row.parity_detail == "PyTorch could not be asked: memory ran out"
 
 
 def test_a_file_that_is_damaged_after_its_export_is_an_error_row(settings):
