@@ -38,7 +38,7 @@ class OpenVino:
     model = None
     gives_logits = True
     version = 1
-    cache_bits = 8
+    cache_bits = 8  # KV_CACHE_PRECISION of the CPU plugin
     spare = ()
 
     @staticmethod
@@ -94,9 +94,12 @@ class OpenVino:
             raise EngineMissing("OpenVINO", "runtimes")
         self.file, self.threads = folder / GRAPH, threads
         model = self._read()
-        self.kernel = describe(model)
+        stored = matrices(model)
         last_logits(model)
-        self._request = self._compiled(model).create_infer_request()
+        compiled = self._compiled(model)
+        rounds = int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0
+        self.kernel = f"{stored} weights{', int8 activations' * rounds}" if stored else "float32"
+        self._request = compiled.create_infer_request()
         self._scoring = None
 
     def _read(self):
@@ -192,12 +195,11 @@ def last_logits(model) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def describe(model) -> str:
-    """How the matrices are stored, read from the graph."""
+def matrices(model) -> str:
+    """How the matrices are stored, read from the graph; empty where none is smaller than a float."""
     stored = {
         op.get_element_type().get_type_name()
         for op in model.get_ops()
         if op.get_type_name() == "Constant" and len(op.shape) > 1 and op.shape[-1] > 1
     }
-    small = sorted(stored & set(SMALL_TYPES))
-    return f"{' + '.join(small)} weights, int8 activations" if small else "float32"
+    return " + ".join(sorted(stored & set(SMALL_TYPES)))
