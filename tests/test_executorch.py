@@ -49,8 +49,9 @@ def test_a_text_that_is_too_long_is_refused_in_one_sentence(pair):
         engine.decode(7)
 
 
-def test_qwen3(variant):
-    folder = variant("none", "qwen3")
+@pytest.mark.parametrize("layout", ["qwen2", "qwen3"])
+def test_other_layouts(variant, layout):
+    folder = variant("none", layout)
     assert apart(runtimes.load("executorch", folder), folder) < 1e-5
 
 

@@ -88,6 +88,12 @@ def test_what_it_cannot_run_is_refused_in_one_sentence(variant, text):
         runtimes.load("litert", variant(text))
 
 
+@pytest.mark.parametrize("layout", ["qwen2", "qwen3"])
+def test_other_layouts(variant, layout):
+    folder = variant("none", layout)
+    assert apart(runtimes.load("litert", folder), folder) < 1e-4
+
+
 def test_an_unknown_layout_is_refused(variant):
     with pytest.raises(RuntimeRefused, match="not phi; use 'torch'"):
         runtimes.load("litert", variant("none", "phi"))

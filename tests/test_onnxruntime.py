@@ -26,7 +26,7 @@ def initializers(folder):
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
 
 
-@pytest.mark.parametrize("layout", ["llama", "qwen3"])
+@pytest.mark.parametrize("layout", onnx_export.LAYOUTS)
 def test_float_logits_are_those_of_pytorch(variant, layout):
     folder = variant("none", layout)
     assert apart(runtimes.load("onnxruntime", folder), folder) < 1e-5

@@ -7,7 +7,7 @@ import torch
 
 from edgelab import runtimes, variants
 from edgelab.runtimes import RuntimeRefused
-from edgelab.runtimes.openvino import GRAPH
+from edgelab.runtimes.openvino import GRAPH, LAYOUTS
 
 IDS = [3, 17, 250, 9, 88, 120, 45, 7, 61, 200, 33, 12]
 
@@ -19,7 +19,7 @@ def apart(runtime, folder):
     return float((runtime.logits(IDS) - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("layout", ["llama", "qwen3"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_float16_logits_are_those_of_pytorch(variant, layout):
     folder = variant("quantize.fp16", layout)
     runtime = runtimes.load("openvino", folder)
