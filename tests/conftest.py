@@ -146,3 +146,17 @@ def variant(
         return folder
 
     return make
+
+
+@pytest.fixture(
+    params=[
+        {"num_hidden_layers": 1},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+        {"intermediate_size": 96},
+        {"hidden_size": 32, "head_dim": 16},
+    ],
+    ids=["layers", "heads", "channels", "hidden"],
+)
+def smaller(request: pytest.FixtureRequest) -> dict[str, int]:
+    """What pruning leaves of a tiny model: fewer layers, heads, MLP channels or hidden sizes."""
+    return request.param

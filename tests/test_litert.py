@@ -64,18 +64,8 @@ def test_its_own_rounding(variant, width, most):
     assert most / 200 < apart(engine, folder) < most
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_hidden_layers": 1},
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
-        {"intermediate_size": 96},
-        {"hidden_size": 32, "head_dim": 16},
-    ],
-    ids=["layers", "heads", "channels", "hidden"],
-)
-def test_smaller_models(variant, changes):
-    folder = variant("none", **changes)
+def test_smaller_models(variant, smaller):
+    folder = variant("none", **smaller)
     assert apart(runtimes.load("litert", folder), folder) < 1e-4
 
 

@@ -137,18 +137,8 @@ def test_a_sequence_outgrows_its_cache(variant, monkeypatch):
         assert runtime.decode(token) == torch_runtime.decode(token)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_hidden_layers": 1},
-        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
-        {"intermediate_size": 96},
-        {"hidden_size": 32, "head_dim": 16},
-    ],
-    ids=["layers", "heads", "channels", "hidden"],
-)
-def test_smaller_models(variant, changes):
-    folder = variant("quantize.rtn:bits=4,group_size=32", **changes)
+def test_smaller_models(variant, smaller):
+    folder = variant("quantize.rtn:bits=4,group_size=32", **smaller)
     assert apart(runtimes.load("onnxruntime", folder), folder) < 0.05
 
 
