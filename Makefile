@@ -63,7 +63,7 @@ $(VENV)/bench.stamp: $(VENV)/installed.stamp
 	$(PIP) --quiet --constraint requirements.lock --editable '.[bench]'
 	@touch $@
 
-# The engines of phones, 600 MB, in an environment that sees the first: torchao, which both of them bring, would be
+# The engines of phones, 1.1 GB, in an environment that sees the first: torchao, which both of them bring, would be
 # imported by every process of edgelab in the first.
 $(PHONE)/installed.stamp: $(VENV)/installed.stamp requirements-phone.lock
 	$(BIN)/python -m venv --clear $(PHONE)

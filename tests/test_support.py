@@ -60,3 +60,9 @@ def test_what_the_table_refuses_is_refused(variant, answers, runtime):
 def test_an_engines_own_quantizer_wants_float32(variant, runtime, text):
     with pytest.raises(RuntimeRefused, match="take the other quantization out"):
         runtimes.load(runtime, variant(text))
+
+
+def test_attention_that_forgets_is_refused(variant):
+    runtimes.check_causal(variant("none", "qwen3"), ("llama", "qwen3"), "LiteRT")
+    with pytest.raises(RuntimeRefused, match="LiteRT knows no sliding window"):
+        runtimes.check_causal(variant("none", "qwen3", use_sliding_window=True), ("llama", "qwen3"), "LiteRT")

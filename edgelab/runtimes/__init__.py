@@ -105,6 +105,17 @@ def find(runtime: str) -> type[Runtime]:
     return getattr(importlib.import_module(module), name)
 
 
+def check_causal(variant: Path, layouts: tuple[str, ...], engine: str) -> None:
+    """Raise RuntimeRefused for another layout than these, or one whose attention forgets what is far back."""
+    config = variants.load_config(variant)
+    if config.model_type not in layouts:
+        raise RuntimeRefused(
+            f"The export to {engine} knows {', '.join(layouts)}, not {config.model_type}; use 'torch'."
+        )
+    if getattr(config, "use_sliding_window", False):
+        raise RuntimeRefused(f"The export to {engine} knows no sliding window here; use 'torch'.")
+
+
 def exported(runtime: str, variant: Path) -> Export | None:
     """What an engine loads, made now unless it is there already; None for PyTorch, which loads the variant itself.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edgelab import variants
-from edgelab.runtimes import EngineMissing, RuntimeRefused
+from edgelab.runtimes import EngineMissing, RuntimeRefused, check_causal
 
 PROGRAM = "model.pte"
 
@@ -49,7 +49,7 @@ class ExecuTorch:
         with warnings.catch_warnings(action="ignore"):  # of names that torch is going to take away
             from edgelab.runtimes import executorch_export
 
-            executorch_export.check_layout(variant)
+            check_causal(variant, executorch_export.LAYOUTS, "ExecuTorch")
             executorch_export.write(variants.load(variant), native, folder / PROGRAM)
         return (folder / PROGRAM).stat().st_size
 

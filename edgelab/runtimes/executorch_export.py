@@ -23,9 +23,6 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from edgelab import variants
-from edgelab.runtimes import RuntimeRefused
-
 CHUNK = 512  # tokens at once; memory for their logits is planned, not touched
 ROOM = 2048  # tokens of the cache
 GROUP = 32  # inputs under one scale of native.int4
@@ -126,17 +123,6 @@ class Rounded(nn.Module):
             return OPS.dequantize_per_channel(self.qdata, self.scale, self.zero_point, 0, *limits)
         group = (self.block[1], torch.float32)
         return OPS.dequantize_per_channel_group(self.qdata, self.scale, self.zero_point, *limits, *group)
-
-
-def check_layout(variant: Path) -> None:
-    """Raises RuntimeRefused for a layout whose attention is not that of `attend`."""
-    config = variants.load_config(variant)
-    if config.model_type not in LAYOUTS:
-        raise RuntimeRefused(
-            f"The export to ExecuTorch knows {', '.join(LAYOUTS)}, not {config.model_type}; use 'torch'."
-        )
-    if getattr(config, "use_sliding_window", False):
-        raise RuntimeRefused("The export to ExecuTorch knows no sliding window; use 'torch'.")
 
 
 def round_weights(model: PreTrainedModel, width: str) -> None:

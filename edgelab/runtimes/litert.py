@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from edgelab import variants
-from edgelab.runtimes import EngineMissing, RuntimeRefused
+from edgelab.runtimes import EngineMissing, RuntimeRefused, check_causal
 
 try:
     import ai_edge_litert
@@ -67,13 +67,7 @@ class LiteRt:
     @staticmethod
     def export(variant: Path, folder: Path) -> int:
         """Write the bundle, and beside it the model that lies in it; returns the bytes of that model."""
-        config = variants.load_config(variant)
-        if config.model_type not in LAYOUTS:
-            raise RuntimeRefused(
-                f"The export to LiteRT knows {', '.join(LAYOUTS)}, not {config.model_type}; use 'torch'."
-            )
-        if getattr(config, "use_sliding_window", False):
-            raise RuntimeRefused("The export to LiteRT knows no sliding window here; use 'torch'.")
+        check_causal(variant, LAYOUTS, "LiteRT")
         convert = _converter()
         native = variants.read_about(variant)["native"]
         recipe = RECIPES[native]
