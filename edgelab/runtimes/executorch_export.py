@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec
 from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401, registers embedding_byte
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,6 +30,7 @@ ROOM = 2048  # tokens of the cache
 GROUP = 32  # inputs under one scale of native.int4
 LAYOUTS = ("llama", "qwen2", "qwen3")  # whose attention is causal to the first token, in every layer
 OPS = torch.ops.quantized_decomposed  # what XNNPACK knows; each is one step of tracing, torchao's are a dozen
+LINEAR_ONLY = "dqlinear_partitioner"  # asks XNNPACK for one pass over each piece; all seventeen give the same bytes
 ATTENTION = "edgelab_executorch"  # a name that transformers has no mask for: the operator masks by itself
 
 
@@ -172,8 +175,11 @@ def _write(model: PreTrainedModel, native: str | None, file: Path) -> None:
         traced = torch.export.export(step, example, dynamic_shapes=shapes, strict=False)
     notes = {"room": room, "chunk": chunk, "bits": int(native.removeprefix("int")) if native else 32}
     settings = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
+    to_xnnpack = XnnpackPartitioner()
+    backend = to_xnnpack.delegation_spec.backend_id
+    to_xnnpack.delegation_spec = DelegationSpec(backend, [CompileSpec(LINEAR_ONLY, b"")])
     lowered = to_edge_transform_and_lower(
-        traced, partitioner=[XnnpackPartitioner()], compile_config=settings, constant_methods=notes
+        traced, partitioner=[to_xnnpack], compile_config=settings, constant_methods=notes
     )
     program = lowered.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
     with file.open("wb") as stream:

@@ -49,7 +49,7 @@ class LiteRt:
     badge = "runtime"
     packages = ("ai-edge-litert", "litert-torch")
     model = None
-    version = 1
+    version = 2
     cache_bits = 32
     spare = (BUNDLE,)  # LiteRT-LM and a phone read it
 
@@ -231,7 +231,7 @@ def _converter():
 def _schema_for_tensorflow() -> Iterator[None]:
     """Let one module of LiteRT stand in for the only one of TensorFlow that the converter imports.
 
-    litert_torch 0.10 imports `tensorflow.lite.python.schema_py_generated`, 600 MB for the generated classes of the
+    litert_torch 0.9 imports `tensorflow.lite.python.schema_py_generated`, 600 MB for the generated classes of the
     file format, which ai_edge_litert has as well. TensorFlow itself is used where it is installed.
     """
     parts = ("tensorflow", "tensorflow.lite", "tensorflow.lite.python")
