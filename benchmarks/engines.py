@@ -110,6 +110,11 @@ def speeds() -> Iterator[tuple[str, str, str]]:
     if failed := next((row for row in rows if row.status != "ok"), None):
         raise RuntimeError(f"{failed.recipe}: {failed.error}")
     yield from roofline(rows, read)
+    shape = devices.models()["SmolLM2-135M"]
+    looked_up = (
+        shape.vocab_size * shape.hidden_size / 1e6
+    )  # MB of int8: ExecuTorch's head lies beside its embedding
+    unread = {"executorch": looked_up}
     for engine, row in zip(RECIPES, rows[1:], strict=False):
         low, high = row.decode_ratio_low, row.decode_ratio_high
         best = engine == "onnxruntime"
@@ -118,7 +123,7 @@ def speeds() -> Iterator[tuple[str, str, str]]:
             f"{row.decode_ratio:.2f} [{low:.2f}, {high:.2f}]",
             "at least 4.5" if best else "",
         )
-        share = row.decode_tok_s * row.weights_mb / 1e3 / read
+        share = row.decode_tok_s * (row.weights_mb - unread.get(engine, 0)) / 1e3 / read
         yield f"{engine}: share of the bandwidth limit", f"{share:.2f}", "at least 0.30" if best else ""
         if engine in EXPORT_S:
             yield (

@@ -1,7 +1,6 @@
 """The quantized key-value cache: tensors worked by hand, the bound of its error, real caches, variants and rows."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from transformers import AutoConfig, DynamicCache
 
 from edgelab import variants
 from edgelab.bench import Bench
-from edgelab.devices import Device, ModelShape, ShapeError, context_table, longest_context, models
 from edgelab.measure import perplexity
 from edgelab.measure.memory import kv_cache_mb_per_1k
 from edgelab.measure.perplexity import Protocol, evaluate, last_hidden_states
@@ -412,46 +410,3 @@ def test_sliding_windows_are_refused(new_model):
         RecipeError, match="full attention in every layer; this model has DynamicSlidingWindowLayer"
     ):
         apply("quantize.kv", new_model("mistral", sliding_window=64))
-
-
-SHAPE = ModelShape("small", "llama", 2, 64, 4, 2, 32, 192, 300)
-
-
-@pytest.mark.parametrize("kv_bits", [16, 8, 4, 2])
-@pytest.mark.parametrize("memory_gb", [0.00105, 0.0013, 0.5])
-def test_longest_context_fills_the_memory(kv_bits, memory_gb):
-    """Of the real cache in 16 bits, the tokens found fit, and 33 more, a group of keys and one token, do not."""
-    config = AutoConfig.for_model(
-        "llama", hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    tokens = longest_context(SHAPE, 0.001, Device("one", "test", memory_gb), kv_bits)
-    room = (memory_gb - 0.001) * 1e9
-
-    def needed(tokens):
-        if kv_bits == 16:
-            return tokens * 2 * 2 * 2 * 32 * 2
-        return CacheGrid(kv_bits, 32, 32).nbytes(config, tokens, 2)
-
-    packed = (tokens - 32) // 32 * 32 + 32 if kv_bits < 16 and tokens > 32 else tokens
-    assert needed(packed) <= room < needed(packed + 33)
-
-
-def test_context_by_hand():
-    # Llama-2-7B keeps 2 x 32 x 32 x 128 x 2 bytes a token: 524,288. Of 8 GB, 3.8 GB of weights leave 4.2 GB.
-    shape, device = models()["Llama-2-7B"], Device("board", "test", 8)
-    assert longest_context(shape, 3.8, device) == 4.2e9 // 524_288 == 8010
-    # At 4 bits with two 16-bit numbers to 32: 5 bits a number, 163,840 bytes; the last 32 tokens keep 16 bits.
-    assert longest_context(shape, 3.8, device, kv_bits=4) == 32 + (4.2e9 - 32 * 524_288) // 163_840
-    assert longest_context(shape, 9, device) == longest_context(shape, 9, device, kv_bits=4) == 0
-    assert longest_context(shape, 3.8, dataclasses.replace(device, memory_gb=None)) is None
-    with pytest.raises(ShapeError, match="kv_bits is 0"):
-        longest_context(shape, 3.8, device, kv_bits=0)
-
-
-def test_context_table():
-    table = context_table(models()["Llama-2-7B"], 3.8)
-    assert list(table.columns) == ["memory_gb", "16-bit cache", "8-bit cache", "4-bit cache", "2-bit cache"]
-    assert table.loc["Raspberry Pi 5", "16-bit cache"] == 8010
-    assert (table["2-bit cache"] > table["4-bit cache"]).all()
-    unknown = Device("unknown", "test", None)
-    assert list(context_table(SHAPE, 0, [unknown, Device("board", "test", 1)], (16,)).index) == ["board"]

@@ -38,10 +38,22 @@ def test_the_readme_holds_the_table(answers):
 def test_the_command_line_lists_it():
     found = CliRunner().invoke(cli.app, ["list", "runtimes", "--json"])
     rows = [json.loads(line) for line in found.output.splitlines()]
-    assert {"recipe", "runtime", "runs", "reason", "alike"} == rows[0].keys()
+    assert {"recipe", "runtime", "runs", "reason", "alike", "installed"} == rows[0].keys()
     assert [row["runs"] for row in rows] == [row["reason"] is None for row in rows]
     shown = CliRunner().invoke(cli.app, ["list", "runtimes"]).output
     assert "✓" in shown and "native.int8 is rounded by an engine itself" in shown
+
+
+def test_the_command_line_says_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr(runtimes.find("torch"), "packages", ("no-such-package",))
+    rows = [
+        json.loads(line)
+        for line in CliRunner().invoke(cli.app, ["list", "runtimes", "--json"]).output.splitlines()
+    ]
+    assert {row["runtime"] for row in rows if not row["installed"]} >= {"torch"}
+    assert all(row["installed"] for row in rows if row["runtime"] == "onnxruntime")
+    last = CliRunner().invoke(cli.app, ["list", "runtimes"]).output.splitlines()[-1]
+    assert last.startswith("Not installed here: torch") and "edgelab doctor" in last
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "llamacpp", "openvino", "executorch", "litert"])

@@ -7,6 +7,7 @@ the integers that our techniques chose, written once beside the variant and foun
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import time
 from dataclasses import dataclass
@@ -103,6 +104,16 @@ def find(runtime: str) -> type[Runtime]:
     """The class of a runtime of RUNTIMES."""
     module, _, name = RUNTIMES[runtime].partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def installed(runtime: str) -> bool:
+    """Whether all packages of a runtime of RUNTIMES are here."""
+    try:
+        for package in find(runtime).packages:
+            importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def check_causal(variant: Path, layouts: tuple[str, ...], engine: str) -> None:

@@ -1,0 +1,99 @@
+"""What `edgelab doctor` looks at: machine, versions, assets, extras and the setting that widgets need."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from edgelab import assets
+from edgelab.errors import EdgeLabError
+
+EXTRAS = {  # extra -> a package that stands for it
+    "runtimes": "openvino_genai",
+    "litert": "litert_lm",
+    "executorch": "executorch",
+    "cluster": "ray",
+    "search": "optuna",
+    "hybrid": "fastapi",
+    "test": "pytest",
+}
+
+
+def checks() -> Iterator[tuple[str, str, str, str]]:
+    """(check, "ok" | "note" | "broken", finding, the one command that mends it); broken: the main job cannot run."""
+    memory = psutil.virtual_memory()
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    yield (
+        "machine",
+        "ok",
+        f"{cores} cores, {memory.total / 1e9:.0f} GB, {memory.available / 1e9:.0f} GB free",
+        "",
+    )
+    if memory.available < 3e9:
+        yield "memory", "note", "less than 3 GB are free; close other programs before measuring", ""
+    for package in (
+        "torch",
+        "transformers",
+        "datasets",
+        "evaluate",
+        "safetensors",
+        "gguf",
+        "matplotlib",
+        "jupyterlab",
+    ):
+        try:
+            yield package, "ok", importlib.metadata.version(package), ""
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "broken", "not installed", f"pip install {package}"
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        yield "threads", "ok", f"torch uses {torch.get_num_threads()}", ""
+        missing = [n for n in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu") if not hasattr(torch, n)]
+        if missing:
+            yield "kernels", "broken", f"this torch has no {missing[0]}", "pip install 'torch>=2.13,<2.14'"
+    try:
+        absent = [name for name, whole in assets.status().items() if not whole]
+    except EdgeLabError as error:
+        absent = [str(error)]
+    state = "note" if absent else "ok"
+    yield (
+        "assets",
+        state,
+        f"missing or damaged: {', '.join(absent)}" if absent else f"whole, in {assets.home()}",
+        ("edgelab fetch" if absent else ""),
+    )
+    place = next(folder for folder in (assets.home(), *assets.home().parents) if folder.exists())
+    if not os.access(place, os.W_OK):
+        yield "cache", "broken", f"{place} cannot be written", "export EDGELAB_HOME=$PWD/.edgelab"
+    for extra, package in EXTRAS.items():
+        if importlib.util.find_spec(package) is None:
+            yield f"extra {extra}", "note", "not installed", f"pip install 'edgelab[{extra}]'"
+    yield _subshell_check()
+
+
+def _subshell_check() -> tuple[str, str, str, str]:
+    """Widget callbacks on a second thread lose plots: the setting that we ship turns that off, unless overridden."""
+    from jupyterlab.commands import get_app_dir, get_user_settings_dir
+
+    name = "kernels-settings.jupyterlab-settings"
+    own = Path(get_user_settings_dir()) / "@jupyterlab" / "apputils-extension" / name
+    places = [
+        Path(get_app_dir()) / "settings" / "overrides.json",
+        *sorted((Path(get_app_dir()) / "settings" / "overrides.d").glob("*.json")),
+    ]
+    shipped = [place.read_text() for place in places if place.exists()]
+    text = own.read_text() if own.exists() and "commsOverSubshells" in own.read_text() else "".join(shipped)
+    if "commsOverSubshells" in text and "disabled" in text.partition("commsOverSubshells")[2][:40]:
+        return "widgets", "ok", "JupyterLab handles widget messages on the main thread", ""
+    return (
+        "widgets",
+        "note",
+        "JupyterLab may handle widget messages on a second thread, which loses plots",
+        "make setup" if not own.exists() else f"rm '{own}'",
+    )
