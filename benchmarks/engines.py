@@ -101,7 +101,10 @@ def agreement(engine: str) -> Iterator[tuple[str, str, str]]:
 
 
 def speeds() -> Iterator[tuple[str, str, str]]:
-    """Export, loading, decoding and share of the bandwidth limit of 4 bits on every engine."""
+    """Export, loading, decoding and share of the bandwidth limit of 4 bits on every engine.
+
+    The limit counts the bytes that a token reads: all weights but ExecuTorch's embedding, beside which its head lies.
+    """
     others = [f"{weights} @ {engine}" for engine in ROOFLINE for weights in (INT8, "none")]
     reads = [bandwidth.read_gb_s() for _ in range(3)]
     rows = list(lab.stream(["none", *RECIPES.values(), *others], only="speed", force=True))
@@ -111,10 +114,7 @@ def speeds() -> Iterator[tuple[str, str, str]]:
         raise RuntimeError(f"{failed.recipe}: {failed.error}")
     yield from roofline(rows, read)
     shape = devices.models()["SmolLM2-135M"]
-    looked_up = (
-        shape.vocab_size * shape.hidden_size / 1e6
-    )  # MB of int8: ExecuTorch's head lies beside its embedding
-    unread = {"executorch": looked_up}
+    unread = {"executorch": shape.vocab_size * shape.hidden_size / 1e6}  # MB of int8
     for engine, row in zip(RECIPES, rows[1:], strict=False):
         low, high = row.decode_ratio_low, row.decode_ratio_high
         best = engine == "onnxruntime"

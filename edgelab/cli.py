@@ -281,7 +281,7 @@ def _listing(what: str) -> list[dict[str, Any]]:
         from edgelab.runtimes import support
 
         if what == "runtimes":
-            here = {name: runtimes.installed(name) for name in runtimes.RUNTIMES}
+            here = {name: not runtimes.absent(name) for name in runtimes.RUNTIMES}
             return [
                 {"recipe": answer.recipe, "runtime": answer.runtime, "runs": answer.reason is None}
                 | {"reason": answer.reason, "alike": answer.alike, "installed": here[answer.runtime]}

@@ -11,12 +11,9 @@ from pathlib import Path
 import psutil
 
 from edgelab import assets
-from edgelab.errors import EdgeLabError
+from edgelab.errors import ON_PHONES, EdgeLabError, to_install
 
-EXTRAS = {  # extra -> a package that stands for it
-    "runtimes": "openvino_genai",
-    "litert": "litert_lm",
-    "executorch": "executorch",
+EXTRAS = {  # extra -> a package that stands for it; those of engines are asked of the runtimes
     "cluster": "ray",
     "search": "optuna",
     "hybrid": "fastapi",
@@ -57,6 +54,7 @@ def checks() -> Iterator[tuple[str, str, str, str]]:
         missing = [n for n in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu") if not hasattr(torch, n)]
         if missing:
             yield "kernels", "broken", f"this torch has no {missing[0]}", "pip install 'torch>=2.13,<2.14'"
+        yield from _engines()
     try:
         absent = [name for name, whole in assets.status().items() if not whole]
     except EdgeLabError as error:
@@ -73,8 +71,17 @@ def checks() -> Iterator[tuple[str, str, str, str]]:
         yield "cache", "broken", f"{place} cannot be written", "export EDGELAB_HOME=$PWD/.edgelab"
     for extra, package in EXTRAS.items():
         if importlib.util.find_spec(package) is None:
-            yield f"extra {extra}", "note", "not installed", f"pip install 'edgelab[{extra}]'"
+            yield f"extra {extra}", "note", "not installed", to_install(extra)
     yield _subshell_check()
+
+
+def _engines() -> Iterator[tuple[str, str, str, str]]:
+    from edgelab import runtimes
+
+    for name in runtimes.RUNTIMES:
+        if missing := runtimes.absent(name):
+            extra = name if name in ON_PHONES else "runtimes"
+            yield f"runtime {name}", "note", f"{', '.join(missing)} not installed", to_install(extra)
 
 
 def _subshell_check() -> tuple[str, str, str, str]:

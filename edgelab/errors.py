@@ -1,5 +1,7 @@
 """The exceptions of the package: one clear sentence, also inside a notebook."""
 
+ON_PHONES = ("executorch", "litert")  # extras whose packages every process would import
+
 
 class EdgeLabError(Exception):
     """Something the user can mend. The message is one sentence: what is wrong, and what would be right."""
@@ -9,8 +11,7 @@ class EdgeLabError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
-class MissingExtraError(EdgeLabError):
-    """An optional dependency is not installed."""
-
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed; `pip install 'edgelab[{extra}]'` installs it.")
+def to_install(extra: str) -> str:
+    """What installs an extra; the first of two ways where one is better. The package index knows another edgelab."""
+    pip = f"`pip install --editable '.[{extra}]'` in the project's folder"
+    return f"`make phone` (an environment of its own) or {pip}" if extra in ON_PHONES else pip

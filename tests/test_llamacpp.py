@@ -247,7 +247,7 @@ def test_refusals(text, sentence, new_model, tmp_path):
 def test_without_the_package_one_sentence(monkeypatch):
     llama_c.library.cache_clear()
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(EngineMissing, match=r"pip install 'edgelab\[runtimes\]'"):
+    with pytest.raises(EngineMissing, match=r"pip install --editable '.\[runtimes\]'"):
         llama_c.library()
     # the table of recipes and runtimes is made where no engine is installed
     assert LlamaCpp.refusal({"native": None, "cache": None, "quantized": {}}) is None

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from edgelab import assets, variants
-from edgelab.errors import EdgeLabError
+from edgelab.errors import EdgeLabError, to_install
 
 # name -> "module:class"; imported on use, since an engine may be an optional dependency
 RUNTIMES = {
@@ -43,10 +43,7 @@ class EngineMissing(EdgeLabError):
     """An engine whose package is not installed."""
 
     def __init__(self, engine: str, extra: str) -> None:
-        beside = "" if extra == "runtimes" else "`make phone` makes an environment that has it, and "
-        super().__init__(
-            f"{engine} is not installed here; {beside}`pip install 'edgelab[{extra}]'` installs it."
-        )
+        super().__init__(f"{engine} is not installed here; {to_install(extra)} installs it.")
 
 
 class Runtime(Protocol):
@@ -106,14 +103,16 @@ def find(runtime: str) -> type[Runtime]:
     return getattr(importlib.import_module(module), name)
 
 
-def installed(runtime: str) -> bool:
-    """Whether all packages of a runtime of RUNTIMES are here."""
+def absent(runtime: str) -> list[str]:
+    """The packages of a runtime of RUNTIMES that are not installed."""
+    return [package for package in find(runtime).packages if not _is_here(package)]
+
+
+def _is_here(package: str) -> bool:
     try:
-        for package in find(runtime).packages:
-            importlib.metadata.version(package)
+        return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
 
 
 def check_causal(variant: Path, layouts: tuple[str, ...], engine: str) -> None:

@@ -26,7 +26,7 @@ class ExecuTorch:
     packages = ("executorch", "torchao")
     model = None
     gives_logits = True
-    version = 1
+    version = 2
     cache_bits = 32
     spare = ()
 

@@ -30,7 +30,7 @@ ROOM = 2048  # tokens of the cache
 GROUP = 32  # inputs under one scale of native.int4
 LAYOUTS = ("llama", "qwen2", "qwen3")  # whose attention is causal to the first token, in every layer
 OPS = torch.ops.quantized_decomposed  # what XNNPACK knows; each is one step of tracing, torchao's are a dozen
-LINEAR_ONLY = "dqlinear_partitioner"  # one pass of XNNPACK over each piece; all seventeen give the same bytes
+LINEAR_ONLY = "dqlinear_partitioner"  # one pass over each piece; all seventeen of XNNPACK do no more
 ATTENTION = "edgelab_executorch"  # a name that transformers has no mask for: the operator masks by itself
 
 
