@@ -58,6 +58,7 @@ def best_within_200_mb() -> Exercise:
         for row in ledger.reference()
         if (row.status, row.protocol, row.corpus, row.windows) == ("ok", "edgelab-512", "wiki", 32)
         and row.badge != "simulated"
+        and row.ppl is not None
     ]
     small = [row for row in rows if row.weights_mb <= 200]
     if not small:
