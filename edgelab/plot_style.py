@@ -220,13 +220,14 @@ def legend_handles(drawn: pd.DataFrame) -> list[Line2D]:
     return handles
 
 
+SHORT_NAMES = {"embedding": "emb"}
 SHORT_SETTINGS = {
     "bits": "{}-bit",
     "group_size": "g{}",
     "embedding_bits": "emb {}-bit",
     "sparsity": "{} sparse",
     "group_size=0": "per row",
-    "symmetric=true": "symmetric",
+    "symmetric=true": "sym",
 }
 
 
@@ -244,7 +245,8 @@ def label(recipe: str, width: int = 0) -> str:
         for setting in filter(None, settings.split(",")):
             key, _, value = setting.partition("=")
             words.append(SHORT_SETTINGS.get(setting) or SHORT_SETTINGS.get(key, key + "={}").format(value))
-        short.append(" ".join([name.rpartition(".")[2], *words]))
+        name = name.rpartition(".")[2]
+        short.append(" ".join([SHORT_NAMES.get(name, name), *words]))
     text = " + ".join(short) + (f" @ {runtime}" if runtime else "")
     return textwrap.shorten(text, max(width, 48), placeholder=" …")
 

@@ -294,13 +294,13 @@ def test_bars_add_up_to_the_weights(rows):
         ends[bar.get_y()] = ends.get(bar.get_y(), 0) + bar.get_width()
     assert sorted(ends.values()) == pytest.approx([120, 200, 300, 500])
     assert "120.0 MB, 7.50 bits/weight (packed)" in texts(figure)
-    assert "parts not counted" not in texts(figure)
+    assert "not counted" not in texts(figure)
 
 
 def test_a_size_without_parts_says_so():
     row = make_row(badge="analytic", linear_mb=None, embedding_mb=None, scales_mb=None, bits_per_weight=None)
     written = texts(plots.size_bars([row]))
-    assert "parts not counted" in written
+    assert "not counted" in written
     assert "500.0 MB (analytic)" in written
     assert "norms" not in written
 
@@ -363,7 +363,8 @@ def test_window_delta_pairs_only_rows_of_the_same_protocol(rows):
             "prune.wanda:sparsity=0.5 + quantize.awq:bits=4 @ llamacpp",
             "wanda 0.5 sparse + awq 4-bit @ llamacpp",
         ),
-        ("quantize.gptq:bits=4,group_size=0,symmetric=true", "gptq 4-bit per row symmetric"),
+        ("quantize.gptq:bits=4,group_size=0,symmetric=true", "gptq 4-bit per row sym"),
+        ("quantize.rtn:bits=8,group_size=0 + quantize.embedding:bits=8", "rtn 8-bit per row + emb 8-bit"),
         ("prune.layers:keep=20", "layers keep=20"),
     ],
 )

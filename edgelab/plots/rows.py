@@ -144,7 +144,7 @@ def size_bars(rows: Rows) -> Figure:
         *((SIZE_PARTS[column], parts[column].fillna(0), {"alpha": alpha})
           for column, alpha in zip(SIZE_PARTS, (1.0, 0.55, 0.3), strict=True)),
         ("norms and other", rest.where(~uncounted, 0), {"alpha": 0.12}),
-        ("parts not counted", rest.where(uncounted, 0), {"alpha": 0.12, "hatch": "////"}),
+        ("not counted", rest.where(uncounted, 0), {"alpha": 0.12, "hatch": "////"}),
     ]  # fmt: skip
     figure = new_chart(height=1.7 + 0.36 * len(drawn))
     axes = figure.subplots()
@@ -183,7 +183,7 @@ def latency(rows: Rows) -> Figure:
     titles = {
         "tpot_ms_p50": "Time per output token (ms)\np50, whisker to p95",
         "ttft_ms_p50": "Time to first token (ms)\np50" + (f", {prompts} prompt tokens" if prompts else ""),
-        "decode_ratio": "Decoding rate ÷ baseline's\nsame run: compare by this one",
+        "decode_ratio": "Decoding rate ÷ baseline's\nsame run: compare these",
     }
     figure = new_chart(9.5, 1.9 + 0.36 * len(drawn))
     panels = figure.subplots(1, 3, sharey=True, width_ratios=[1.2, 1, 1.2])
