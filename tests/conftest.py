@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from edgelab import corpora, recipes, reference, variants
+
+settings.register_profile("edgelab", deadline=None)  # a busy machine is no failure
+settings.load_profile("edgelab")
 
 STORY = (
     "The lighthouse keeper counted ships. On Monday he saw three, on Tuesday none, and on Wednesday "

@@ -51,7 +51,7 @@ def test_dynamic_grid_by_hand():
     torch.testing.assert_close(ActivationGrid().round(inputs), expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(VALUES)
 def test_histogram_counts_bfloat16_values(values):
     histogram = Histogram()

@@ -112,7 +112,7 @@ def test_the_offset_of_a_norm(new_model):
     assert norm_offset(nn.Linear(8, 8)) is None
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**31))
 def test_logits_stay(new_model, layout, seed):
     """Random scales over more than two orders of magnitude change no logit by 1e-4; they lie within 10."""

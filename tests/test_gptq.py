@@ -43,7 +43,7 @@ def context(byte_tokenizer, monkeypatch, story) -> Context:
 
 
 @given(seed=st.integers(0, 1000), bits=st.integers(2, 8), ordered=st.booleans(), symmetric=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gptq_with_identity_hessian_is_rounding(seed, bits, ordered, symmetric):
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(seed))
     tensor, damping = gptq(weight, torch.eye(64), bits, 32, minmax(bits, symmetric), activation_order=ordered)
@@ -54,7 +54,7 @@ def test_gptq_with_identity_hessian_is_rounding(seed, bits, ordered, symmetric):
 
 
 @given(seed=st.integers(0, 1000), bits=st.integers(2, 5), ordered=st.booleans(), static=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_gptq_error_is_not_above_rounding(seed, bits, ordered, static):
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(seed))
     hessian = some_hessian(64, seed)
@@ -124,7 +124,7 @@ def test_split_rows_undoes_stacking():
 
 
 @given(seed=st.integers(0, 1000), bits=st.integers(2, 8), symmetric=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_ranges_for_the_outputs_are_no_worse(seed, bits, symmetric):
     generator = torch.Generator().manual_seed(seed)
     groups = torch.randn(6, 2, 32, generator=generator) ** 3

@@ -70,7 +70,7 @@ def test_zero_point_makes_the_mean_error_of_small_weights_zero():
 
 
 @given(st.integers(2, 8), st.sampled_from([0, 8, 16]), st.integers(0, 2**16))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_weights_inside_the_grid_err_by_half_a_step(bits, group_size, seed):
     weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) / 10
     tensor = quantize_half_quadratic(weight, bits, group_size)

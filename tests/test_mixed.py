@@ -64,7 +64,7 @@ def test_greedy_choice_would_be_wrong():
     assert allocate(cost, n_bytes, 5).tolist() == [0, 1]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_allocation_equals_trying_all(data):
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 4)))

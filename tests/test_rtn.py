@@ -294,7 +294,7 @@ def test_importance_decides_which_errors_count():
 
 
 @given(WEIGHTS, BITS, st.booleans(), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_range_of_least_squares_is_the_best_of_all_it_tries(weight, bits, symmetric, weighted):
     groups = weight.unflatten(-1, (-1, 8))  # (out, groups, 8)
     importance = torch.arange(1.0, 9.0) if weighted else torch.ones(8)
