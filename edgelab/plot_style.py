@@ -130,9 +130,8 @@ class Chart(Figure):
     def _repr_png_(self) -> bytes:
         drawn, small = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, format="png", dpi=110)
-        Image.open(drawn).convert("RGB").quantize(256).save(
-            small, "png"
-        )  # a third of the bytes in a notebook
+        # 256 colours: a third of the bytes in a notebook
+        Image.open(drawn).convert("RGB").quantize(256).save(small, "png")
         return small.getvalue()
 
 
