@@ -277,11 +277,12 @@ def _listing(what: str) -> list[dict[str, Any]]:
 
     if what in ("techniques", "runtimes", "protocols"):
         from edgelab import lab, recipes, runtimes
+        from edgelab.doctor import absent
         from edgelab.measure import perplexity
         from edgelab.runtimes import support
 
         if what == "runtimes":
-            here = {name: not runtimes.absent(name) for name in runtimes.RUNTIMES}
+            here = {name: not absent(name) for name in runtimes.RUNTIMES}
             return [
                 {"recipe": answer.recipe, "runtime": answer.runtime, "runs": answer.reason is None}
                 | {"reason": answer.reason, "alike": answer.alike, "installed": here[answer.runtime]}

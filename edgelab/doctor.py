@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from edgelab import assets
+from edgelab import assets, ledger
 from edgelab.errors import ON_PHONES, EdgeLabError, to_install
 
 EXTRAS = {  # extra -> a package that stands for it; those of engines are asked of the runtimes
@@ -43,9 +42,9 @@ def checks() -> Iterator[tuple[str, str, str, str]]:
         "matplotlib",
         "jupyterlab",
     ):
-        try:
-            yield package, "ok", importlib.metadata.version(package), ""
-        except importlib.metadata.PackageNotFoundError:
+        if found := ledger.version(package):
+            yield package, "ok", found, ""
+        else:
             yield package, "broken", "not installed", f"pip install {package}"
     if importlib.util.find_spec("torch"):
         import torch
@@ -75,11 +74,18 @@ def checks() -> Iterator[tuple[str, str, str, str]]:
     yield _subshell_check()
 
 
+def absent(runtime: str) -> list[str]:
+    """The packages of a runtime that are not installed."""
+    from edgelab import runtimes
+
+    return [package for package in runtimes.find(runtime).packages if ledger.version(package) is None]
+
+
 def _engines() -> Iterator[tuple[str, str, str, str]]:
     from edgelab import runtimes
 
     for name in runtimes.RUNTIMES:
-        if missing := runtimes.absent(name):
+        if missing := absent(name):
             extra = name if name in ON_PHONES else "runtimes"
             yield f"runtime {name}", "note", f"{', '.join(missing)} not installed", to_install(extra)
 

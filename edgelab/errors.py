@@ -12,6 +12,5 @@ class EdgeLabError(Exception):
 
 
 def to_install(extra: str) -> str:
-    """What installs an extra; the first of two ways where one is better. The package index knows another edgelab."""
-    pip = f"`pip install --editable '.[{extra}]'` in the project's folder"
-    return f"`make phone` (an environment of its own) or {pip}" if extra in ON_PHONES else pip
+    """The command that installs an extra, in the project's folder: the package index knows another edgelab."""
+    return "make phone" if extra in ON_PHONES else f"pip install --editable '.[{extra}]'"

@@ -169,7 +169,7 @@ def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None = Non
         family=recipe.family,
         model=source.name,
         runtime=recipe.runtime,
-        **ledger.provenance(chosen.threads, runtimes.find(recipe.runtime).packages),
+        **_provenance(recipe, chosen),
     )
     started = time.perf_counter()
     try:
@@ -188,6 +188,11 @@ def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None = Non
     return ledger.add(row)
 
 
+def _provenance(recipe: recipes.Recipe, chosen: Settings) -> dict[str, object]:
+    kind = runtimes.find(recipe.runtime)
+    return ledger.provenance(chosen.threads, kind.packages, getattr(kind, "version", None))
+
+
 def _question(recipe: recipes.Recipe, model_sha: str, chosen: Settings) -> dict[str, object]:
     """The fields of a row that say what was asked: rows that differ in none of them answer the same."""
     fields = {"recipe": str(recipe), "model_sha": model_sha, "seed": chosen.seed, "fast": assets.fast()}
@@ -203,7 +208,7 @@ def _known(recipe: recipes.Recipe, chosen: Settings, interleaved: bool = False) 
     """The newest row that answers the same question, on this machine, with these versions; None where forced."""
     if chosen.force:
         return None
-    here = ledger.provenance(chosen.threads, runtimes.find(recipe.runtime).packages)
+    here = _provenance(recipe, chosen)
     same = {name: here[name] for name in ("host", "threads", "versions")}
     question = _question(recipe, reference.resolve(chosen.model).sha, chosen)
     row = ledger.find(**question, **same, status="ok")

@@ -250,8 +250,8 @@ def export(rows: list[Row], file: Path) -> Path:
     return file
 
 
-def provenance(threads: int, packages: Iterable[str] = ()) -> dict[str, object]:
-    """Machine, versions (those of `packages` too) and time: where a row comes from.
+def provenance(threads: int, packages: Iterable[str] = (), export: int | None = None) -> dict[str, object]:
+    """Machine, versions (those of `packages` and of an engine's `export` too) and time: where a row comes from.
 
     `host` is a hash, so that rows can be shared.
     """
@@ -264,19 +264,21 @@ def provenance(threads: int, packages: Iterable[str] = ()) -> dict[str, object]:
         "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "os": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": versions(packages),
+        "versions": versions(packages, export),
         "git_sha": _git_sha(),
         "started_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
 
 
-def versions(packages: Iterable[str] = ()) -> str:
-    """The packages that decide the numbers, an engine's `packages` among them, as JSON text; null: not installed."""
+def versions(packages: Iterable[str] = (), export: int | None = None) -> str:
+    """What decides the numbers, an engine's `packages` and `export` among it, as JSON text; null: not installed."""
     names = ("edgelab", "torch", "transformers", "numpy", *packages)
-    return json.dumps({name: _version(name) for name in names})
+    found = {name: version(name) for name in names}
+    return json.dumps(found | ({} if export is None else {"export": str(export)}))
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -16,18 +16,15 @@ from edgelab.measure.memory import kv_cache_mb_per_1k
 from edgelab.measure.perplexity import Protocol, evaluate, last_hidden_states
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.runtimes.eager import Eager, Simulated
-from edgelab.techniques.quantization import packed
 from edgelab.techniques.quantization.kv import (
     CacheGrid,
     QuantizedCacheError,
     QuantizedLayer,
     dequantize_keys,
     dequantize_values,
-    pack_last,
     quantize_groups,
     quantize_keys,
     quantize_values,
-    unpack_last,
 )
 from edgelab.techniques.quantization.packed import PackedLinear
 from edgelab.techniques.quantization.rtn import SMALLEST_SCALE, GroupSizeError
@@ -76,20 +73,6 @@ def test_two_bits_by_hand():
     assert grid.packed.tolist() == [[0 + 1 * 4 + 2 * 16 + 3 * 64], [0 + 1 * 4 + 2 * 16 + 3 * 64]]
     assert grid.dequantize().tolist() == [[-1.0, 0.0, 1.0, 2.0], [10.0, 10.5, 11.0, 11.5]]
     assert grid.low.dtype == grid.scale.dtype == torch.float16 and grid.packed.dtype == torch.uint8
-
-
-def test_four_bits_pack_the_earlier_number_low():
-    assert pack_last(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x0F]]
-
-
-@given(st.sampled_from(BITS).flatmap(lambda bits: st.tuples(
-    st.just(bits), arrays("uint8", (2, 3, 8), elements=st.integers(0, 2**bits - 1)).map(torch.from_numpy)
-)))  # fmt: skip
-def test_packing_round_trips_in_the_format_of_weights(case):
-    bits, integers = case
-    assert pack_last(integers, bits).shape == (2, 3, bits)
-    assert torch.equal(unpack_last(pack_last(integers, bits), bits), integers)
-    assert torch.equal(pack_last(integers, bits).flatten(), packed.pack(integers, bits))
 
 
 GROUPS = arrays(

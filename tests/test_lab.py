@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from edgelab import lab, ledger, recipes, variants
+from edgelab import lab, ledger, recipes, runtimes, variants
 from edgelab.errors import EdgeLabError
 from edgelab.ledger import Row
 from edgelab.measure import isolation
@@ -177,6 +177,16 @@ def test_an_engine_whose_twin_cannot_be_measured_has_failed_the_gate(monkeypatch
     row, recipe = Row("quantize.rtn @ llamacpp", ppl=20.0), recipes.parse("quantize.rtn @ llamacpp")
     lab._gate(row, recipe, None, lab.Settings(model="embedded"))
     assert row.parity == "failed" and row.parity_detail == "PyTorch could not be asked: memory ran out"
+
+
+def test_a_row_of_an_older_export_is_measured_again(settings, monkeypatch):
+    recipe = "quantize.rtn:bits=4,group_size=32 @ llamacpp"
+    first = lab.measure(recipe, only="memory", **settings)
+    assert lab.measure(recipe, only="memory", **settings).row_id == first.row_id
+    monkeypatch.setattr(runtimes.find("llamacpp"), "version", 99)
+    chosen = lab.Settings(only="memory", **settings)
+    assert lab._known(recipes.parse(recipe), chosen) is None
+    assert "export" not in lab._provenance(lab.NOTHING, chosen)["versions"]
 
 
 def test_a_file_that_is_damaged_after_its_export_is_an_error_row(settings):

@@ -1,4 +1,4 @@
-"""Packing integers of 2 to 8 bits into bytes."""
+"""Packing integers of 2 to 8 bits into bytes, in one piece and along the last dimension."""
 
 import math
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
+from edgelab.techniques.quantization.kv import pack_last, unpack_last
 from edgelab.techniques.quantization.packed import pack, unpack
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
@@ -43,3 +45,17 @@ def test_layout_by_hand(bits, integers, stored):
 def test_transposed_input_is_stored_in_its_own_order(bits):
     integers = torch.arange(12).remainder(2**bits).byte().reshape(3, 4).T  # not contiguous
     assert torch.equal(unpack(pack(integers, bits), bits, (4, 3)), integers)
+
+
+def test_four_bits_pack_the_earlier_number_low():
+    assert pack_last(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x0F]]
+
+
+@given(st.sampled_from([8, 4, 2]).flatmap(lambda bits: st.tuples(
+    st.just(bits), arrays("uint8", (2, 3, 8), elements=st.integers(0, 2**bits - 1)).map(torch.from_numpy)
+)))  # fmt: skip
+def test_packing_round_trips_in_the_format_of_weights(case):
+    bits, integers = case
+    assert pack_last(integers, bits).shape == (2, 3, bits)
+    assert torch.equal(unpack_last(pack_last(integers, bits), bits), integers)
+    assert torch.equal(pack_last(integers, bits).flatten(), pack(integers, bits))

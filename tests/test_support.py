@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from edgelab import cli, runtimes
+from edgelab import cli, ledger, runtimes
 from edgelab.runtimes import RuntimeRefused, support
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -33,6 +33,30 @@ def test_the_readme_holds_the_table(answers):
     text = README.read_text(encoding="utf-8")
     shown = text.partition("<!-- support -->")[2].partition("<!-- /support -->")[0].strip()
     assert shown == support.markdown(answers), "write support.markdown(support.table()) into the README"
+
+
+def test_the_engines_of_the_readme_are_rows():
+    part = README.read_text(encoding="utf-8").partition("### What an engine buys")[2].partition("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| `")]
+    rows = [row for row in ledger.reference() if row.parity or row.ppl]
+    shown = [
+        {
+            row.recipe,
+            f"{row.weights_mb:.0f}",
+            f"{row.decode_ratio:.2f} [{row.decode_ratio_low:.2f}, {row.decode_ratio_high:.2f}]",
+            f"{row.ttft_ms_p50:.0f}",
+            f"{row.peak_rss_mb:.0f}",
+            *([f"{row.ppl:.2f}"] if row.ppl else []),
+            *([f"{row.export_s:.0f}"] if row.export_s else []),
+        }
+        for row in rows
+        if row.decode_ratio
+    ]
+    engines = [line for line in lines if line[0] != "`none`"]
+    assert len(engines) > 10
+    for name, *values in engines:
+        found = {name.strip("`"), *(value.strip() for value in values)} - {""}
+        assert found in shown, f"{name} of the README is not what data/reference says"
 
 
 def test_the_command_line_lists_it():

@@ -53,7 +53,7 @@ def measure_machine(megabytes: int = READ_MB, size: int = PRODUCT_SIZE, seconds:
 def read_gb_s(megabytes: int = READ_MB, seconds: float = SECONDS) -> float:
     """GB per second of reading a matrix that no cache holds once, for its product with a vector, as decoding does.
 
-    Reductions are slower readers: amax reads 20 GB/s where this reads 32.
+    Reductions, such as the largest element, are slower readers.
     """
     matrix = torch.ones(megabytes * 250, 1000)  # float32; written, so that its pages are there
     return matrix.nbytes / 1e9 / min(_timed(partial(torch.mv, matrix, torch.ones(1000)), seconds))

@@ -7,7 +7,6 @@ the integers that our techniques chose, written once beside the variant and foun
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import time
 from dataclasses import dataclass
@@ -43,7 +42,9 @@ class EngineMissing(EdgeLabError):
     """An engine whose package is not installed."""
 
     def __init__(self, engine: str, extra: str) -> None:
-        super().__init__(f"{engine} is not installed here; {to_install(extra)} installs it.")
+        super().__init__(
+            f"{engine} is not installed here; `{to_install(extra)}` in the project's folder installs it."
+        )
 
 
 class Runtime(Protocol):
@@ -101,18 +102,6 @@ def find(runtime: str) -> type[Runtime]:
     """The class of a runtime of RUNTIMES."""
     module, _, name = RUNTIMES[runtime].partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def absent(runtime: str) -> list[str]:
-    """The packages of a runtime of RUNTIMES that are not installed."""
-    return [package for package in find(runtime).packages if not _is_here(package)]
-
-
-def _is_here(package: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 def check_causal(variant: Path, layouts: tuple[str, ...], engine: str) -> None:
