@@ -33,6 +33,7 @@ from edgelab.recipes import Context
 from edgelab.techniques import calibration
 from edgelab.techniques.quantization.packed import PackedLinear
 from edgelab.techniques.quantization.rtn import linear_layers
+from edgelab.techniques.quantization.unpack import dense_linear
 
 TOP = Path(__file__).resolve().parent.parent
 WORKER = TOP / "benchmarks" / "peers_worker.py"
@@ -79,7 +80,8 @@ class Contestant:
         weights = sum(rows * columns for rows, columns in (how["shape"] for how in quantized.values()))
         packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
         for name, layer in packed.items():
-            model.set_submodule(name, dense(layer))
+            weight = nn.Parameter(layer.tensor.dequantize(), requires_grad=False)
+            model.set_submodule(name, dense_linear(weight, layer.bias))
         return {
             "ppl": self._perplexity(model, windows),
             "bits_per_weight": 8 * (size.linear_bytes + size.scales_bytes) / weights,
@@ -102,14 +104,6 @@ class Contestant:
     def _perplexity(self, model: nn.Module, windows: int) -> float:
         text = corpora.tokenize("wiki", self.reference.tokenizer)
         return perplexity.evaluate(model, self.reference.tokenizer, text, limit=windows).ppl
-
-
-def dense(layer: PackedLinear) -> nn.Linear:
-    """The float layer with the same weights."""
-    made = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    made.weight = nn.Parameter(layer.tensor.dequantize(), requires_grad=False)
-    made.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
-    return made
 
 
 def most_values(weight: Tensor, group_size: int) -> int:

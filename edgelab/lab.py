@@ -173,15 +173,20 @@ def _row(recipe: recipes.Recipe, chosen: Settings, beside: Isolated | None = Non
     )
     started = time.perf_counter()
     try:
-        with _bench(recipe, chosen) as bench:
-            _fill(row, bench.call("build", progress=_bar(f"{recipe}: build")))
+        with ExitStack() as stack:
+            scored = stack.enter_context(_bench(recipe, chosen))
+            timed = None
+            if chosen.process and recipe.runtime != "simulated":
+                timed = stack.enter_context(_bench(recipe, chosen))
+                timed.wait()  # both import at once; nothing else runs while the variant is built
+            _fill(row, scored.call("build", progress=_bar(f"{recipe}: build")))
             if chosen.quality:
-                _quality(row, bench, chosen, baseline)
+                _quality(row, scored, chosen, baseline)
                 if recipe.runtime not in runtimes.IN_TORCH:
-                    _gate(row, recipe, bench, chosen)
-        if chosen.process and recipe.runtime != "simulated":
-            with _bench(recipe, chosen) as bench:
-                _process(row, bench, beside, chosen)
+                    _gate(row, recipe, scored, chosen)
+            scored.close()
+            if timed is not None:
+                _process(row, timed, beside, chosen)
     except IsolatedError as error:
         row.status, row.error = error.status, str(error)
     row.duration_s = time.perf_counter() - started
@@ -309,6 +314,7 @@ def _process(row: Row, bench: Isolated, beside: Isolated | None, chosen: Setting
             },
         )
         if beside is not None:
+            row.prefill_ratio, *_ = latency.ratio(*([[ms] for ms in one.ttft_ms] for one in (mine, theirs)))
             row.decode_ratio, row.decode_ratio_low, row.decode_ratio_high = latency.ratio(
                 mine.turns_ms, theirs.turns_ms
             )

@@ -83,6 +83,7 @@ class Row:
     tpot_ms_p95: float | None = None
     decode_tok_s: float | None = None
     iterations: int | None = None
+    prefill_ratio: float | None = None  # to the baseline in turns with it, as decode_ratio is
     decode_ratio: float | None = None
     decode_ratio_low: float | None = None
     decode_ratio_high: float | None = None

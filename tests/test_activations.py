@@ -272,6 +272,7 @@ def test_without_a_kernel_the_definition_runs_and_says_so(tiny_reference, tmp_pa
     variants.save(changed, tmp_path / "grouped", {"recipe": "quantize.dynamic"})
     runtime = Eager(tmp_path / "grouped")
     assert runtime.kernel == "unpacked when used, float32 after rounding the inputs"
+    assert runtime.badge == "simulated" and Eager.badge == "packed"
     torch.testing.assert_close(runtime.model(IDS).logits, changed(IDS).logits)
 
 
@@ -280,6 +281,8 @@ def test_without_a_kernel_the_definition_runs_and_says_so(tiny_reference, tmp_pa
     [
         ("quantize.smooth:alpha=1.5", "alpha=1.5 is outside 0 to 1"),
         ("quantize.static:range=percentile,percentile=0.999", "percentile=0.999 is outside 50 to 100"),
+        ("quantize.static:percentile=99.9", "percentile=99.9 has no effect with range=minmax"),
+        ("quantize.smooth:activations=dynamic,range=mse", "range=mse has no effect with activations=dynamic"),
         ("quantize.static:range=entropy", "one of minmax, percentile, mse, not 'entropy'"),
         ("quantize.smooth:activations=none", "one of static, dynamic, not 'none'"),
     ],

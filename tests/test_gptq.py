@@ -7,15 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgelab.corpora import CorpusError, tokenize
 from edgelab.recipes import Context, RecipeError, Record, parse
 from edgelab.techniques import calibration
 from edgelab.techniques.calibration import CalibrationError
+from edgelab.techniques.quantization import awq
+from edgelab.techniques.quantization import gptq as gptq_module
 from edgelab.techniques.quantization.autoround import AutoRound, LearnedRounding
 from edgelab.techniques.quantization.awq import AWQ, search_scale
 from edgelab.techniques.quantization.gptq import GPTQ, gptq, input_products, inverse_factor, split_rows
 from edgelab.techniques.quantization.packed import PackedLinear
 from edgelab.techniques.quantization.ranges import affine_grid, find_grid, on_grid
-from edgelab.techniques.quantization.rtn import quantize_affine
+from edgelab.techniques.quantization.rtn import linear_layers, quantize_affine
 
 
 def minmax(bits: int, symmetric: bool = False):
@@ -60,7 +63,7 @@ def test_gptq_error_is_not_above_rounding(seed, bits, ordered, static):
     hessian = some_hessian(64, seed)
     tensor, _ = gptq(weight, hessian, bits, 32, minmax(bits), ordered, static)
     plain = quantize_affine(weight, bits, 32)
-    allowed = 1.0 if ordered and static else 1.15  # a moving grid is a heuristic of its own
+    allowed = 1.0 if ordered else 1.1  # in an unlucky order little is left to make up for the largest inputs
     assert output_error(weight, tensor.dequantize(), hessian) <= allowed * output_error(
         weight, plain.dequantize(), hessian
     )
@@ -95,7 +98,38 @@ def test_inputs_never_seen_do_not_break_the_factor():
     weight = torch.randn(4, 32)
     tensor, damping = gptq(weight, hessian, 4, 32, minmax(4))
     assert damping == 0.01
-    assert tensor.dequantize()[:, 3].abs().max() == 0
+    assert torch.equal(tensor.dequantize()[:, 3], quantize_affine(weight, 4, 32).dequantize()[:, 3])
+
+
+def test_gptq_makes_up_for_errors_in_float32_whatever_the_blocks_run_in():
+    generator = torch.Generator().manual_seed(0)
+    weight, hessian = (
+        torch.randn(8, 256, generator=generator),
+        some_hessian(256, 0),
+    )  # two lazy batches of columns
+    plain, _ = gptq(weight, hessian, 3, 64, minmax(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = gptq(weight, hessian, 3, 64, minmax(3))
+    assert torch.equal(found.integers, plain.integers)
+
+
+def test_groups_that_move_follow_the_weights_as_they_are():
+    """The second group's grid comes from weights that have already made up for the first group's errors."""
+    weight = torch.tensor([[0.4, 3.0, 1.4, 3.0]])
+    hessian = torch.eye(4)
+    hessian[0, 3] = hessian[3, 0] = 0.999  # 0.4 becomes 0, and 3 becomes 3.4
+    settings = {"activation_order": False, "damping": 1e-4}
+    fixed, moving = (
+        gptq(weight, hessian, 2, 2, minmax(2), static_groups=static, **settings)[0]
+        for static in (True, False)
+    )
+    assert fixed.scale.tolist() == [[1, 1]]
+    assert moving.scale[0, 0] == 1 and moving.scale[0, 1] == pytest.approx(3.4 / 3, rel=2e-3)
+
+
+def test_no_finite_token_is_an_error_with_a_reason():
+    with pytest.raises(CalibrationError, match="No token of the calibration text gives finite activations"):
+        input_products(torch.full((2, 3, 8), torch.nan))
 
 
 def test_singular_hessian_is_damped_more_and_says_so():
@@ -142,6 +176,16 @@ def test_awq_of_equal_inputs_is_no_scaling():
     weight = torch.randn(16, 64)
     scale, _ = search_scale(weight, torch.full((64,), 0.7), torch.eye(64), 4, 32)
     torch.testing.assert_close(scale, torch.ones(64))
+
+
+def test_awq_with_unit_scales_is_rounding(new_model, context, monkeypatch):
+    ones = torch.ones_like
+    monkeypatch.setattr(awq, "search_scale", lambda weight, magnitude, *_: (ones(magnitude), 0.0))
+    model = new_model("llama")
+    changed = dataclasses.replace(TECHNIQUES["awq"], clip=False).apply(model, context)
+    for name, layer in linear_layers(model).items():
+        found, plain = changed.get_submodule(name).tensor, quantize_affine(layer.weight.detach(), 4, 32)
+        assert torch.equal(found.integers, plain.integers) and torch.equal(found.scale, plain.scale)
 
 
 def test_awq_protects_the_channel_that_carries_most():
@@ -226,6 +270,63 @@ def test_scales_only_leaves_the_function_unchanged(layout, new_model, context, s
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), scaled.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["gptq", "autoround"])
+def test_scales_of_awq_under_another_technique(name, new_model, context, story):
+    """What is rounded behind the scales is another matrix, and as good a one."""
+    model, technique = new_model("llama"), TECHNIQUES[name]
+    scaled = dataclasses.replace(TECHNIQUES["awq"], scales_only=True).apply(model, context)
+    both, alone = technique.apply(scaled, context), technique.apply(model, context)
+    layer = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(*(one.get_submodule(layer).tensor.integers for one in (both, alone)))
+    with torch.no_grad():
+        exact, found = (one(story.ids[None, :96]).logits for one in (model, both))
+    assert torch.cosine_similarity(exact, found, -1).mean() > 0.7
+
+
+def test_true_sequential_sees_what_rounded_layers_give(new_model, context):
+    """Query, key and value read what no layer of the block has touched; the output projection reads them."""
+    technique = dataclasses.replace(TECHNIQUES["gptq"], bits=2)
+    changed = [
+        dataclasses.replace(technique, true_sequential=one).apply(new_model("llama"), context)
+        for one in (True, False)
+    ]
+    for kind, same in (("q_proj", True), ("o_proj", False)):
+        pair = [one.get_submodule(f"model.layers.0.self_attn.{kind}").tensor.integers for one in changed]
+        assert torch.equal(*pair) == same
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "autoround"])
+def test_activations_that_are_not_finite_are_left_out_and_said(name, new_model, context, story, monkeypatch):
+    """One token of the second sample is infinite: the others decide, and the row says so."""
+    model, technique = new_model("llama"), TECHNIQUES[name]
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():
+        embedding.weight[255] = torch.inf
+    ids = story.ids.clone()
+    ids[64 + 5] = 255
+    monkeypatch.setattr(calibration.corpora, "tokenize", lambda *_: dataclasses.replace(story, ids=ids))
+    changed = technique.apply(model, context)
+    assert any("left out" in note for note in context.record.notes)
+    layers = [module for module in changed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == len(linear_layers(model))
+    with torch.no_grad():
+        exact, found = (one.base_model(story.ids[None, :96]).last_hidden_state for one in (model, changed))
+    assert torch.cosine_similarity(exact, found, -1).mean() > 0.7
+    monkeypatch.setattr(
+        calibration.corpora, "tokenize", lambda *_: dataclasses.replace(story, ids=torch.full_like(ids, 255))
+    )
+    with pytest.raises(CalibrationError, match="finite activations; use a model whose outputs are numbers"):
+        technique.apply(model, context)
+
+
+def test_damping_that_was_raised_is_said(new_model, context, monkeypatch):
+    monkeypatch.setattr(
+        gptq_module, "inverse_factor", lambda hessian, damping: (torch.eye(len(hessian)), 0.1)
+    )
+    TECHNIQUES["gptq"].apply(new_model("llama"), context)
+    assert "model.layers.0.self_attn.q_proj: damping raised to 0.1." in context.record.notes
+
+
 def test_the_seed_chooses_the_samples(new_model, context):
     chosen = [TECHNIQUES["gptq"].draw(dataclasses.replace(context, seed=seed), 4096) for seed in (0, 0, 1)]
     assert torch.equal(chosen[0], chosen[1])
@@ -246,8 +347,11 @@ def test_calibration_that_does_not_fit(new_model, context):
 
 
 def test_calibrating_on_the_evaluation_text_is_asked_for_by_name(byte_tokenizer):
-    with pytest.raises(RecipeError.__mro__[1], match="not for calibration"):
-        GPTQ(corpus="wiki").draw(Context(tokenizer=byte_tokenizer), 4096)
+    context = Context(tokenizer=byte_tokenizer, record=Record())
+    with pytest.raises(CorpusError, match="not for calibration"):
+        GPTQ(corpus="wiki").draw(context, 4096)
+    drawn = GPTQ(corpus="wiki.evaluation", samples=2, length=64).draw(context, 4096)
+    assert torch.equal(drawn.flatten(), tokenize("wiki", byte_tokenizer).ids[:128])
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,9 @@ def test_leaving_the_context_ends_the_process(place):
 )
 def test_an_object_that_cannot_be_made_leaves_no_process(target, arguments, message, place):
     before = children()
+    process = Isolated(target, threads=1, timeout_s=60, **arguments)
     with pytest.raises(IsolatedError, match=message):
-        Isolated(target, threads=1, timeout_s=60, **arguments)
+        process.call("whoami")
     assert children() == before
+    with pytest.raises(IsolatedError, match="has ended already"):
+        process.call("whoami")

@@ -40,6 +40,7 @@ def test_a_comparison_fills_every_field_that_was_measured(settings):
         assert min(row.ttft_ms_p50, row.tpot_ms_p50, row.decode_tok_s, row.peak_rss_mb, row.load_s) > 0
         assert row.tpot_ms_p95 >= row.tpot_ms_p50 and len(row.window_nll) == 3
     assert rounded.decode_ratio_low <= rounded.decode_ratio <= rounded.decode_ratio_high
+    assert rounded.prefill_ratio > 0 and math.isnan(none.prefill_ratio)
     assert (
         math.isnan(none.decode_ratio) and math.isnan(none.delta_nll) and math.isnan(none.energy_j_per_token)
     )

@@ -213,7 +213,7 @@ def test_apply_stays_within_the_bytes_and_beats_uniform_in_what_it_predicts(
     # Uniform 3 bits take fewer bytes, and so are one of the choices.
     assert table.predicted(table.allocate(3.5, 32)) <= table.predicted(np.full(14, 1))
     assert type(packed.get_output_embeddings()) is nn.Linear
-    note = plots.predictions([{"recipe": "m", "notes": context.record.notes[-1], "delta_nll": 0.5}])
+    note = plots.predictions([{"recipe": "m", "notes": context.record.notes[-1], "kld_mean": 0.5}])
     assert note["predicted"].item() == pytest.approx(table.predicted(table.allocate(3.5, 32)), abs=1e-4)
     assert context.record.calibration_tokens == 96
 

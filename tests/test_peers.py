@@ -9,7 +9,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import peers
-from edgelab.techniques.quantization.packed import PackedLinear
 from edgelab.techniques.quantization.rtn import quantize_affine
 
 
@@ -38,12 +37,8 @@ def test_most_values_counts_within_groups():
 def test_rounded_weights_hold_no_more_values_than_their_bits_tell(bits):
     torch.manual_seed(0)
     weight = torch.randn(32, 192)
-    layer = PackedLinear(quantize_affine(weight, bits, 64), torch.randn(32))
-    made = peers.dense(layer)
-    inputs = torch.randn(5, 192)
-    torch.testing.assert_close(made(inputs), layer(inputs))
     assert peers.most_values(weight, 64) == 64
-    assert peers.most_values(made.weight, 64) <= 2**bits
+    assert peers.most_values(quantize_affine(weight, bits, 64).dequantize(), 64) <= 2**bits
 
 
 def worker(tmp_path, monkeypatch, source: str, timeout_s: float = 30) -> dict:

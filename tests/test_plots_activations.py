@@ -8,19 +8,20 @@ import pytest
 from edgelab import plots
 from edgelab.plot_style import NothingToDraw
 
-BEFORE = np.array([1.0, 2.0, 508.0, 1.0, 3.0])  # half an int8 step is 508 / 254 = 2
+BEFORE = np.array([1.0, 2.0, 508.0, 1.0, 3.0])
 AFTER = np.array([4.0, 5.0, 8.0, 4.0, 0.0])
+STEPS = 4.0, 8 / 255  # of the grids
 
 
 def test_ratio_and_lost_channels_are_in_the_headings():
-    figure = plots.activation_outliers(BEFORE, AFTER, "layer 3")
+    figure = plots.activation_outliers(BEFORE, AFTER, STEPS, "layer 3")
     above, below = (axes.get_title(loc="left") for axes in figure.axes)
     assert above == "layer 3\nBefore smoothing: largest channel 254 x the median, 2 of 5 lost"
     assert below == "After smoothing: largest channel 2 x the median, 1 of 5 lost"
 
 
 def test_a_line_for_each_channel_and_numbers_at_the_largest():
-    figure = plots.activation_outliers(BEFORE, AFTER)
+    figure = plots.activation_outliers(BEFORE, AFTER, STEPS)
     for axes, peaks in zip(figure.axes, (BEFORE, AFTER), strict=True):
         lines = axes.collections[0].get_segments()
         tops = [line[1][1] for line in lines]
@@ -41,4 +42,4 @@ def test_a_line_for_each_channel_and_numbers_at_the_largest():
 )
 def test_nothing_to_draw(before, after):
     with pytest.raises(NothingToDraw, match="as many channels, not all zero; these are"):
-        plots.activation_outliers(before, after)
+        plots.activation_outliers(before, after, STEPS)

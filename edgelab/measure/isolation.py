@@ -34,7 +34,10 @@ def _ignore(done: int, total: int) -> None:
 
 
 class Isolated:
-    """An object in a fresh process. Use it as a context manager: leaving it ends the process."""
+    """An object in a fresh process. Use it as a context manager: leaving it ends the process.
+
+    The process makes its object while the caller goes on; `wait`, or the first call, raises what went wrong there.
+    """
 
     def __init__(self, target: str, threads: int, timeout_s: float = 3600, **arguments: Any) -> None:
         self.timeout_s = timeout_s
@@ -52,11 +55,8 @@ class Isolated:
             env=os.environ | pinned | quiet,
             start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends the child
         )
-        try:
-            self.call(target, _threads=threads, **arguments)
-        except BaseException:
-            self.close()
-            raise
+        self._made = False
+        self._send(target, arguments | {"_threads": threads})
 
     def call(self, method: str, progress: Callable[[int, int], None] = _ignore, **arguments: Any) -> Any:
         """Run a method of the object over there and return its result.
@@ -66,12 +66,30 @@ class Isolated:
         """
         if self._process.stdin.closed:
             raise IsolatedError("The process has ended already.")
-        deadline = time.monotonic() + self.timeout_s
+        self.wait()
+        self._send(method, arguments)
+        return self._result(progress)
+
+    def wait(self) -> None:
+        """Wait until the object is made. Raises IsolatedError where it cannot be, and ends the process."""
+        if self._made:
+            return
         try:
-            self._process.stdin.write(json.dumps([method, arguments]).encode() + b"\n")
+            self._result(_ignore)
+        except BaseException:
+            self.close()
+            raise
+        self._made = True
+
+    def _send(self, what: str, arguments: dict[str, Any]) -> None:
+        try:
+            self._process.stdin.write(json.dumps([what, arguments]).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._death() from None
+
+    def _result(self, progress: Callable[[int, int], None]) -> Any:
+        deadline = time.monotonic() + self.timeout_s
         while True:
             kind, value = json.loads(self._line(deadline))
             if kind == "result":

@@ -95,7 +95,7 @@ class Timed:
 
 
 def ratio(candidate: list[list[float]], baseline: list[list[float]]) -> tuple[float, float, float]:
-    """Decode rate of the candidate over that of the baseline: geometric mean of the turns with its 95 % interval.
+    """Rate of the candidate over that of the baseline: geometric mean of the turns with its 95 % interval.
 
     candidate, baseline: times in ms of turns that ran one after the other (A B A B). Student's t on the logarithms.
     """

@@ -12,11 +12,14 @@ OUTLIERS = "#D55E00"  # what stands out, beside the blue of quantization
 NAMED = 3  # channels that get their number
 
 
-def activation_outliers(before: np.ndarray, after: np.ndarray, title: str = "") -> Figure:
+def activation_outliers(
+    before: np.ndarray, after: np.ndarray, steps: tuple[float, float], title: str = ""
+) -> Figure:
     """Largest magnitude of each input channel of a layer before and after smoothing, on one logarithmic axis.
 
-    before, after: (in_features,), as from `channel_peaks`. A dashed line is the median channel; a channel below half a
-    step of the int8 grid that the largest one sets is rounded to nothing but zeros: the shaded part.
+    before, after: (in_features,), as from `channel_peaks`. steps: of the int8 grid of the whole tensor before and
+    after, `ActivationGrid.scale`. A dashed line is the median channel; a channel below half a step is rounded to
+    nothing but zeros: the shaded part.
     Raises NothingToDraw where the two are empty or of different length.
     """
     before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
@@ -29,8 +32,8 @@ def activation_outliers(before: np.ndarray, after: np.ndarray, title: str = "") 
     figure = new_chart(8.5, 5.2)
     panels = figure.subplots(2, 1, sharex=True)
     parts = (before, OUTLIERS, "before smoothing"), (after, FAMILY_COLOURS["quantize"], "after smoothing")
-    for axes, (peaks, colour, when) in zip(panels, parts, strict=True):
-        half_step = peaks.max() / 127 / 2
+    for axes, (peaks, colour, when), step in zip(panels, parts, steps, strict=True):
+        half_step = step / 2
         floor = min(peaks[peaks > 0].min(), half_step) / 1.6
         axes.set_yscale("log")
         axes.axhspan(floor, half_step, color="#eeeeee", zorder=0)

@@ -31,9 +31,8 @@ from edgelab.plot_style import (
     style_axes,
 )
 
-PREDICTED = re.compile(
-    r"Predicted ΔNLL (\d+(?:\.\d+)?(?:e-?\d+)?) nats"
-)  # as techniques write it into their notes
+# As techniques write it into their notes
+PREDICTED = re.compile(r"Predicted KL divergence (\d+(?:\.\d+)?(?:e-?\d+)?) nats")
 BIT_COLOURS = colormaps[
     "viridis"
 ]  # dark for few bits; even steps for readers with any kind of colour blindness
@@ -102,19 +101,19 @@ def _name_rows(axes: Axes, kinds: list[str]) -> None:
 
 
 def predictions(rows: Rows) -> pd.DataFrame:
-    """Rows whose notes hold a predicted difference of NLL and that measured one: name, predicted, measured.
+    """Rows whose notes hold a predicted KL divergence and that measured it: name, predicted, measured, fast.
 
     Of rows of one recipe, model and protocol the newest counts. Raises NothingToDraw where there is none.
     """
     frame = as_frame(rows)
     found = frame.get("notes", pd.Series("", frame.index)).astype(str).str.extract(PREDICTED)[0].astype(float)
-    frame = frame.assign(predicted=found, measured=frame["delta_nll"], name=frame["recipe"].map(label))
+    frame = frame.assign(predicted=found, measured=frame["kld_mean"], name=frame["recipe"].map(label))
     frame = frame[(frame["status"] == "ok") & np.isfinite(frame[["predicted", "measured"]]).all(axis=1)]
     frame = frame.sort_values(["reader", "started_at"], kind="stable")
     frame = frame.drop_duplicates(["recipe", *PROTOCOL], keep="last")
     if frame.empty:
         raise NothingToDraw(
-            "no row has a predicted and a measured difference of NLL: measure the baseline and a recipe such as "
+            "no row has a predicted and a measured KL divergence: measure the quality of a recipe such as "
             'quantize.mixed:bits=4, with el.compare(["none", "quantize.mixed:bits=4"])'
         )
     return frame[["name", "predicted", "measured", "fast"]].reset_index(drop=True)
@@ -126,8 +125,8 @@ def largest_factor(points: pd.DataFrame) -> float:
     return math.exp(np.log(points["predicted"] / points["measured"]).abs().max()) if len(points) else math.nan
 
 
-def predicted_measured(points: pd.DataFrame, title: str = "Predicted loss against measured") -> Figure:
-    """Predicted difference of NLL along x, measured along y; on the dashed line the prediction came true.
+def predicted_measured(points: pd.DataFrame, title: str = "Predicted divergence against measured") -> Figure:
+    """Predicted KL divergence along x, measured along y; on the dashed line the prediction came true.
 
     points: columns name, predicted and measured, in nats per token; a name may be empty. The grey band holds every
     point that is off by no more than the worst factor, which the title says. Points at or below zero are counted in
@@ -136,7 +135,7 @@ def predicted_measured(points: pd.DataFrame, title: str = "Predicted loss agains
     positive = (points[["predicted", "measured"]] > 0).all(axis=1)
     shown = points[positive]
     if shown.empty:
-        raise NothingToDraw("no point has a predicted and a measured loss above zero")
+        raise NothingToDraw("no point has a predicted and a measured divergence above zero")
     factor = largest_factor(shown)
     blue = FAMILY_COLOURS["quantize"]
     figure = new_chart(6.6, 5.4)
@@ -154,7 +153,7 @@ def predicted_measured(points: pd.DataFrame, title: str = "Predicted loss agains
     )  # fmt: skip
     axes.set(xlim=span, ylim=span)
     axes.set_xlabel("Predicted: sum over layers rounded alone (nats per token)", fontsize=9.5)
-    axes.set_ylabel("Measured (nats per token)", fontsize=9.5)
+    axes.set_ylabel("Measured: KL divergence of the whole model (nats per token)", fontsize=9.5)
     legend = [
         Line2D([], [], label="as predicted", **BASELINE_LINE),
         Patch(facecolor=PALE, alpha=0.25, label="off by the worst factor at most"),

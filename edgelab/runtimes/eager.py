@@ -28,6 +28,7 @@ from edgelab.techniques.quantization.packed import (
     PackedLinear,
     QuantizedTensor,
 )
+from edgelab.techniques.quantization.unpack import dense_linear
 from edgelab.training import head_logits
 
 LONG = 16  # tokens from which int8 goes through a dense bfloat16 product
@@ -144,7 +145,10 @@ def kernel_for(tensor: QuantizedTensor, activation: ActivationGrid | None = None
 
 
 class Eager:
-    """A variant in PyTorch eager, on packed kernels where there are any. Greedy decoding with a growing cache."""
+    """A variant in PyTorch eager, on packed kernels where there are any. Greedy decoding with a growing cache.
+
+    Layers that round their inputs without an integer kernel for it make the whole a simulation: the badge says so.
+    """
 
     badge = "packed"
     packages = ()
@@ -180,6 +184,7 @@ class Eager:
             if fast is None:
                 rounded = "" if layer.activation is None else " after rounding the inputs"
                 names[f"unpacked when used, {dtype}{rounded}"] = None
+                self.badge = "simulated" if rounded else self.badge
                 continue
             if id(layer.tensor) not in made:
                 grids = [] if layer.activation is None else [layer.activation]
@@ -233,10 +238,8 @@ class Simulated(Eager):
     def _prepare(self) -> str:
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, PackedLinear):
-                out_features, in_features = layer.tensor.integers.shape
-                dense = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")
-                dense.weight = nn.Parameter(layer.tensor.dequantize(self.model.dtype), requires_grad=False)
-                dense.bias = layer.bias
+                weight = nn.Parameter(layer.tensor.dequantize(self.model.dtype), requires_grad=False)
+                dense = dense_linear(weight, layer.bias)
                 if layer.activation is not None:
                     dense.register_forward_pre_hook(partial(_round_inputs, layer.activation))
                 self.model.set_submodule(name, dense)

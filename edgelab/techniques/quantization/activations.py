@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +25,9 @@ from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques import structure
 from edgelab.techniques.calibration import Calibrated, CalibrationError
 from edgelab.techniques.quantization.packed import ActivationGrid, PackedLinear
+from edgelab.techniques.quantization.ranges import Range
 from edgelab.techniques.quantization.rtn import linear_layers, quantize_affine
 
-Range = Literal["minmax", "percentile", "mse"]
 SHRINKS = 2.0 ** -(
     torch.arange(0, 97) / 8
 )  # ends of the range that `mse` tries, down to 1/4096 of the largest value
@@ -206,6 +205,10 @@ class Ranged(Calibrated):
         super().__post_init__()
         if not 50 < self.percentile <= 100:
             raise RecipeError(f"percentile={self.percentile} is outside 50 to 100 per cent, such as 99.99.")
+        if self.percentile != Ranged.percentile and self.range != "percentile":
+            raise RecipeError(
+                f"percentile={self.percentile} has no effect with range={self.range}; write range=percentile beside it."
+            )
 
 
 @register("quantize.static", shown=("range",))

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from edgelab import assets
 from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques.calibration import Calibrated
+from edgelab.techniques.calibration import Calibrated, CalibrationError
 from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
 from edgelab.techniques.quantization.rtn import (
     SMALLEST_SCALE,
@@ -115,18 +115,27 @@ class AutoRound(Calibrated):
         found, exact = blocks(model, tokens)
         handed_on = exact
         generator = torch.Generator().manual_seed(context.seed)
+        lost = 0
         with half_precision():
             for done, block in enumerate(found, 1):
                 with torch.no_grad():
                     exact = _run(block, exact)
-                self._round_block(block, handed_on, exact, generator)
+                finite = torch.stack([handed_on, exact]).isfinite().flatten(2).all(-1).all(0)  # (samples,)
+                if (now := int((~finite).sum())) > lost:
+                    lost = now
+                    context.record.notes.append(f"From {block.name} on {lost} samples left out, not finite.")
+                self._round_block(block, handed_on[finite], exact[finite], generator)
                 with torch.no_grad():
                     handed_on = _run(block, handed_on)
                 context.progress(done, len(found))
         return model
 
     def _round_block(self, block: Block, inputs: Tensor, targets: Tensor, generator: torch.Generator) -> None:
-        """Learn the rounding of one block and round it in place."""
+        """Learn the rounding of one block and round it in place. inputs, targets: (samples, length, hidden), finite."""
+        if not len(inputs):
+            raise CalibrationError(
+                "No calibration sample gives finite activations; use a model whose outputs are numbers."
+            )
         layers = block.linear()
         learned = {
             name: LearnedRounding(

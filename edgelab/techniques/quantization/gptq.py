@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques.calibration import Calibrated
+from edgelab.techniques.calibration import Calibrated, CalibrationError
 from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
 from edgelab.techniques.quantization.ranges import find_grid
 from edgelab.techniques.quantization.rtn import check_group_size, check_settings, linear_layers
@@ -31,6 +31,7 @@ LARGEST_DAMPING = 1.0
 FindGrid = Callable[..., tuple[Tensor, Tensor | None]]
 
 
+@torch.autocast("cpu", enabled=False)  # in bfloat16 what is made up for would be rounded again
 def gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -46,15 +47,14 @@ def gptq(
     weight: (out_features, in_features). hessian: (in_features, in_features), mean of x x^T over tokens. find: scale
     and zero_point of groups of weights. activation_order: columns with the largest inputs first. static_groups: the
     grid of a group comes from the original weights, else from the weights as they are when its first column is due.
-    damping: share of the mean diagonal added to it; tenfold until the Cholesky factor exists.
+    damping: share of the mean diagonal added to it; tenfold until the Cholesky factor exists. Inputs that are never
+    seen are rounded to nearest.
     Frantar et al. 2023, arXiv:2210.17323.
     """
     out_features, in_features = weight.shape
     size = group_size or in_features
     weight = weight.float().clone()
     groups = weight.view(out_features, -1, size)  # a view: follows the updates
-    dead = hessian.diagonal() == 0
-    weight[:, dead] = 0  # inputs that are never seen; their column may be anything, and zero is on every grid
     scale, zero_point = find(groups)
     order = hessian.diagonal().argsort(descending=True) if activation_order else torch.arange(in_features)
     factor, damping = inverse_factor(hessian[order][:, order], damping)
@@ -89,7 +89,8 @@ def gptq(
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the inverse of the damped matrix, and the damping that made it possible.
 
-    hessian: (n, n). Raises RecipeError where a damping of LARGEST_DAMPING is not enough.
+    hessian: (n, n). An input that is never seen stays apart from the others. Raises RecipeError where ten times as
+    much as the last damping tried would be more than LARGEST_DAMPING.
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -113,12 +114,17 @@ def input_products(inputs: Tensor) -> tuple[Tensor, int]:
     """Mean of x x^T over tokens (in_features, in_features), and how many tokens were left out as not finite.
 
     inputs: (..., in_features). float32: sums of bfloat16 products would leave small matrices without a factor.
+    Raises CalibrationError where no token is left.
     """
     tokens = inputs.flatten(0, -2)
     finite = tokens.isfinite().all(-1)
     lost = len(tokens) - int(finite.sum())
     if lost:
         tokens = tokens[finite]
+        if not len(tokens):
+            raise CalibrationError(
+                "No token of the calibration text gives finite activations; use a model whose outputs are numbers."
+            )
     total = torch.zeros(tokens.shape[-1], tokens.shape[-1])
     with torch.autocast("cpu", enabled=False):
         for chunk in tokens.split(CHUNK):
@@ -130,7 +136,7 @@ def input_products(inputs: Tensor) -> tuple[Tensor, int]:
     return (total + total.tril(-1).T) / max(len(tokens), 1), lost
 
 
-@register("quantize.gptq", shown=("bits", "group_size"))
+@register("quantize.gptq", version=2, shown=("bits", "group_size"))
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Calibrated):
     """Round every linear layer but the head with GPTQ, block after block, on the inputs that rounded blocks give.

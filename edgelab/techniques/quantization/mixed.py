@@ -74,6 +74,8 @@ def allocate(cost: np.ndarray, n_bytes: np.ndarray, budget: float) -> np.ndarray
         ],
         options={"mip_rel_gap": 0},
     )
+    if solution.x is None:
+        raise AllocationError(f"No allocation was found: {solution.message}")
     return solution.x.reshape(cost.shape).argmax(1)
 
 
@@ -116,7 +118,7 @@ class SensitivityTable:
         return allocate(self.cost, self.n_bytes, self.budget(bits, group_size))
 
     def predicted(self, choice: np.ndarray) -> float:
-        """Sum of the costs of a choice, (layers,): the predicted difference of NLL in nats per token."""
+        """Sum of the costs of a choice, (layers,): the predicted KL divergence in nats per token."""
         return float(self.cost[np.arange(len(choice)), choice].sum())
 
     def frame(self, choice: np.ndarray) -> pd.DataFrame:
@@ -364,7 +366,7 @@ class Mixed(Calibrated):
             model.set_submodule(name, PackedLinear(tensor, layer.bias))
         chosen = [table.formats[index][0] for index in choice]
         context.record.notes.append(
-            f"Predicted ΔNLL {table.predicted(choice):.4f} nats per token; "
+            f"Predicted KL divergence {table.predicted(choice):.4f} nats per token; "
             f"layers of {min(chosen)} to {max(chosen)} bits."
         )
         return model

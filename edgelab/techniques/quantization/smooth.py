@@ -59,7 +59,7 @@ def smooth(model: PreTrainedModel, peaks: dict[str, Tensor], alpha: float, sampl
 @register("quantize.smooth", version=2, shown=("alpha",))
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant(Ranged):
-    """SmoothQuant, then int8 weights per row and int8 activations, but for the head.
+    """SmoothQuant, then int8 weights per row and uint8 activations, but for the head.
 
     alpha: how much of the outliers moves into the weights, 0 to 1. activations: static (one calibrated range per
     tensor) or dynamic (a scale per token, for which 0.5 is enough). Inputs without a source to fold into stay as
@@ -74,6 +74,10 @@ class SmoothQuant(Ranged):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"quantize.smooth:alpha={self.alpha} is outside 0 to 1.")
+        if self.activations == "dynamic" and self.range != "minmax":
+            raise RecipeError(
+                f"quantize.smooth:range={self.range} has no effect with activations=dynamic; leave one of them out."
+            )
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with smoothed int8 layers."""
