@@ -117,8 +117,12 @@ MEASURED := none quantize.bf16 quantize.rtn:bits=8,group_size=0 quantize.rtn:bit
 	quantize.rtn:bits=4,group_size=32 quantize.rtn:bits=4,embedding_bits=8 quantize.dynamic
 # Their kernels are those of the rows above, or none: only their quality is new.
 SCORED := quantize.hqq:bits=4 quantize.hqq:bits=3 quantize.gptq:bits=4 quantize.gptq:bits=3 \
-	quantize.awq:bits=4 quantize.autoround:bits=3 quantize.smooth \
-	quantize.mixed:bits=4 quantize.mixed:bits=3 quantize.kv:bits=4 \
+	quantize.gptq:bits=4,range=mse quantize.gptq:bits=3,range=mse quantize.awq:bits=4 quantize.awq:bits=3 \
+	quantize.autoround:bits=4 quantize.autoround:bits=3 \
+	"quantize.awq:bits=3,scales_only=true + quantize.gptq:bits=3" \
+	"quantize.awq:bits=3,scales_only=true + quantize.autoround:bits=3" \
+	quantize.static quantize.static:range=percentile quantize.static:range=mse quantize.smooth \
+	quantize.mixed:bits=4 quantize.mixed:bits=3 quantize.kv:bits=8 quantize.kv:bits=4 \
 	qat:bits=4,minutes=4.6 qat:bits=3,minutes=4.6 qat:bits=3,minutes=10 qat:bits=1.58,minutes=10,learning_rate=0.001
 COMPILED := none "none @ compiled" quantize.rtn:bits=4,embedding_bits=8 \
 	"quantize.rtn:bits=4,embedding_bits=8 @ compiled"

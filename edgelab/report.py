@@ -74,7 +74,7 @@ INTERVALS = ("delta_nll", "decode_ratio")
 BADGES = {
     "packed": "really packed weights in PyTorch, on the kernel named beside it; everything is measured.",
     "runtime": "an inference engine with its own kernels: measured there.",
-    "simulated": "changed weights kept in dense floating point: only the quality is real.",
+    "simulated": "rounded weights or activations in floating point: only the quality is real.",
     "analytic": "computed from shapes, not measured.",
 }
 PLOTS: dict[str, tuple[str, Callable[[Rows], Figure]]] = {

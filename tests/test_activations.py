@@ -218,6 +218,20 @@ def test_static_recipes(tiny_reference, monkeypatch, method, keys):
     assert (context.record.notes == ["6 of 8 inputs smoothed"]) == (method == "smooth")
 
 
+@pytest.mark.parametrize(
+    "technique", [StaticInt8(samples=4), SmoothQuant(samples=4)], ids=["static", "smooth"]
+)
+def test_static_on_every_layout(technique, new_model, layout, monkeypatch):
+    monkeypatch.setattr(type(technique), "draw", lambda self, context, longest: windows(self.samples))
+    model = new_model(layout)
+    changed, logits = technique.apply(model, Context()), model(IDS).logits
+    layers = [module for module in changed.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == len(linear_layers(model)) and all(
+        layer.activation.scale is not None for layer in layers
+    )
+    assert torch.cosine_similarity(changed(IDS).logits, logits, -1).mean() > 0.7
+
+
 def test_smoothing_scale_by_hand():
     peaks, weights = torch.tensor([16.0, 4.0, 0.0]), torch.tensor([1.0, 4.0, 0.0])
     assert smoothing_scale(peaks, weights, 0.5)[:2].tolist() == [4.0, 1.0]  # equation 4

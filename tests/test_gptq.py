@@ -226,6 +226,16 @@ def test_learned_rounding_lowers_the_error_of_the_outputs():
     assert 0 < moved.max() <= 3
 
 
+def test_learned_rounding_keeps_the_best_step(new_model, context, monkeypatch):
+    """Every step is a bad one here, so what each block started from is kept: rounding to nearest."""
+    monkeypatch.setattr(LearnedRounding, "step", lambda self, *_: self.offset.fill_(0.5))
+    model = new_model("llama")
+    changed = TECHNIQUES["autoround"].apply(model, context)
+    for name, layer in linear_layers(model).items():
+        plain = quantize_affine(layer.weight.detach(), 4, 32)
+        assert torch.equal(changed.get_submodule(name).tensor.integers, plain.integers)
+
+
 TECHNIQUES = {
     "gptq": GPTQ(bits=4, group_size=32, samples=4, length=64),
     "gptq-other": GPTQ(

@@ -59,6 +59,25 @@ def test_the_engines_of_the_readme_are_rows():
         assert found in shown, f"{name} of the README is not what data/reference says"
 
 
+def test_the_techniques_of_the_readme_are_rows():
+    part = (
+        README.read_text(encoding="utf-8")
+        .partition("## What the techniques cost and buy")[2]
+        .partition("\n## ")[0]
+    )
+    lines = [line for line in part.splitlines() if line.startswith("| `")]
+    rows = [row for row in ledger.reference() if row.ppl and row.runtime == "torch" and row.linear_mb]
+    weights = next(row.linear_mb / 4 for row in rows if row.recipe == "none")  # millions, of linear layers
+    shown = {
+        f"| `{row.recipe}` | {row.ppl:.2f} | {row.delta_nll:+.3f} [{row.delta_nll_low:+.3f}, {row.delta_nll_high:+.3f}] | "
+        f"{8 * (row.linear_mb + row.scales_mb) / weights:.2f} | {row.apply_s:.0f} |"
+        for row in rows
+        if row.recipe != "none"
+    }
+    assert len(lines) > 20 and "21.70" in lines[0]
+    assert set(lines[1:]) <= shown, "\n".join(sorted(set(lines[1:]) - shown))
+
+
 def test_the_command_line_lists_it():
     found = CliRunner().invoke(cli.app, ["list", "runtimes", "--json"])
     rows = [json.loads(line) for line in found.output.splitlines()]
