@@ -69,7 +69,8 @@ def test_the_techniques_of_the_readme_are_rows():
     rows = [row for row in ledger.reference() if row.ppl and row.runtime == "torch" and row.linear_mb]
     weights = next(row.linear_mb / 4 for row in rows if row.recipe == "none")  # millions, of linear layers
     shown = {
-        f"| `{row.recipe}` | {row.ppl:.2f} | {row.delta_nll:+.3f} [{row.delta_nll_low:+.3f}, {row.delta_nll_high:+.3f}] | "
+        f"| `{row.recipe}` | {row.ppl:.2f} | "
+        f"{row.delta_nll:+.3f} [{row.delta_nll_low:+.3f}, {row.delta_nll_high:+.3f}] | "
         f"{8 * (row.linear_mb + row.scales_mb) / weights:.2f} | {row.apply_s:.0f} |"
         for row in rows
         if row.recipe != "none"
