@@ -158,7 +158,7 @@ def test_measured_divergence_by_hand(new_model, tokens):
     model = new_model("llama")
     name = "model.layers.0.mlp.up_proj"
     costs = kl_costs(
-        model, tokens[:2], lambda _, weight: [quantize_affine(weight, 3, 0).dequantize()], Context()
+        model, tokens[:2], lambda weight: [quantize_affine(weight, 3, 0).dequantize()], Context()
     )
     changed = copy.deepcopy(model)
     weight = changed.get_submodule(name).weight
@@ -174,7 +174,7 @@ def test_prediction_from_gradients_agrees_with_measured_divergence(new_model, to
     model = new_model("llama")
     many = torch.randint(2, 300, (24, 48), generator=torch.Generator().manual_seed(1))
 
-    def rounded(name, weight):
+    def rounded(weight):
         return [quantize_affine(weight, 6, 0).dequantize()]
 
     fisher, measured = (each(model, many, rounded, Context()) for each in (fisher_costs, kl_costs))
@@ -245,17 +245,12 @@ def test_at_the_ends_of_the_range_it_is_uniform(new_model, calibrated):
         assert all(m.tensor.bits <= bits for m in ours.modules() if isinstance(m, PackedLinear))
 
 
-def test_range_and_rounding_are_parameters(new_model, calibrated):
-    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    rounded = Mixed(range="mse").round("any", weight, (2, 32))
-    assert torch.equal(rounded.dequantize(), quantize_affine(weight, 2, 32, range="mse").dequantize())
-
-    class ToZero(Mixed):
-        def round(self, name, weight, how):
-            return quantize_affine(weight * 0, *how)
-
-    emptied = ToZero(group_size=32).apply(new_model("llama"), Context())
-    assert all((m.tensor.dequantize() == 0).all() for m in emptied.modules() if isinstance(m, PackedLinear))
+def test_the_range_is_that_of_the_layers(new_model, calibrated):
+    model = new_model("llama")
+    changed = Mixed(bits=2, group_size=32, range="mse").apply(model, Context())
+    for name, layer in linear_layers(model).items():
+        plain = quantize_affine(layer.weight.detach(), 2, 32, range="mse")
+        assert torch.equal(changed.get_submodule(name).tensor.scale, plain.scale)
 
 
 def test_every_layout_can_be_mixed(new_model, layout, calibrated):

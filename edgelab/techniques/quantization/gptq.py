@@ -89,8 +89,8 @@ def gptq(
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the inverse of the damped matrix, and the damping that made it possible.
 
-    hessian: (n, n). An input that is never seen stays apart from the others. Raises RecipeError where ten times as
-    much as the last damping tried would be more than LARGEST_DAMPING.
+    hessian: (n, n). An input that is never seen stays apart from the others. Raises RecipeError where LARGEST_DAMPING
+    is not enough.
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -103,11 +103,11 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed and upper.isfinite().all():
                 return upper, damping
-        damping *= 10
-        if damping > LARGEST_DAMPING:
+        if damping >= LARGEST_DAMPING:
             raise RecipeError(
                 "The Hessian of a layer cannot be inverted; use more or longer calibration samples."
             )
+        damping = min(10 * damping, LARGEST_DAMPING)
 
 
 def input_products(inputs: Tensor) -> tuple[Tensor, int]:

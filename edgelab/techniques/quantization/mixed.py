@@ -236,11 +236,11 @@ def fisher_cost(error: Tensor, inputs: Tensor, gradients: Tensor) -> float:
 
 @torch.no_grad()
 def fisher_costs(
-    model: PreTrainedModel, tokens: Tensor, rounded: Callable[[str, Tensor], list[Tensor]], context: Context
+    model: PreTrainedModel, tokens: Tensor, rounded: Callable[[Tensor], list[Tensor]], context: Context
 ) -> dict[str, list[float]]:
     """Predicted KL divergence in nats per token of every linear layer of the blocks, one for each rounding of it.
 
-    tokens: (samples, length). rounded: name and weight of a layer to its dequantized roundings. One pass forward, one
+    tokens: (samples, length). rounded: weight of a layer to its dequantized roundings. One pass forward, one
     backward, block by block, and a product of the inputs with each error: for few tokens far cheaper than `kl_costs`.
     """
     found, hidden = structure.blocks(model, tokens)
@@ -253,7 +253,7 @@ def fisher_costs(
             full, pair = f"{block.name}.{name}", seen.get(name)
             costs[full] = [
                 fisher_cost(candidate - layer.weight, *pair) if pair else 0.0  # some layers never run
-                for candidate in rounded(full, layer.weight)
+                for candidate in rounded(layer.weight)
             ]
         context.progress(done, len(found))
     return costs
@@ -261,7 +261,7 @@ def fisher_costs(
 
 @torch.no_grad()
 def kl_costs(
-    model: PreTrainedModel, tokens: Tensor, rounded: Callable[[str, Tensor], list[Tensor]], context: Context
+    model: PreTrainedModel, tokens: Tensor, rounded: Callable[[Tensor], list[Tensor]], context: Context
 ) -> dict[str, list[float]]:
     """As `fisher_costs`, but measured: each layer is rounded alone and the blocks from its own on run again.
 
@@ -278,7 +278,7 @@ def kl_costs(
         for name, layer in block.linear().items():
             weight, full = layer.weight.data, f"{block.name}.{name}"
             costs[full] = []
-            for candidate in rounded(full, weight):
+            for candidate in rounded(weight):
                 layer.weight.data = candidate.to(weight.dtype)
                 leaving = walk(found[first:], states[first])[-1]
                 layer.weight.data = weight
@@ -333,9 +333,8 @@ class Mixed(Calibrated):
         wide_group = 0 if self.wide == "rows" else self.group_size
         return [(bits, self.group_size if bits <= 4 else wide_group) for bits in WIDTHS]
 
-    def round(self, name: str, weight: Tensor, how: Format) -> QuantizedTensor:
-        """The integers of one layer; a subclass may round in another way, by what it knows of the layer."""
-        return quantize_affine(weight, *how, range=self.range)
+    def _round(self, weight: Tensor, how: Format) -> QuantizedTensor:
+        return quantize_affine(weight.detach(), *how, range=self.range)
 
     def table(self, model: PreTrainedModel, context: Context) -> SensitivityTable:
         """How much every linear layer of the blocks minds each format; read from disk where it was computed before."""
@@ -362,7 +361,7 @@ class Mixed(Calibrated):
         model = copy.deepcopy(model)
         for name, index in zip(table.names, choice, strict=True):
             layer = model.get_submodule(name)
-            tensor = self.round(name, layer.weight.detach(), table.formats[index])
+            tensor = self._round(layer.weight, table.formats[index])
             model.set_submodule(name, PackedLinear(tensor, layer.bias))
         chosen = [table.formats[index][0] for index in choice]
         context.record.notes.append(
@@ -371,14 +370,12 @@ class Mixed(Calibrated):
         )
         return model
 
-    def _roundings(self, name: str, weight: Tensor) -> list[Tensor]:
-        return [self.round(name, weight.detach(), how).dequantize() for how in self.formats]
+    def _roundings(self, weight: Tensor) -> list[Tensor]:
+        return [self._round(weight, how).dequantize() for how in self.formats]
 
     def _fingerprint(self, model: PreTrainedModel, tokens: Tensor, seed: int) -> str:
         settings = {key: value for key, value in asdict(self).items() if key != "bits"}
-        digest = hashlib.sha256(
-            json.dumps([type(self).__name__, self.version, settings, WIDTHS, seed]).encode()
-        )
+        digest = hashlib.sha256(json.dumps([self.version, settings, WIDTHS, seed]).encode())
         for tensor in (tokens, *model.state_dict().values()):
             digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:20]
