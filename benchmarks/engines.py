@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgelab import corpora, devices, lab, ledger, recipes, reference, runtimes, variants
+from edgelab import corpora, devices, lab, ledger, recipes, reference, runtimes
 from edgelab.devices import PRECISIONS, Precision
 from edgelab.ledger import Row
 from edgelab.measure import bandwidth
 from edgelab.measure.isolation import Isolated
 from edgelab.measure.latency import Timed
+from edgelab.storage import variants
 
 INT4 = "quantize.gptq:bits=4,group_size=64 + quantize.embedding:bits=8"
 RECIPES = {engine: f"{INT4} @ {engine}" for engine in ("torch", "onnxruntime", "openvino", "llamacpp")} | {

@@ -26,14 +26,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgelab import corpora, ledger, recipes, reference, variants
+from edgelab import corpora, ledger, recipes, reference
 from edgelab.measure import perplexity
 from edgelab.measure.isolation import Isolated, IsolatedError
 from edgelab.recipes import Context
+from edgelab.storage import variants
+from edgelab.storage.layers import PackedLinear, dense_linear
 from edgelab.techniques import calibration
-from edgelab.techniques.quantization.packed import PackedLinear
 from edgelab.techniques.quantization.rtn import linear_layers
-from edgelab.techniques.quantization.unpack import dense_linear
 
 TOP = Path(__file__).resolve().parent.parent
 WORKER = TOP / "benchmarks" / "peers_worker.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -26,22 +27,83 @@ KNOWN = {  # first 32 windows of wiki under edgelab-512: recipe -> bound
 }
 
 
+MODULES = "el.plots, el.rows, el.devices, el.widgets.side_by_side"
+QUICK = {  # command -> seconds it may take
+    ("-c", "import edgelab"): 0.1,
+    ("-m", "edgelab.cli", "--help"): 0.3,
+    ("-m", "edgelab.cli", "ledger", "show", "--reference"): 1.0,
+    ("-c", f"import edgelab as el; {MODULES}"): 2.0,
+}
+PLANNED = 10_000
+
+
 def rows() -> Iterator[tuple[str, str, str]]:
     loads = [float(subprocess.check_output([sys.executable, "-c", LOAD])) for _ in range(3)]
     yield "warm load(), fresh process, median of 3, s", f"{statistics.median(loads):.2f}", "under 2"
+    empty = min(_seconds("-c", "pass") for _ in range(5))
+    for command, bound in QUICK.items():
+        spent = statistics.median(_seconds(*command) for _ in range(5)) - empty
+        yield f"`{' '.join(command)}`, beyond an empty interpreter, s", f"{spent:.2f}", f"{bound:g}"
     assets.fetch()
     with tempfile.TemporaryDirectory() as home:  # an empty ledger and cache, with the assets that are there
         (Path(home) / "assets").symlink_to(assets.home() / "assets")
-        started = time.perf_counter()
-        command = [sys.executable, "-m", "edgelab.cli", "compare", "--json"]
-        environment = os.environ | {"EDGELAB_HOME": home}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as run:
-            marks = [time.perf_counter() - started for _ in run.stdout]
-    if run.returncode or len(marks) != len(lab.DEFAULT_SET):
-        raise RuntimeError(f"edgelab compare ended with {run.returncode} after {len(marks)} rows")
-    yield "edgelab compare to the first row, s", f"{marks[0]:.0f}", "60"
-    yield f"edgelab compare, all {len(marks)} rows, s", f"{marks[-1]:.0f}", "300"
-    for row in lab.stream(KNOWN, only="quality", windows=32, force=True):
-        yield f"perplexity, 32 windows, `{row.recipe}`", f"{row.ppl:.3f}", KNOWN[row.recipe]
+        environment = os.environ | {"EDGELAB_HOME": home, "TQDM_DISABLE": "1"}
+        yield from _comparison(environment)
+        yield from _answers(environment)
+        yield from _planning(environment)
+
+
+def _seconds(*arguments: str, environment: dict[str, str] | None = None) -> float:
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{arguments} ended with {done.returncode}: {done.stderr}")
+    return time.perf_counter() - started
+
+
+def _comparison(environment: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "edgelab.cli", "compare", "--json"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as run:
+        found = [(json.loads(line), time.perf_counter() - started) for line in run.stdout]
+    if run.returncode or len(found) != len(lab.DEFAULT_SET):
+        raise RuntimeError(f"edgelab compare ended with {run.returncode} after {len(found)} rows")
+    yield "edgelab compare to the first row, s", f"{found[0][1]:.0f}", "60"
+    yield f"edgelab compare, all {len(found)} rows, s", f"{found[-1][1]:.0f}", "300"
+    for row, _ in found:
+        if row["recipe"] in KNOWN:
+            yield f"perplexity, 32 windows, `{row['recipe']}`", f"{row['ppl']:.3f}", KNOWN[row["recipe"]]
+
+
+def _answers(environment: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """A row that is known, one of speed alone, and the tasks of one recipe, each as a command of its own."""
+    measure = ("-m", "edgelab.cli", "measure")
+    recipe = lab.DEFAULT_SET[3]
+    _seconds(*measure, recipe, environment=environment)  # compared with nothing: another question than above
+    known = statistics.median(_seconds(*measure, recipe, environment=environment) for _ in range(5))
+    yield "a row that is known, s", f"{known:.2f}", "under 1.5"
+    speed = (*measure, recipe, "--only", "speed", "--force")
+    spent = statistics.median(_seconds(*speed, environment=environment) for _ in range(3))
+    yield "a row of speed alone, s", f"{spent:.1f}", "at most 8"
+    yield (
+        "story cloze and samples of one recipe, s",
+        f"{_seconds(*measure, 'none', '--only', 'tasks', environment=environment):.0f}",
+        "at most 90",
+    )
+
+
+def _planning(environment: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Planning thousands of questions that the ledger of this comparison has answers to."""
+    os.environ["EDGELAB_HOME"] = environment["EDGELAB_HOME"]
+    texts = list(lab.DEFAULT_SET) * (PLANNED // len(lab.DEFAULT_SET))
+    lab.planned(texts[:5])
+    started = time.perf_counter()
+    steps = lab.planned(texts)
+    spent = time.perf_counter() - started
+    if not all(step.is_known for step in steps):
+        raise RuntimeError("a row of the comparison is not known")
+    yield f"planning {len(texts):,} known questions, s", f"{spent:.2f}", "under 2"

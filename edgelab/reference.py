@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from typing import TYPE_CHECKING
 
 from edgelab import assets
 from edgelab.errors import EdgeLabError
+from edgelab.keys import key
+
+if TYPE_CHECKING:  # naming a model and fingerprinting it need neither
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
+PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # what a model is read from
 EMBEDDED_NOTES = (
     "The embedded weights are SmolLM2-135M-Instruct decoded from a 4-bit GGUF file (Q4_1 linear layers, Q8_0 "
     "embedding). They are the baseline that everything is compared with, not the original full-precision "
@@ -40,7 +36,7 @@ class Source:
 
     name: str
     folder: Path | str  # a folder, a GGUF file or a Hub id
-    sha: str  # fingerprint of the weights
+    sha: str  # fingerprint of configuration, tokenizer and weights
     notes: str = ""
 
 
@@ -55,7 +51,7 @@ class Reference:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load(name: str = EMBEDDED, dtype: torch.dtype = torch.float32) -> Reference:
+def load(name: str = EMBEDDED, dtype: torch.dtype | None = None) -> Reference:
     """Load a reference: "embedded", a Hub id, a folder with safetensors and a config, or a GGUF file.
 
     Raises ReferenceError where nothing can be loaded under that name.
@@ -68,11 +64,10 @@ def resolve(name: str = EMBEDDED) -> Source:
     """Find out what a name stands for and compute its fingerprint, without reading the weights into memory."""
     if name == EMBEDDED:
         folder = assets.model_folder()
-        sha = assets.recorded_sha256("model/model.safetensors")
-        return Source(assets.EMBEDDED_NAME, folder, sha[:16], EMBEDDED_NOTES)
+        return Source(assets.EMBEDDED_NAME, folder, fingerprint(folder), EMBEDDED_NOTES)
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return Source(path.stem, path.resolve(), assets.fingerprint(path)[:16])
+        return Source(path.stem, path.resolve(), key(assets.fingerprint(path))[:16])
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if not (path / "config.json").is_file() or not files:
@@ -80,8 +75,7 @@ def resolve(name: str = EMBEDDED) -> Source:
                 f"{path} holds no model: a folder needs config.json, tokenizer files and *.safetensors "
                 "(pickled weights are not loaded)."
             )
-        digest = hashlib.sha256("".join(assets.fingerprint(file) for file in files).encode())
-        return Source(path.resolve().name, path.resolve(), digest.hexdigest()[:16])
+        return Source(path.resolve().name, path.resolve(), fingerprint(path))
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix == ".gguf":
         raise ReferenceError(
             f"There is no model at {name}; give a folder, a .gguf file, a Hub id, or '{EMBEDDED}'."
@@ -89,16 +83,24 @@ def resolve(name: str = EMBEDDED) -> Source:
     return _resolve_hub(name)
 
 
+def fingerprint(folder: Path) -> str:
+    """What a model is made of: weights with their names and shapes, configurations and tokenizer, by content.
+
+    Every file that transformers may read counts, so that a changed rope_theta or merge is another model.
+    """
+    files = sorted(file for pattern in PATTERNS for file in folder.glob(pattern))
+    return key([(file.name, assets.fingerprint(file)) for file in files])[:16]
+
+
 def _resolve_hub(name: str) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
     except Exception as error:
         try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+            folder = Path(snapshot_download(name, allow_patterns=list(PATTERNS), local_files_only=True))
         except (LocalEntryNotFoundError, OSError, ValueError):
             log.debug("hub said: %s", error)
             raise ReferenceError(
@@ -110,6 +112,8 @@ def _resolve_hub(name: str) -> Source:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of a reference. Raises ReferenceError where the folder has none."""
+    from transformers import AutoTokenizer
+
     folder, options = _transformers_place(source)
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
@@ -117,14 +121,21 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise ReferenceError(f"No tokenizer can be loaded for {source.name}: {_first_line(error)}") from None
 
 
-def load_config(source: Source) -> AutoConfig:
+def load_config(source: Source) -> PretrainedConfig:
     """The model configuration of a reference."""
+    from transformers import AutoConfig
+
     folder, options = _transformers_place(source)
     return AutoConfig.from_pretrained(folder, **options)
 
 
-def load_model(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The weights of a reference as a causal language model in evaluation mode."""
+def load_model(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The weights of a reference as a causal language model in evaluation mode, in float32 unless told otherwise."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    dtype = dtype or torch.float32
     folder, options = _transformers_place(source)
     try:
         if "gguf_file" in options:

@@ -14,13 +14,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from edgelab import assets, corpora
+from edgelab.model.logits import final_hidden, head_logits
 from edgelab.recipes import Context, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SLICE = 128  # positions whose logits exist at once: 25 MB in float32 at a vocabulary of 49,152
 FAST_STEPS = 4
@@ -87,21 +92,6 @@ class _Sliced(torch.autograd.Function):
     @staticmethod
     def backward(ctx, outer: Tensor):
         return None, None, *(gradient * (outer / ctx.count) for gradient in ctx.saved_tensors)
-
-
-def final_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Hidden states before the head, (batch, time, hidden), of token ids (batch, time)."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-
-
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Float32 logits (..., vocabulary) of hidden states (..., hidden)."""
-    config = model.config
-    logits = model.get_output_embeddings()(hidden).float()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _mean_score(model: PreTrainedModel, score: Score, hidden: Tensor) -> Tensor:
@@ -231,6 +221,8 @@ class Trained:
     slash. The seed of the recipe decides the order of the windows.
     """
 
+    kept: ClassVar[bool] = True  # as a stage: training costs
+
     steps: int = 80
     minutes: float = 0.0
     learning_rate: float = 1e-4
@@ -272,4 +264,5 @@ class Trained:
             progress=context.progress,
         )
         context.record.train_tokens = (context.record.train_tokens or 0) + int(curve[-1]["tokens"])
+        context.record.train_corpus = self.corpus
         context.record.curve.extend(curve)

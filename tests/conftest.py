@@ -11,7 +11,8 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from edgelab import corpora, recipes, reference, variants
+from edgelab import corpora, recipes, reference
+from edgelab.storage import variants
 
 settings.register_profile("edgelab", deadline=None)  # a busy machine is no failure
 settings.load_profile("edgelab")

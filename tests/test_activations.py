@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from edgelab import variants
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.runtimes.eager import Eager, Int8ActivationLinear, Simulated, kernel_for
+from edgelab.storage import variants
+from edgelab.storage.layers import ActivationGrid, PackedLinear
 from edgelab.techniques.calibration import CalibrationError
 from edgelab.techniques.quantization.activations import (
     DynamicInt8,
@@ -22,7 +23,6 @@ from edgelab.techniques.quantization.activations import (
     expected_error,
     observe,
 )
-from edgelab.techniques.quantization.packed import ActivationGrid, PackedLinear
 from edgelab.techniques.quantization.rtn import linear_layers, quantize_affine
 from edgelab.techniques.quantization.smooth import SmoothQuant, smooth, smoothing_scale
 

@@ -8,12 +8,13 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from edgelab import runtimes, variants
-from edgelab.bench import Bench
+from edgelab import runtimes
+from edgelab.lab.bench import Bench
 from edgelab.recipes import Context, parse
 from edgelab.runtimes import load
 from edgelab.runtimes.compiled import PAGE, Compiled, CompileError, use_compiler
 from edgelab.runtimes.eager import Eager
+from edgelab.storage import variants
 
 IDS = list(range(5, 25))
 INT8 = "quantize.rtn:bits=8,group_size=0,embedding_bits=8"

@@ -20,10 +20,13 @@ from edgelab.devices import (
     kv_cache_mb_per_1k,
     longest_context,
     models,
+    stored_bits,
     this_machine,
     training_memory,
 )
-from edgelab.techniques.quantization.kv import CacheGrid
+from edgelab.storage.bits import pack
+from edgelab.storage.kv_cache import CacheGrid
+from edgelab.techniques.quantization.rtn import quantize_affine
 
 PUBLISHED = {
     "Llama-2-7B": 6_738_415_616,
@@ -319,3 +322,13 @@ def test_context_table():
     assert (table["2-bit cache"] > table["4-bit cache"]).all()
     unknown = Device("unknown", "test", None)
     assert list(context_table(SMALL, 0, [unknown, Device("board", "test", 1)], (16,)).index) == ["board"]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits, group_size", [(2, 32), (3, 64), (4, 192), (8, 96)])
+def test_stored_bits_are_the_bytes_that_packing_stores(bits, group_size, symmetric):
+    tensor = quantize_affine(torch.randn(64, 192), bits, group_size, symmetric)
+    parts = [pack(tensor.integers, bits), tensor.scale]
+    parts += [] if symmetric else [pack(tensor.zero_point, bits)]
+    stored = 8 * sum(part.nbytes for part in parts) / tensor.integers.numel()
+    assert stored_bits(bits, group_size, zero_point=not symmetric) == pytest.approx(stored)

@@ -1,8 +1,9 @@
-"""KL divergence and agreement by hand and against torch, paired differences against scipy."""
+"""KL divergence and agreement by hand, against torch and against a naive loop; what is kept of the reference."""
 
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,19 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy import stats
 from torch.nn import functional
 
-from edgelab.measure.divergence import (
-    DivergenceSum,
-    PairingError,
-    kl_divergence,
-    paired_delta,
-    recording,
-    top1_agreement,
-)
-from edgelab.measure.perplexity import PROTOCOLS, evaluate, windows
+from edgelab.measure import MEASUREMENTS, Asked
+from edgelab.measure.divergence import DivergenceSum, StateRecorder, kl_divergence, top1_agreement
+from edgelab.measure.perplexity import evaluate, score, windows
+from edgelab.measure.protocols import PROTOCOLS
 from edgelab.recipes import Context
+from edgelab.reference import resolve
 from edgelab.techniques.quantization.rtn import RoundToNearest
 
 LOGITS = arrays("float32", (3, 5), elements=st.floats(-30, 30, width=32)).map(torch.from_numpy)
@@ -64,72 +60,23 @@ def test_agreement_by_hand():
     assert top1_agreement(reference, candidate).tolist() == [True, False, True]
 
 
-@given(st.lists(st.tuples(st.floats(100, 2000), st.floats(100, 2000)), min_size=2, max_size=20))
-def test_interval_is_that_of_student_for_windows_of_equal_length(pairs):
-    nll, baseline = (list(column) for column in zip(*pairs, strict=True))
-    found = paired_delta(nll, baseline, [511] * len(pairs))
-    difference = (np.array(nll) - np.array(baseline)) / 511
-    if np.ptp(difference) == 0:  # scipy warns where nothing varies
-        assert found.low == pytest.approx(found.high)
-        return
-    theirs = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
-    assert found.mean == pytest.approx(difference.mean(), abs=1e-9)
-    assert (found.low, found.high) == (
-        pytest.approx(theirs.low, abs=1e-6),
-        pytest.approx(theirs.high, abs=1e-6),
-    )
-
-
-def test_interval_by_hand():
-    # Differences per token 1, 2, 3: mean 2, standard error 1 / sqrt(3), and 4.302653 is Student's t of two degrees.
-    found = paired_delta([20, 30, 40], [10, 10, 10], [10, 10, 10])
-    reach = 4.302653 / math.sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - reach, 2 + reach), rel=1e-6)
-
-
-def test_windows_weigh_by_their_tokens():
-    found = paired_delta([20.0, 3.0], [10.0, 4.0], [30, 10])
-    assert found.mean == pytest.approx((23 - 14) / 40)
-    # shares 3/4 and 1/4, differences 1/3 and -1/10: variance of the weighted mean, n / (n - 1) times
-    deviations = (0.75 * (1 / 3 - 0.225), 0.25 * (-0.1 - 0.225))
-    reach = 12.706205 * math.sqrt(2 * sum(part**2 for part in deviations))
-    assert found.high - found.mean == pytest.approx(reach, rel=1e-6)
-
-
-def test_one_window_has_no_interval():
-    found = paired_delta([12.0], [10.0], [4])
-    assert found.mean == 0.5
-    assert math.isnan(found.low) and math.isnan(found.high)
-
-
-def test_a_constant_difference_is_certain():
-    found = paired_delta([11, 12, 13], [10, 11, 12], [4, 4, 4])
-    assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
-
-
-@pytest.mark.parametrize(("nll", "baseline", "tokens"), [([1], [1, 2], [5, 5]), ([1, 2], [1, 2], [5])])
-def test_other_windows_are_refused(nll, baseline, tokens):
-    with pytest.raises(PairingError, match="measure both alike"):
-        paired_delta(nll, baseline, tokens)
-
-
 @pytest.fixture
 def states(tiny_reference, story, tmp_path):
     """The hidden states of the tiny model on three windows of 150 tokens, kept in a file."""
     one = replace(PROTOCOLS["edgelab-512"], window=150)
-    cut = windows(story, one, tiny_reference.tokenizer, 3)
-    with recording(tmp_path / "states.npy", cut, tiny_reference.model) as recorder:
-        evaluate(tiny_reference.model, tiny_reference.tokenizer, story, one, 3, track=[recorder])
-        assert not (tmp_path / "states.npy").exists()
-    return tmp_path / "states.npy", one
+    recorder = StateRecorder(tmp_path / "new" / "states.npy")
+    evaluate(tiny_reference.model, tiny_reference.tokenizer, story, one, 3, track=[recorder])
+    assert not recorder.file.exists()
+    assert recorder.values() == {}
+    return recorder.file, one
 
 
 def test_reference_against_itself(states, tiny_reference, story):
     file, one = states
     divergence = DivergenceSum(file, tiny_reference.model)
     evaluate(tiny_reference.model, tiny_reference.tokenizer, story, one, 3, track=[divergence])
-    assert (divergence.kld_mean, divergence.agreement) == (0, 1)
     assert divergence.position == 3 * 149
+    assert divergence.values() == {"kld_mean": 0, "top1_agreement": 1}
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -147,27 +94,71 @@ def test_divergence_of_a_candidate_equals_the_naive_loop(bits, states, tiny_refe
             )
         total += (p.exp() * (p - q)).sum().item()
         agreed += (p.argmax(-1) == q.argmax(-1)).sum().item()
-    assert divergence.kld_mean == pytest.approx(total / 447, rel=1e-4)
-    assert divergence.agreement == pytest.approx(agreed / 447, abs=1 / 447)  # near ties may fall either way
-    assert divergence.kld_mean > 1e-3
+    found = divergence.values()
+    assert found["kld_mean"] == pytest.approx(total / 447, rel=1e-4)
+    assert found["top1_agreement"] == pytest.approx(
+        agreed / 447, abs=1 / 447
+    )  # near ties may fall either way
+    assert found["kld_mean"] > 1e-3
 
 
 def test_states_of_a_sixteen_bit_reference_are_kept_in_float32(tiny_reference, story, tmp_path):
     one = replace(PROTOCOLS["edgelab-512"], window=80)
     model = copy.deepcopy(tiny_reference.model).bfloat16()
-    cut = windows(story, one, tiny_reference.tokenizer, 1)
-    with recording(tmp_path / "new" / "states.npy", cut, model) as recorder:
-        evaluate(model, tiny_reference.tokenizer, story, one, 1, track=[recorder])
-    kept = np.load(tmp_path / "new" / "states.npy")
+    recorder = StateRecorder(tmp_path / "states.npy")
+    evaluate(model, tiny_reference.tokenizer, story, one, 1, track=[recorder])
+    recorder.values()
+    kept = np.load(tmp_path / "states.npy")
     assert (kept.dtype, kept.shape) == (np.float32, (79, 64))
     assert np.isfinite(kept).all() and np.abs(kept).max(1).min() > 0  # every position was written
 
 
-def test_an_interrupted_recording_leaves_no_file(tiny_reference, story, tmp_path):
-    cut = windows(story, PROTOCOLS["edgelab-512"], tiny_reference.tokenizer, 1)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        recording(tmp_path / "a" / "states.npy", cut, tiny_reference.model),
-    ):
-        raise KeyboardInterrupt
+def test_an_interrupted_recording_leaves_no_file(tmp_path, monkeypatch):
+    recorder = StateRecorder(tmp_path / "a" / "states.npy")
+    recorder.add(SimpleNamespace(hidden=torch.zeros(3, 4)))
+    monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        recorder.values()
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def subject(tiny, tokenizer, session, story, tmp_path, baseline=None):
+    """Two windows of 100 tokens of the tiny model, as a measurement is asked."""
+    rules = replace(PROTOCOLS["edgelab-512"], window=100)
+    return SimpleNamespace(
+        asked=Asked(states=str(tmp_path / "states.npy"), baseline=baseline),
+        source=resolve(str(tiny)),
+        session=session,
+        text=story,
+        rules=rules,
+        cut=windows(story, rules, tokenizer, 2),
+        report=lambda done, total: None,
+    )
+
+
+def test_the_baseline_keeps_its_states_and_others_are_compared_with_them(
+    tiny, tiny_reference, story, tmp_path
+):
+    chosen = [MEASUREMENTS["perplexity"], MEASUREMENTS["divergence"]]
+    rest = (story, tmp_path)
+    tokenizer = tiny_reference.tokenizer
+    in_torch = SimpleNamespace(model=tiny_reference.model)
+    baseline = score(subject(tiny, tokenizer, in_torch, *rest), chosen)
+    assert "kld_mean" not in baseline and "delta_nll" not in baseline
+
+    def logits(ids):
+        with torch.no_grad():
+            return tiny_reference.model(torch.tensor([ids])).logits[0]
+
+    engine = SimpleNamespace(model=None, logits=logits)
+    same = score(subject(tiny, tokenizer, engine, *rest, baseline), chosen)
+    assert same["ppl"] == pytest.approx(baseline["ppl"], rel=1e-5)
+    assert (same["kld_mean"], same["top1_agreement"]) == (pytest.approx(0, abs=1e-6), 1)
+    assert same["delta_nll"] == pytest.approx(0, abs=1e-5)
+
+    coarse = RoundToNearest(bits=2, group_size=32).apply(tiny_reference.model, Context())
+    moved = score(subject(tiny, tokenizer, SimpleNamespace(model=coarse), *rest, baseline), chosen)
+    difference = [a - b for a, b in zip(moved["window_nll"], baseline["window_nll"], strict=True)]
+    assert moved["delta_nll"] == pytest.approx(sum(difference) / 2)
+    assert moved["delta_nll_low"] < moved["delta_nll"] < moved["delta_nll_high"]
+    assert moved["kld_mean"] > 0.01

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from edgelab import runtimes, variants
+from edgelab import runtimes
 from edgelab.runtimes import RuntimeRefused
+from edgelab.storage import variants
 
 pytest.importorskip("executorch")
 IDS = [3, 17, 250, 9, 88, 120, 45, 7, 61, 200, 33, 12]

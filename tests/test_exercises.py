@@ -56,12 +56,12 @@ def test_the_answers_worked_by_hand():
 
 
 def test_the_best_within_a_budget_is_read_from_the_reference_rows(monkeypatch):
-    like = {"protocol": "edgelab-512", "corpus": "wiki", "windows": 32, "badge": "packed"}
+    like = {"protocol": "edgelab-512", "corpus": "wiki", "n_tokens": 16_352, "badge": "packed"}
     rows = [
         Row("none", ppl=21.7, weights_mb=538.0, **like),
         Row("quantize.rtn:bits=4,group_size=64", ppl=28.0, weights_mb=171.0, **like),
         Row("quantize.rtn:bits=3,group_size=64", ppl=70.0, weights_mb=157.0, **like),
-        Row("quantize.rtn:bits=4,group_size=32", ppl=16.0, weights_mb=175.0, **like | {"windows": 4}),
+        Row("quantize.rtn:bits=4,group_size=32", ppl=16.0, weights_mb=175.0, **like | {"n_tokens": 2044}),
     ]
     monkeypatch.setattr("edgelab.ledger.reference", lambda: rows)
     assert check("best_within_200_mb", 28.0).startswith("Right")

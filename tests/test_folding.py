@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from edgelab.model.blocks import Group, blocks
 from edgelab.recipes import RecipeError
 from edgelab.techniques.folding import find_source, fold_scale, norm_offset
-from edgelab.techniques.structure import Group, blocks
 
 IDS = torch.arange(2, 40)[None]
 FOLDED = {  # of two blocks: groups behind a norm, and down_proj behind up_proj; heads are grouped, so no o_proj

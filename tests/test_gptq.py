@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edgelab.corpora import CorpusError, tokenize
 from edgelab.recipes import Context, RecipeError, Record, parse
+from edgelab.storage.layers import PackedLinear
 from edgelab.techniques import calibration
 from edgelab.techniques.calibration import CalibrationError
 from edgelab.techniques.quantization import awq
@@ -16,7 +17,6 @@ from edgelab.techniques.quantization import gptq as gptq_module
 from edgelab.techniques.quantization.autoround import AutoRound, LearnedRounding
 from edgelab.techniques.quantization.awq import AWQ, search_scale
 from edgelab.techniques.quantization.gptq import GPTQ, gptq, input_products, inverse_factor, split_rows
-from edgelab.techniques.quantization.packed import PackedLinear
 from edgelab.techniques.quantization.ranges import affine_grid, find_grid, on_grid
 from edgelab.techniques.quantization.rtn import linear_layers, quantize_affine
 

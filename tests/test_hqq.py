@@ -5,15 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelab import variants
 from edgelab.recipes import Context, RecipeError, parse
+from edgelab.storage import variants
+from edgelab.storage.layers import PackedLinear
 from edgelab.techniques.quantization.hqq import (
     HalfQuadratic,
     half_quadratic_zero_point,
     quantize_half_quadratic,
     shrink,
 )
-from edgelab.techniques.quantization.packed import PackedLinear
 from edgelab.techniques.quantization.rtn import GroupSizeError, linear_layers, quantize_affine
 
 IDS = torch.arange(2, 40)[None]

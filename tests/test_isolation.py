@@ -1,13 +1,18 @@
 """The fresh process: results and errors come over, and whatever happens there stays there."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 
 from edgelab.errors import EdgeLabError
+from edgelab.measure import forking
 from edgelab.measure.isolation import Isolated, IsolatedError, report
+from edgelab.measure.turn import timing_lock
 
 SUBJECT = """
 import os, signal, subprocess, sys, time
@@ -27,6 +32,16 @@ class Subject:
 
     def echo(self, value):
         return value
+
+    def grow(self, megabytes):
+        from edgelab.measure.memory import peak_rss_mb
+        before = peak_rss_mb()
+        self.kept = bytearray(megabytes * 10**6)
+        self.kept[::1024] = b"x" * len(self.kept[::1024])
+        return peak_rss_mb() - before
+
+    def environment(self, name):
+        return os.environ.get(name)
 
     def threads(self):
         return [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]]
@@ -83,22 +98,33 @@ def place(tmp_path_factory):
         yield "isolated_subject:Subject"
 
 
-@pytest.fixture(scope="module")
-def shared(place):
-    """One process for everything that does not end it."""
-    with Isolated(place, threads=1, timeout_s=60, name="Ada") as process:
-        yield process
+WAYS = pytest.mark.parametrize("way", [pytest.param(False, id="spawned"), pytest.param(True, id="forked")])
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["spawned", "forked"])
+def shared(place, request):
+    """One process for everything that does not end it, made in either way."""
+    if request.param and not forking.SUPPORTED:
+        pytest.skip("processes are not forked here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forking, "SUPPORTED", request.param)
+        with Isolated(place, threads=1, timeout_s=60, name="Ada") as process:
+            yield process
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+    return {child.pid for child in psutil.Process().children(recursive=True) if alive(child.pid)}
 
 
 def test_the_object_lives_in_another_process(shared):
     answer = shared.call("whoami")
     assert answer["name"] == "Ada"
     assert answer["pid"] != os.getpid() and answer["pid"] in children()
-    assert answer["main"] == "edgelab.measure.isolation"  # not the main module of the caller
+    assert answer["main"].startswith("edgelab.measure.")  # not the main module of the caller
 
 
 @pytest.mark.parametrize("value", [None, 1.5, float("inf"), "«é»\n", [1, {"a": [True]}], "x" * 1_000_000])
@@ -108,6 +134,73 @@ def test_arguments_and_results_come_over(shared, value):
 
 def test_threads_are_pinned(shared):
     assert shared.call("threads") == [1, "1", "1"]
+
+
+def test_the_peak_of_memory_is_what_the_process_itself_took(shared):
+    assert shared.call("grow", megabytes=300) == pytest.approx(300, abs=15)
+
+
+def test_a_process_has_the_environment_of_the_moment(place, monkeypatch):
+    """Although the server that forks it was started in another."""
+    for value in ("one", "two"):
+        monkeypatch.setenv("EDGELAB_TEST", value)
+        with Isolated(place, threads=1, timeout_s=60) as process:
+            assert process.call("environment", name="EDGELAB_TEST") == value
+
+
+def test_a_server_that_has_died_is_replaced(place):
+    with Isolated(place, threads=1, timeout_s=60) as process:
+        server = psutil.Process(process.pid).parent()
+        if server.pid == os.getpid():
+            pytest.skip("processes are not forked here")
+        server.kill()
+        wait_for_the_end_of([process.pid])
+        with pytest.raises(IsolatedError):
+            process.call("echo", value=1)
+    with Isolated(place, threads=1, timeout_s=60) as process:
+        assert process.call("echo", value=2) == 2
+
+
+PARENT = """
+import sys
+from edgelab.measure import forking
+from edgelab.measure.isolation import Isolated
+forking.SUPPORTED = sys.argv[2] == "True"
+process = Isolated(sys.argv[1], threads=1)
+process.wait()
+print(process.pid, flush=True)
+process.call("sleep")
+"""
+
+
+@WAYS
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_parent_that_ends_leaves_no_process(place, how, way):
+    command = [sys.executable, "-c", PARENT, place, str(way and forking.SUPPORTED)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        left = [int(parent.stdout.readline())]
+        left += [child.pid for child in psutil.Process(parent.pid).children(recursive=True)]
+        time.sleep(0.5)  # into the call
+        parent.send_signal(how)
+    wait_for_the_end_of(left)
+
+
+def wait_for_the_end_of(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_two_processes_are_never_timed_at_once():
+    script = (
+        "import time\nfrom edgelab.measure.turn import timing_lock\nwith timing_lock():\n print(flush=True)"
+    )
+    with timing_lock():
+        other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(3)
+    assert other.wait(30) == 0
 
 
 def test_what_the_child_prints_does_not_reach_the_answers(shared):
@@ -187,7 +280,7 @@ def test_time_limit_ends_the_process(place):
             process.call("sleep")
         assert caught.value.status == "timeout"
         assert time.monotonic() - started < 20
-        assert not psutil.pid_exists(pid)
+        assert not alive(pid)
 
 
 def test_a_call_after_the_end_is_an_error_of_the_package(place):
@@ -201,7 +294,7 @@ def test_a_call_after_the_end_is_an_error_of_the_package(place):
 def test_leaving_the_context_ends_the_process(place):
     with Isolated(place, threads=1, timeout_s=60) as process:
         pid = process.call("whoami")["pid"]
-    assert not psutil.pid_exists(pid)
+    assert not alive(pid)
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgelab import variants
 from edgelab.recipes import Context, parse
 from edgelab.runtimes import load
 from edgelab.runtimes.eager import Eager, Int4Linear, Int8Linear, Simulated, int4_group_size, kernel_for
-from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor
+from edgelab.storage import variants
+from edgelab.storage.layers import PackedEmbedding, PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.rtn import quantize_affine
 
 U = 2.0**-8

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from transformers import AutoConfig, DynamicCache
 
-from edgelab import variants
-from edgelab.bench import Bench
+from edgelab.lab.bench import Bench
 from edgelab.measure import perplexity
 from edgelab.measure.memory import kv_cache_mb_per_1k
-from edgelab.measure.perplexity import Protocol, evaluate, last_hidden_states
+from edgelab.measure.perplexity import Protocol, evaluate
+from edgelab.model.logits import last_hidden_states
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.runtimes.eager import Eager, Simulated
-from edgelab.techniques.quantization.kv import (
+from edgelab.storage import variants
+from edgelab.storage.kv_cache import (
     CacheGrid,
     QuantizedCacheError,
     QuantizedLayer,
@@ -26,7 +27,7 @@ from edgelab.techniques.quantization.kv import (
     quantize_keys,
     quantize_values,
 )
-from edgelab.techniques.quantization.packed import PackedLinear
+from edgelab.storage.layers import PackedLinear
 from edgelab.techniques.quantization.rtn import SMALLEST_SCALE, GroupSizeError
 
 BITS = [8, 4, 2]

@@ -1,13 +1,19 @@
 """The one road, gone with the tiny model: recipe, variant, fresh process, row."""
 
+import json
 import math
+import os
+import shutil
+import signal
+from dataclasses import replace
 
 import pytest
 
-from edgelab import lab, ledger, recipes, runtimes, variants
+from edgelab import lab, ledger, recipes
 from edgelab.errors import EdgeLabError
-from edgelab.ledger import Row
-from edgelab.measure import isolation
+from edgelab.lab import road
+from edgelab.measure import MEASUREMENTS, isolation, protocols
+from edgelab.storage import cache, variants
 
 
 @pytest.fixture
@@ -21,6 +27,33 @@ def text(tmp_path, story):
 def settings(tiny, text, monkeypatch):
     monkeypatch.setenv("EDGELAB_FAST", "1")
     return {"model": str(tiny), "corpus": text, "windows": 3, "threads": 1}
+
+
+DEAR = """
+from dataclasses import dataclass
+from pathlib import Path
+from edgelab.recipes import register
+
+@register("test.dear", kept=True)
+@dataclass(frozen=True)
+class Dear:
+    \"\"\"Leaves the model as it is, and notes that it was applied.\"\"\"
+
+    def apply(self, model, context):
+        with Path({notes!r}).open("a") as file:
+            file.write("applied ")
+        return model
+"""
+
+
+@pytest.fixture
+def dear(tmp_path, monkeypatch):
+    """A technique from elsewhere whose stage is kept; the file that it writes into when it is applied."""
+    notes = tmp_path / "notes"
+    (tmp_path / "dear.py").write_text(DEAR.format(notes=str(notes)))
+    monkeypatch.setenv("EDGELAB_PLUGINS", str(tmp_path / "dear.py"))
+    yield notes
+    recipes.TECHNIQUES.pop("test.dear", None)
 
 
 def test_a_comparison_fills_every_field_that_was_measured(settings):
@@ -79,26 +112,54 @@ def test_a_killed_process_and_a_time_out_are_rows(settings, monkeypatch):
     real = isolation.Isolated.call
 
     def killed(self, method, *args, **kwargs):
-        if method == "quality":
-            self._process.kill()
+        if method == "measure" and kwargs["names"][0] == "perplexity":
+            os.kill(real(self, "pid"), signal.SIGKILL)
         return real(self, method, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(isolation.Isolated, "call", killed)
         (row,) = lab.stream(["quantize.bf16"], only="quality", **settings)
     assert row.status == "oom" and "memory ran out" in row.error
-    (row,) = lab.stream(["quantize.fp16"], only="quality", timeout_s=0.01, **settings)
+    (row,) = lab.stream(["quantize.fp16"], only="memory", timeout_s=0.01, **settings)
     assert row.status == "timeout"
+
+
+def test_a_baseline_that_dies_in_mid_comparison_takes_no_row_with_it(settings, monkeypatch):
+    real = road._Timed.decode
+    killed = []
+
+    def dying(self, tokens):
+        if self.question.is_baseline and len(killed) < 1:
+            killed.append(real(self, tokens))
+            os.kill(self.process.call("pid"), signal.SIGKILL)
+        return real(self, tokens)
+
+    monkeypatch.setattr(road._Timed, "decode", dying)
+    table = lab.compare(["quantize.bf16", "quantize.fp16"], only="speed", **settings)
+    assert killed and list(table.status) == ["ok", "ok"]
+    assert (table.decode_ratio > 0).all()
+
+
+def test_a_candidate_that_dies_is_the_one_named(settings, monkeypatch):
+    real = road._Timed.decode
+
+    def dying(self, tokens):
+        if str(self.question.recipe) == "quantize.bf16":
+            os.kill(self.process.call("pid"), signal.SIGKILL)
+        return real(self, tokens)
+
+    monkeypatch.setattr(road._Timed, "decode", dying)
+    table = lab.compare(["quantize.bf16", "quantize.fp16"], only="speed", **settings)
+    assert list(table.status) == ["oom", "ok"] and table.decode_ratio[1] > 0
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"only": "size"}, "none of quality, speed, memory"),
+        ({"only": "size"}, "none of memory, quality, speed, tasks"),
         ({"windows": 0}, "from 1 on"),
         ({"protocol": "gptq"}, "use one of edgelab-512"),
         ({"corpus": "nowhere"}, "There is no corpus"),
-        ({"runtime": "llama"}, "Unknown runtime"),
         ({"model": "./nowhere"}, "There is no model"),
         ({"treads": 1}, "Unknown setting treads"),
     ],
@@ -173,28 +234,127 @@ def test_an_engine_is_compared_with_pytorch_before_its_speed_counts(settings):
     assert native.parity == "own weights" and native.ppl > 0
 
 
-def test_an_engine_whose_twin_cannot_be_measured_has_failed_the_gate(monkeypatch):
-    monkeypatch.setattr(lab, "_known", lambda *_: Row("quantize.rtn", status="oom", error="memory ran out"))
-    row, recipe = Row("quantize.rtn @ llamacpp", ppl=20.0), recipes.parse("quantize.rtn @ llamacpp")
-    lab._gate(row, recipe, None, lab.Settings(model="embedded"))
+def test_an_engine_whose_twin_cannot_be_measured_has_failed_the_gate(settings, monkeypatch):
+    real = isolation.Isolated.call
+
+    def failing(self, method, *args, **kwargs):
+        if method == "engine" and real(self, "engine")["badge"] == "packed":
+            raise isolation.IsolatedError("memory ran out", "oom")
+        return real(self, method, *args, **kwargs)
+
+    lab.measure("none", only="quality", **settings)
+    monkeypatch.setattr(isolation.Isolated, "call", failing)
+    row = lab.measure("quantize.rtn:bits=4,group_size=32 @ llamacpp", only="quality", **settings)
     assert row.parity == "failed" and row.parity_detail == "PyTorch could not be asked: memory ran out"
 
 
-def test_a_row_of_an_older_export_is_measured_again(settings, monkeypatch):
+def test_speed_alone_waits_for_the_verdict_of_the_gate_and_carries_it(settings):
     recipe = "quantize.rtn:bits=4,group_size=32 @ llamacpp"
-    first = lab.measure(recipe, only="memory", **settings)
-    assert lab.measure(recipe, only="memory", **settings).row_id == first.row_id
-    monkeypatch.setattr(runtimes.find("llamacpp"), "version", 99)
-    chosen = lab.Settings(only="memory", **settings)
-    assert lab._known(recipes.parse(recipe), chosen) is None
-    assert "export" not in lab._provenance(lab.NOTHING, chosen)["versions"]
+    row = lab.measure(recipe, only="speed", **settings)
+    assert row.parity == "passed" and row.ppl is None and row.decode_tok_s > 0
+    others = [one.recipe for one in ledger.own()]
+    assert others == ["none", "quantize.rtn:bits=4,group_size=32", recipe, recipe]
+
+
+# Questions and plans
+
+
+def planned(recipes, **settings):
+    return [
+        (str(step.recipe), step.stage, step.is_known, step.asked) for step in lab.planned(recipes, **settings)
+    ]
+
+
+def test_a_plan_names_prerequisites_first_and_each_once(settings):
+    recipes = ["quantize.rtn:bits=4,group_size=32 @ llamacpp", "quantize.rtn:bits=4,group_size=32", "none"]
+    of_4 = "quantize.rtn:bits=4,group_size=32"
+    rows = [step for step in planned(recipes, only="quality", **settings) if step[1] is None]
+    assert rows == [
+        ("none", None, False, True),
+        (of_4, None, False, True),
+        (f"{of_4} @ llamacpp", None, False, True),
+    ]
+    lab.measure(of_4, only="quality", **settings)
+    rows = [step for step in planned(recipes, only="quality", **settings) if step[1] is None]
+    assert [step[2] for step in rows] == [True, True, False]
+
+
+def test_stages_are_kept_where_they_cost_and_a_shared_beginning_is_made_once(settings, dear):
+    first, second = "test.dear + quantize.bf16", "test.dear + quantize.rtn:bits=4,group_size=32"
+    stages = [step[0] for step in planned([first, second], only="memory", **settings) if step[1] is not None]
+    assert stages == ["test.dear", first, second]
+    lab.compare([first, second], only="memory", **settings)
+    assert dear.read_text() == "applied "
+    parents = {variants.read_about(entry.path)["recipe"]: entry.path for entry in cache.entries()}
+    about = variants.read_about(parents["test.dear + quantize.bf16"])
+    assert about["parent"] == parents["test.dear"].name
+
+
+def test_a_recipe_of_three_of_which_two_are_there_makes_one(settings, dear):
+    lab.measure("quantize.bf16 + test.dear + quantize.rtn:bits=4,group_size=32", only="memory", **settings)
+    lab.measure("quantize.bf16 + test.dear + quantize.rtn:bits=3,group_size=32", only="memory", **settings)
+    assert dear.read_text() == "applied "
+
+
+@pytest.mark.parametrize("raised", ["technique", "protocol", "export", "measurement"])
+def test_a_raised_version_asks_again_and_alone(settings, monkeypatch, raised):
+    recipe = "quantize.rtn:bits=4,group_size=32 @ llamacpp"
+    other = "quantize.bf16"
+    lab.compare(["none", recipe, other], only="quality", **settings)
+    if raised == "technique":
+        monkeypatch.setattr(recipes.techniques()["quantize.rtn"], "version", 99)
+        asked_again = {recipe}
+    elif raised == "export":
+        monkeypatch.setattr(recipes.deployments()["llamacpp"], "version", 99)
+        asked_again = {recipe}
+    elif raised == "protocol":
+        raised_one = replace(protocols.PROTOCOLS["edgelab-512"], version=99)
+        monkeypatch.setitem(protocols.PROTOCOLS, "edgelab-512", raised_one)
+        asked_again = {"none", recipe, other}
+    else:
+        raised_one = replace(MEASUREMENTS["last word"], version=99)
+        monkeypatch.setitem(MEASUREMENTS, "last word", raised_one)
+        asked_again = {"none", recipe, other}
+    steps = lab.planned(["none", recipe, other], only="quality", **settings)
+    assert {str(step.recipe) for step in steps if step.asked and not step.is_known} == asked_again
+
+
+def test_a_changed_config_or_tokenizer_is_another_model(settings, tiny, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny, changed)
+    here = settings | {"model": str(changed)}
+    first = lab.measure("none", only="quality", **here)
+    config = json.loads((changed / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 10
+    (changed / "config.json").write_text(json.dumps(config))
+    second = lab.measure("none", only="quality", **here)
+    assert second.row_id != first.row_id and second.ppl != pytest.approx(first.ppl, rel=1e-3)
+    tokenizer = json.loads((changed / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-20]
+    (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    third = lab.measure("none", only="quality", **here)
+    assert len({first.model_sha, second.model_sha, third.model_sha}) == 3
+    assert third.bits_per_byte != pytest.approx(second.bits_per_byte, rel=1e-3)
+
+
+def test_a_memory_row_is_not_measured_again_because_a_newer_row_lacks_it(settings):
+    first = lab.measure("none", only="memory", **settings)
+    lab.measure("none", only="quality", **settings)
+    assert lab.measure("none", only="memory", **settings).row_id == first.row_id
+
+
+def test_a_lost_cache_of_states_asks_the_baseline_again(settings):
+    lab.measure("quantize.bf16", only="quality", **settings)
+    cache.clear()
+    row = lab.measure("quantize.fp16", only="quality", **settings)
+    assert row.kld_mean is not None and [one.recipe for one in ledger.own()].count("none") == 2
 
 
 def test_a_file_that_is_damaged_after_its_export_is_an_error_row(settings):
     """Cut in the middle, where no header tells."""
     recipe = "quantize.rtn:bits=4,group_size=32 @ llamacpp"
     lab.measure(recipe, only="memory", **settings)
-    (file,) = variants.cache_dir().glob("*/exports/llamacpp-*/model.gguf")
+    (file,) = cache.place("variants").glob("*/exports/llamacpp-*/model.gguf")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     table = lab.compare([recipe], only="memory", force=True, **settings)
     assert table.status[0] == "error" and "cannot load" in table.error[0]

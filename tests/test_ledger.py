@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from edgelab import ledger
+from edgelab.errors import EdgeLabError
 from edgelab.ledger import LedgerError, Row
 
 ROW = Row(
@@ -42,6 +43,32 @@ def test_a_ledger_of_an_earlier_version_gains_the_new_columns():
     assert [row.row_id for row in ledger.own()] == ["old", ROW.row_id]
 
 
+def test_the_newest_whole_answer_counts():
+    """A later row that lacks what is asked for does not hide an earlier one that has it."""
+    first = Row("none", ppl=21.7, peak_rss_mb=500.0, made_by='{"perplexity": 1}', started_at="2026-01-01")
+    later = Row("none", ppl=21.8, made_by='{"perplexity": 2}', started_at="2026-01-02")
+    for row in (first, later):
+        ledger.add(row)
+    questions = [
+        ({"recipe": "none"}, []),
+        ({"recipe": "none"}, ["peak_rss_mb"]),
+        ({"recipe": "none", "made_by.perplexity": 1}, []),
+        ({"recipe": "none", "made_by.latency": 1}, []),
+    ]
+    assert ledger.newest(questions) == [later, first, first, None]
+
+
+def test_a_verdict_of_the_gate_belongs_to_every_row_of_variant_and_export():
+    same = {"variant": "abc", "runtime": "llamacpp", "made_by": '{"export": 1}'}
+    before = Row("r @ llamacpp", **same, started_at="2026-01-01")
+    other = Row("r @ llamacpp", **same | {"made_by": '{"export": 2}'}, started_at="2026-01-02")
+    gated = Row("r @ llamacpp", **same, parity="passed", parity_detail="+0.1%", started_at="2026-01-03")
+    for row in (before, other, gated):
+        ledger.add(row)
+    assert [row.parity for row in ledger.own()] == ["passed", None, "passed"]
+    assert ledger.verdict(before) == ("passed", "+0.1%") and ledger.verdict(other) == (None, None)
+
+
 def test_a_column_of_numbers_is_numeric_also_where_nothing_was_measured():
     table = ledger.frame([ROW])
     assert all(pd.api.types.is_numeric_dtype(table[name]) for name in ("ppl", "decode_ratio", "iterations"))
@@ -61,7 +88,7 @@ def test_an_unknown_form_or_place_is_one_sentence(tmp_path):
     with pytest.raises(LedgerError, match=r"not to '.xls'"):
         ledger.export([ROW], tmp_path / "rows.xls")
     (tmp_path / "file").write_text("")
-    with pytest.raises(LedgerError, match="choose a place"):
+    with pytest.raises(EdgeLabError, match="choose a place"):
         ledger.export([ROW], tmp_path / "file" / "rows.csv")
 
 

@@ -13,13 +13,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edgelab import corpora, reference, runtimes, variants
+from edgelab import corpora, reference, runtimes
 from edgelab.measure import parity
 from edgelab.recipes import Context, parse
 from edgelab.runtimes import EngineMissing, RuntimeRefused, gguf, llama_c
 from edgelab.runtimes.eager import Simulated
 from edgelab.runtimes.llama_c import LlamaError
 from edgelab.runtimes.llamacpp import CONTEXT, FILE, LlamaCpp
+from edgelab.runtimes.session import SessionError
+from edgelab.storage import variants
 
 IDS = torch.randint(0, 300, (64,), generator=torch.Generator().manual_seed(0)).tolist()
 INT4 = "quantize.rtn:bits=4,group_size=32,embedding_bits=4"
@@ -200,7 +202,7 @@ def test_own_timings_are_part_of_ours(engine):
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(engine):
-    with pytest.raises(LlamaError, match="have to be below 300"):
+    with pytest.raises(SessionError, match="have to be below 300, and these go up to 300"):
         engine.prefill([5, 300])
     assert engine.prefill(IDS) == engine.top(IDS, 1)[0][0]
 
@@ -234,7 +236,7 @@ def test_nothing_is_said_on_the_way(new_model, tmp_path, capfd):
         ("native.int8", "not native.int8; use quantize.rtn"),
         ("quantize.kv", "run quantize.kv on torch"),
         ("quantize.dynamic", "rounds inputs on a grid of its own"),
-        ("quantize.nf4", "table of values"),
+        ("quantize.nf4", "no type for the codebook of model.layers.0"),
         ("quantize.rtn:bits=8", "use symmetric=true"),
     ],
 )
@@ -244,13 +246,13 @@ def test_refusals(text, sentence, new_model, tmp_path):
         runtimes.exported("llamacpp", folder)
 
 
-def test_without_the_package_one_sentence(monkeypatch):
+def test_without_the_package_one_sentence(new_model, monkeypatch):
     llama_c.library.cache_clear()
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(EngineMissing, match=r"pip install --editable '.\[runtimes\]'"):
         llama_c.library()
     # the table of recipes and runtimes is made where no engine is installed
-    assert LlamaCpp.refusal({"native": None, "cache": None, "quantized": {}}) is None
+    assert LlamaCpp.refusal(variants.describe(new_model("llama"))) is None
 
 
 def test_another_layout_is_refused(monkeypatch):

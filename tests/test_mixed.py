@@ -12,8 +12,9 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from edgelab import plots
+from edgelab.model import blocks as structure
 from edgelab.recipes import Context, RecipeError, parse
-from edgelab.techniques import structure
+from edgelab.storage.layers import PackedLinear
 from edgelab.techniques.quantization import mixed
 from edgelab.techniques.quantization.mixed import (
     AllocationError,
@@ -25,7 +26,6 @@ from edgelab.techniques.quantization.mixed import (
     kl_costs,
     stored_bytes,
 )
-from edgelab.techniques.quantization.packed import PackedLinear
 from edgelab.techniques.quantization.rtn import GroupSizeError, RoundToNearest, linear_layers, quantize_affine
 
 

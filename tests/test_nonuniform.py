@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.vq import kmeans2
 
-from edgelab import variants
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.runtimes.eager import Eager
+from edgelab.storage import variants
+from edgelab.storage.codebook import CodebookTensor
+from edgelab.storage.layers import PackedLinear
 from edgelab.techniques.quantization.nonuniform import (
     Codebook,
     NormalFloat4,
@@ -20,7 +22,6 @@ from edgelab.techniques.quantization.nonuniform import (
     quantize_codebook,
     quantize_normal_float,
 )
-from edgelab.techniques.quantization.packed import CodebookTensor, PackedLinear
 from edgelab.techniques.quantization.rtn import GroupSizeError, linear_layers, quantize_affine
 
 IDS = torch.arange(2, 40)[None]

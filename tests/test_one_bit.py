@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edgelab import variants
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.runtimes import load
 from edgelab.runtimes.eager import Int4Linear, kernel_for
+from edgelab.storage import variants
+from edgelab.storage.layers import PackedLinear
 from edgelab.techniques.quantization.one_bit import Binary, Ternary, quantize_binary, quantize_ternary
-from edgelab.techniques.quantization.packed import PackedLinear
 from edgelab.techniques.quantization.rtn import SMALLEST_SCALE, GroupSizeError, linear_layers
 
 ROUNDED = {"ternary": quantize_ternary, "binary": quantize_binary}

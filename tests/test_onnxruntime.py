@@ -6,9 +6,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgelab import recipes, runtimes, variants
+from edgelab import recipes, runtimes
 from edgelab.runtimes import RuntimeRefused, onnx_export
-from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
+from edgelab.runtimes.onnxruntime import LAYOUTS
+from edgelab.storage import variants
+from edgelab.storage.layers import PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.rtn import quantize_affine
 
 IDS = [3, 17, 250, 9, 88, 120, 45, 7, 61, 200, 33, 12]
@@ -26,7 +29,7 @@ def initializers(folder):
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
 
 
-@pytest.mark.parametrize("layout", onnx_export.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_float_logits_are_those_of_pytorch(variant, layout):
     folder = variant("none", layout)
     assert apart(runtimes.load("onnxruntime", folder), folder) < 1e-5

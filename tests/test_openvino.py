@@ -5,9 +5,10 @@ import openvino
 import pytest
 import torch
 
-from edgelab import runtimes, variants
+from edgelab import runtimes
 from edgelab.runtimes import RuntimeRefused
 from edgelab.runtimes.openvino import GRAPH, LAYOUTS
+from edgelab.storage import variants
 
 IDS = [3, 17, 250, 9, 88, 120, 45, 7, 61, 200, 33, 12]
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edgelab.techniques.quantization.kv import pack_last, unpack_last
-from edgelab.techniques.quantization.packed import pack, unpack
+from edgelab.storage.kv_cache import pack_last, unpack_last
+from edgelab.storage.uniform import pack, unpack
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 

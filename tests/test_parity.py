@@ -1,10 +1,12 @@
 """The parity gate, by hand: what passes, what fails, and by which of its numbers."""
 
+import json
 import math
 
 import pytest
 import torch
 
+from edgelab.assets import data_dir
 from edgelab.measure import parity
 
 
@@ -17,6 +19,47 @@ def test_perplexities_within_one_per_cent_pass():
     wrong = parity.by_perplexity(20.21, 20)
     assert not wrong.passed and "20.210 against 20.000" in wrong.detail and "+1.05%" in wrong.detail
     assert not parity.by_perplexity(math.inf, 20).passed and not parity.by_perplexity(math.nan, 20).passed
+
+
+def quality(ppl=20.0, kld=0.2, agreement=0.75):
+    return {"ppl": ppl, "kld_mean": kld, "top1_agreement": agreement}
+
+
+@pytest.mark.parametrize(
+    ("engine", "passes"),
+    [
+        (quality(), True),
+        (quality(20.15, 0.215, 0.72), True),  # each within its bound
+        (quality(ppl=20.21), False),
+        (quality(kld=0.221), False),
+        (quality(kld=0.179), False),
+        (quality(agreement=0.70), False),
+        (quality(kld=math.nan), False),
+    ],
+)
+def test_each_number_of_quality_can_fail_alone(engine, passes):
+    assert parity.by_quality(engine, quality()).passed == passes
+
+
+def test_an_engine_whose_perplexity_is_right_by_luck_fails():
+    """An engine that lost the scaling of rotary frequencies, beside the reference in PyTorch."""
+    verdict = parity.by_quality(quality(20.03, 0.099, 0.75), quality(20, None, None))
+    assert not verdict.passed
+    for words in ("+0.15%", "0.0990 against 0.0000", "75.0% against 100.0%"):
+        assert words in verdict.detail
+
+
+def test_committed_rows_of_engines_pass():
+    rows = [json.loads(line) for line in (data_dir() / "reference" / "rows.jsonl").read_text().splitlines()]
+    scored = {row["recipe"]: row for row in rows if row["ppl"] is not None}
+    pairs = [
+        (row, scored[recipe.partition(" @ ")[0]])
+        for recipe, row in scored.items()
+        if row["badge"] == "runtime" and not recipe.startswith("native")
+    ]
+    assert len(pairs) >= 9
+    for engine, twin in pairs:
+        assert parity.by_quality(engine, twin).passed, engine["recipe"]
 
 
 def test_equal_answers_pass_and_their_numbers_are_said():

@@ -13,18 +13,9 @@ from torch import Tensor
 from edgelab import corpora, reference
 from edgelab.corpora import CorpusError, TokenizedText, tokenize_text
 from edgelab.measure.isolation import Isolated
-from edgelab.measure.perplexity import (
-    PROTOCOLS,
-    SLICE,
-    Perplexity,
-    ProtocolError,
-    Window,
-    evaluate,
-    head,
-    protocol,
-    slices,
-    windows,
-)
+from edgelab.measure.perplexity import Perplexity, Window, evaluate, slices, windows
+from edgelab.measure.protocols import PROTOCOLS, ProtocolError, protocol
+from edgelab.model.logits import SLICE, head_logits
 
 IDENTITY = {
     "edgelab-512": (512, "all"),
@@ -225,7 +216,7 @@ def test_softcapping_by_hand():
         config=SimpleNamespace(final_logit_softcapping=5.0),
     )
     expected = [[5 * math.tanh(2.0), 0.0, 5 * math.tanh(-0.2)]]
-    torch.testing.assert_close(head(capped, torch.tensor([[1.0, 0.0, -0.1]])), torch.tensor(expected))
+    torch.testing.assert_close(head_logits(capped, torch.tensor([[1.0, 0.0, -0.1]])), torch.tensor(expected))
 
 
 def test_further_accumulators_see_every_slice(tiny_reference, story):

@@ -1,18 +1,17 @@
 """Plots from rows written by hand: what is drawn, what is left out and said, which rows share a front."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from edgelab import plots
-from edgelab.plot_style import as_frame, interval_ends, row_names
+from edgelab.ledger import Field, Row, declare
+from edgelab.plots.style import as_frame, row_names
+from edgelab.rows import UnknownMetric
 
 BASELINE_WINDOWS = [3.0, 3.2, 2.8, 3.1]
 
@@ -67,53 +66,8 @@ FRONT = "#9a9a9a"
 ALL_PLOTS = [plots.tradeoff, plots.size_bars, plots.latency, plots.window_delta]
 
 
-# The Pareto front
-
-
-def test_pareto_front_by_hand():
-    frame = pd.DataFrame(
-        {
-            "weights_mb": [500, 200, 120, 300, 200, np.nan],
-            "ppl": [20, 20.5, 26, 40, 22, 10],
-            "name": list("abcdef"),
-        }
-    )
-    assert list(plots.pareto_front(frame, "weights_mb", "ppl")["name"]) == ["c", "b", "a"]
-
-
-def test_pareto_front_follows_the_direction_of_each_metric():
-    frame = pd.DataFrame({"decode_tok_s": [10, 20, 30], "ppl": [20, 20, 25], "name": list("abc")})
-    assert list(plots.pareto_front(frame, "decode_tok_s", "ppl")["name"]) == ["b", "c"]
-
-
-def test_pareto_front_keeps_equal_rows():
-    frame = pd.DataFrame({"weights_mb": [1.0, 1.0], "ppl": [2.0, 2.0]})
-    assert len(plots.pareto_front(frame, "weights_mb", "ppl")) == 2
-
-
-small = st.integers(0, 6)
-
-
-@given(st.lists(st.tuples(small, small), min_size=1, max_size=30), st.booleans())
-def test_no_row_beats_the_front_and_the_front_beats_every_other_row(points, higher_is_better):
-    x = "decode_tok_s" if higher_is_better else "weights_mb"
-    frame = pd.DataFrame(points, columns=[x, "ppl"])
-    front = plots.pareto_front(frame, x, "ppl")
-
-    def beats(a, b):
-        x_as_good = a[x] >= b[x] if higher_is_better else a[x] <= b[x]
-        return x_as_good and a["ppl"] <= b["ppl"] and (a[x] != b[x] or a["ppl"] != b["ppl"])
-
-    every = frame.to_dict("records")
-    best = front.to_dict("records")
-    assert best
-    assert not any(beats(row, member) for row in every for member in best)
-    others = frame.drop(front.index).to_dict("records")
-    assert all(any(beats(member, row) for member in best) for row in others)
-
-
 def test_unknown_metric_names_the_known_ones(rows):
-    with pytest.raises(plots.UnknownMetric, match=r"'weight'.*weights_mb"):
+    with pytest.raises(UnknownMetric, match=r"'weight'.*weights_mb"):
         plots.tradeoff(rows, x="weight")
 
 
@@ -121,18 +75,8 @@ def test_unknown_metric_names_the_known_ones(rows):
 
 
 @pytest.mark.parametrize("plot", ALL_PLOTS)
-def test_each_plot_takes_dataclasses_dictionaries_and_frames_and_leaves_them_alone(plot, rows):
-    @dataclass
-    class Row:
-        recipe: str
-        family: str
-        ppl: float
-        weights_mb: float
-        tpot_ms_p50: float
-        window_nll: list[float]
-        n_tokens: int = 2044
-
-    records = [Row(**{name: row[name] for name in Row.__dataclass_fields__}) for row in rows]
+def test_each_plot_takes_rows_dictionaries_and_frames_and_leaves_them_alone(plot, rows):
+    records = [Row(**{name: value for name, value in row.items() if name != "source"}) for row in rows]
     assert "rtn" in texts(plot(records))
     frame = pd.DataFrame(rows)
     before = frame.copy(deep=True)
@@ -201,11 +145,26 @@ def test_tradeoff_turns_logarithmic_for_a_collapsed_model(rows):
     assert figure.axes[0].get_yscale() == "log"
 
 
-def test_perplexity_interval_is_the_baseline_times_the_exponential_of_the_delta(rows):
-    frame = as_frame(rows)
-    expected = 20.0 * np.exp(frame[["delta_nll_low", "delta_nll_high"]].to_numpy())
-    np.testing.assert_allclose(interval_ends(frame, "ppl"), expected)
-    assert np.isnan(interval_ends(frame, "weights_mb")).all()
+def test_the_tasks_are_an_axis_with_their_interval(rows):
+    tasks = {
+        "last_word": 0.4,
+        "delta_last_word": -0.1,
+        "delta_last_word_low": -0.15,
+        "delta_last_word_high": -0.04,
+    }
+    figure = plots.tradeoff([rows[0] | {"last_word": 0.5}, rows[1] | tasks], y="last_word")
+    bars = [list(line.get_ydata()) for line in figure.axes[0].lines]
+    assert any(bar == pytest.approx([0.35, 0.46]) for bar in bars)
+    assert figure.axes[0].get_ylabel() == "Last words predicted (share of sentences), higher is better"
+
+
+def test_a_stranger_s_field_is_an_axis(rows, monkeypatch):
+    monkeypatch.setattr("edgelab.ledger.row.OTHERS", {})
+    declare({"warmth_c": Field("Warmth", unit="°C", better="lower")})
+    warm = [Row(row["recipe"], ppl=row["ppl"], extra={"warmth_c": 40.0 + row["ppl"]}) for row in rows]
+    figure = plots.tradeoff(warm, x="warmth_c")
+    assert sorted(points.get_offsets()[0][0] for points in figure.axes[0].collections) == [60, 60.5, 66, 80]
+    assert figure.axes[0].get_xlabel() == "Warmth (°C), lower is better"
 
 
 def test_highlight_by_recipe_or_row_id_and_a_note_when_it_is_missing(rows):

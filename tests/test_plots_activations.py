@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgelab import plots
-from edgelab.plot_style import NothingToDraw
+from edgelab.plots.style import NothingToDraw
 
 BEFORE = np.array([1.0, 2.0, 508.0, 1.0, 3.0])
 AFTER = np.array([4.0, 5.0, 8.0, 4.0, 0.0])

@@ -68,19 +68,19 @@ def test_equal_layers_and_a_missing_one_are_drawn(layers):
         bit_allocation(layers.iloc[:0])
 
 
-def row(recipe, notes, kld, **changes):
+def row(recipe, predicted, kld, **changes):
     same = {"model": "tiny", "protocol": "edgelab-512", "corpus": "wiki", "n_tokens": 10, "fast": False}
-    return {"recipe": recipe, "notes": notes, "kld_mean": kld, "status": "ok", **same, **changes}
+    return {"recipe": recipe, "predicted_kld": predicted, "kld_mean": kld, "status": "ok", **same, **changes}
 
 
-def test_predictions_are_read_from_notes():
+def test_the_newest_row_that_was_predicted_and_measured_counts():
     rows = [
-        row("quantize.mixed:bits=4,group_size=64", "Predicted KL divergence 0.25 nats; more.", 0.2, started_at="1"),
-        row("quantize.mixed:bits=4,group_size=64", "Predicted KL divergence 0.25 nats", 0.3, started_at="2"),
-        row("quantize.mixed:bits=3,group_size=64", "Predicted KL divergence 1.5 nats per token", 1.25),
+        row("quantize.mixed:bits=4,group_size=64", 0.25, 0.2, started_at="1"),
+        row("quantize.mixed:bits=4,group_size=64", 0.25, 0.3, started_at="2"),
+        row("quantize.mixed:bits=3,group_size=64", 1.5, 1.25),
         row("quantize.rtn:bits=3,group_size=64", None, 1.0),
-        row("quantize.mixed:bits=2,group_size=64", "Predicted KL divergence 6 nats per token", 5.0, status="oom"),
-        row("quantize.mixed:bits=5,group_size=64", "Predicted KL divergence 6 nats per token", None),
+        row("quantize.mixed:bits=2,group_size=64", 6, 5.0, status="oom"),
+        row("quantize.mixed:bits=5,group_size=64", 6, None),
     ]  # fmt: skip
     points = predictions(rows)
     assert sorted(points["measured"]) == [0.3, 1.25] and sorted(points["predicted"]) == [0.25, 1.5]

@@ -6,7 +6,7 @@ import pytest
 
 from edgelab import plots
 from edgelab.devices import PRECISIONS, Engine, catalogue, fits_and_speed, models, published_check, step
-from edgelab.plot_style import NothingToDraw
+from edgelab.plots.style import NothingToDraw
 
 
 def texts(figure) -> list[str]:

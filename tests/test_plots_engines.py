@@ -3,8 +3,8 @@
 import pytest
 
 from edgelab import plots
-from edgelab.plot_style import NothingToDraw
 from edgelab.plots.engines import AREA, RUNTIME_COLOURS
+from edgelab.plots.style import NothingToDraw
 
 SAME = {
     "model": "tiny",

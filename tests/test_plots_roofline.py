@@ -8,7 +8,7 @@ import pytest
 
 from edgelab import plots
 from edgelab.ledger import Row
-from edgelab.plot_style import NothingToDraw
+from edgelab.plots.style import NothingToDraw
 
 ROWS = [
     Row("none", weights_mb=500.0, decode_tok_s=20.0, badge="packed", host="a"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgelab import plots
-from edgelab.plot_style import NothingToDraw
+from edgelab.plots.style import NothingToDraw
 
 
 def curve(*losses: float) -> list[dict[str, float]]:

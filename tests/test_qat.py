@@ -7,15 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from edgelab import training, variants
+from edgelab import training
 from edgelab.recipes import Context, RecipeError, parse
+from edgelab.storage import variants
+from edgelab.storage.codebook import CodebookTensor
+from edgelab.storage.layers import ActivationGrid, PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.one_bit import Ternary, quantize_binary, quantize_ternary
-from edgelab.techniques.quantization.packed import (
-    ActivationGrid,
-    CodebookTensor,
-    PackedLinear,
-    QuantizedTensor,
-)
 from edgelab.techniques.quantization.qat import (
     FakeQuantize,
     FakeQuantLinear,

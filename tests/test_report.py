@@ -1,11 +1,12 @@
 """The HTML report: complete, self-contained, escaped, and written whole or not at all."""
 
-import os
 from html.parser import HTMLParser
 
 import pytest
 
-from edgelab import report
+from edgelab import report, tasks
+from edgelab.assets import AssetError
+from edgelab.ledger import Field, Row, declare
 
 
 def make_row(recipe="none", **fields):
@@ -54,8 +55,13 @@ def test_the_report_holds_numbers_machine_and_explanations(tmp_path):
         *("1,234.6", "21.70", "+0.0100", "[-0.0200, +0.0400]", "98.7%", "int4", "1.50"),
         *("laptop (1 row)", "A CPU, 4 cores, 2 threads, 16 GB memory", "Linux, Python 3.11", "torch 2.13.0"),
         *("Weights of a 4-bit file.", "2026-11-23", "edgelab-512"),
-        *(column.meaning for column in report.COLUMNS.values()),
-        *report.BADGES.values(),
+        *(
+            "NLL above the baseline (nats per token)",
+            "Negative log-likelihood minus the baseline's",
+            "Lower is better.",
+            "[95 % interval]",
+        ),
+        *("Weights (MB)", "Stored weights with scales and embedding", "really packed weights"),
     ):
         assert text in page.text, text
     assert "FAST" not in page.text
@@ -93,8 +99,31 @@ def test_everything_failed_is_still_a_report(tmp_path):
 
 
 def test_missing_values_are_dashes_not_zeros(tmp_path):
-    page = read(report.write([make_row(ppl=None, decode_ratio=None)], tmp_path / "report.html"))
+    rows = [make_row(), make_row(ppl=None, decode_ratio=None)]
+    page = read(report.write(rows, tmp_path / "report.html"))
     assert page.text.count("–") == 2
+
+
+def test_tasks_and_what_the_model_writes_are_shown_where_rows_have_them(tmp_path):
+    tasked = make_row(last_word=0.421, sample=["a cat < dog\nand more"])
+    page = read(report.write([make_row(), tasked], tmp_path / "report.html"))
+    for text in (
+        "Last words predicted",
+        "42.1%",
+        "What the model writes",
+        tasks.PROMPTS[0],
+        "a cat < dog\nand",
+    ):
+        assert text in page.text, text
+    page = read(report.write([make_row()], tmp_path / "report.html"))
+    assert "Last words" not in page.text and "What the model writes" not in page.text
+
+
+def test_a_stranger_s_field_with_a_form_is_a_column(tmp_path, monkeypatch):
+    monkeypatch.setattr("edgelab.ledger.row.OTHERS", {})
+    declare({"warmth_c": Field("Warmth", unit="°C", form=".1f", meaning="Felt by hand.")})
+    page = read(report.write([Row("none", extra={"warmth_c": 41.25})], tmp_path / "report.html"))
+    assert "Warmth (°C)" in page.text and "41.2" in page.text and "Felt by hand." in page.text
 
 
 def test_text_from_rows_is_escaped(tmp_path):
@@ -123,14 +152,10 @@ def test_no_rows_is_a_sentence(tmp_path):
         report.write([], tmp_path / "report.html")
 
 
-def test_an_interrupted_report_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+def test_a_report_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
-
-    def interrupt(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         report.write([make_row()], path)
     assert path.read_text() == "old"
@@ -139,8 +164,8 @@ def test_an_interrupted_report_leaves_the_old_one_and_nothing_else(tmp_path, mon
 
 def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(report.ReportError, match=r"cannot be written to .*report\.html"):
+    with pytest.raises(AssetError, match="choose a place that can be written"):
         report.write([make_row()], tmp_path / "file" / "report.html")
-    with pytest.raises(report.ReportError, match="cannot be written"):
+    with pytest.raises(report.ReportError, match="is a folder; name a file"):
         report.write([make_row()], tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-from edgelab import variants
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.runtimes.eager import Eager
-from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor
+from edgelab.storage import variants
+from edgelab.storage.layers import PackedEmbedding, PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.ranges import SHRINKING, find_grid, mse_grid, on_grid, quantile
 from edgelab.techniques.quantization.rtn import (
     SMALLEST_SCALE,
@@ -186,17 +187,17 @@ def test_apply_changes_a_copy_and_leaves_the_head(tiny_reference):
     assert torch.equal(rounded.get_submodule(name).tensor.dequantize(), expected)
 
 
-def test_embedding_bits_of_a_tied_model_share_the_integers(tiny_reference):
-    rounded = RoundToNearest(embedding_bits=8).apply(tiny_reference.model, Context())
+def test_embedding_and_head_of_a_tied_model_share_the_integers(tiny_reference):
+    rounded = RoundEmbedding().apply(tiny_reference.model, Context())
     embedding, head = rounded.get_input_embeddings(), rounded.get_output_embeddings()
     assert isinstance(embedding, PackedEmbedding) and isinstance(head, PackedLinear)
     assert embedding.tensor is head.tensor
     assert embedding.tensor.scale.shape == (300, 1)
 
 
-def test_embedding_bits_of_an_untied_model_round_both(new_model):
+def test_embedding_and_head_of_an_untied_model_are_rounded_both(new_model):
     model = new_model("phi")
-    rounded = RoundToNearest(embedding_bits=6).apply(model, Context())
+    rounded = RoundEmbedding(bits=6, symmetric=False).apply(model, Context())
     embedding, head = rounded.get_input_embeddings(), rounded.get_output_embeddings()
     assert torch.equal(
         embedding.tensor.dequantize(), quantize_affine(model.model.embed_tokens.weight, 6, 0).dequantize()
@@ -209,7 +210,9 @@ def test_embedding_bits_of_an_untied_model_round_both(new_model):
 def test_rounding_equals_a_model_with_rounded_weights(new_model, layout, embedding_bits):
     """A plain model whose float weights are replaced by their rounded values gives the same logits."""
     model = new_model(layout)
-    rounded = RoundToNearest(bits=3, group_size=64, embedding_bits=embedding_bits).apply(model, Context())
+    rounded = RoundToNearest(bits=3, group_size=64).apply(model, Context())
+    if embedding_bits:
+        rounded = RoundEmbedding(embedding_bits, symmetric=False).apply(rounded, Context())
     plain = copy.deepcopy(model)
     with torch.no_grad():
         for layer in linear_layers(plain).values():
@@ -223,7 +226,7 @@ def test_rounding_equals_a_model_with_rounded_weights(new_model, layout, embeddi
 
 
 def test_a_quantized_model_is_not_quantized_again(tiny_reference):
-    rounded = RoundToNearest(embedding_bits=8).apply(tiny_reference.model, Context())
+    rounded = RoundToNearest().apply(tiny_reference.model, Context())
     with pytest.raises(RecipeError, match="quantized already"):
         RoundToNearest().apply(rounded, Context())
 
@@ -371,8 +374,8 @@ def test_the_embedding_is_rounded_behind_any_technique(new_model, layout):
 
 
 def test_an_embedding_is_not_rounded_twice(tiny_reference):
-    rounded = RoundToNearest(embedding_bits=8).apply(tiny_reference.model, Context())
-    with pytest.raises(RecipeError, match="stands once"):
+    rounded = RoundEmbedding().apply(tiny_reference.model, Context())
+    with pytest.raises(RecipeError, match=r"write quantize\.embedding once"):
         RoundEmbedding().apply(rounded, Context())
     with pytest.raises(RecipeError, match="bits=9 is outside 2 to 8"):
         RoundEmbedding(bits=9)

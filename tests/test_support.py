@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from edgelab import cli, ledger, runtimes
+from edgelab import cli, ledger, recipes, runtimes
 from edgelab.runtimes import RuntimeRefused, support
+from edgelab.storage import variants
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -18,13 +20,20 @@ def answers():
 
 
 def test_every_runtime_answers_to_every_layout(answers):
-    assert len(answers) == len(support.LAYOUTS) * len(runtimes.RUNTIMES)
-    said = {(answer.recipe, answer.runtime): answer.reason for answer in answers}
+    asked = len(support.LAYOUTS) + len(support.MODELS) + 1
+    assert len(answers) == asked * len(recipes.deployments())
+    said = {(answer.recipe, answer.alike, answer.runtime): answer.reason for answer in answers}
+    of = {
+        (recipe, runtime): reason for (recipe, alike, runtime), reason in said.items() if "model" not in alike
+    }
     own = {"executorch", "litert"}  # take nothing but what their own quantizers round
-    assert {name for name in runtimes.RUNTIMES if said["quantize.rtn:bits=4", name]} == own
-    assert said["quantize.nf4", "torch"] is None and "codebook" in said["quantize.nf4", "onnxruntime"]
-    assert "engine itself" in said["native.int4", "torch"]
-    assert said["native.int4", "openvino"] is None
+    assert {name for name in recipes.deployments() if of["quantize.rtn:bits=4,group_size=64", name]} == own
+    assert of["quantize.nf4:group_size=64", "torch"] is None
+    assert "codebook" in of["quantize.nf4:group_size=64", "onnxruntime"]
+    assert "engine itself" in of["native.int4", "torch"]
+    assert of["native.int4", "openvino"] is None
+    assert said["none", support.UNEVEN, "llamacpp"] is None
+    assert "model.layers.0.mlp.gate_proj is 32 x 64" in said["none", support.UNEVEN, "onnxruntime"]
     for reason in filter(None, said.values()):
         assert reason.endswith(".") and "\n" not in reason and len(reason) < 220
 
@@ -89,7 +98,7 @@ def test_the_command_line_lists_it():
 
 
 def test_the_command_line_says_what_is_not_installed(monkeypatch):
-    monkeypatch.setattr(runtimes.find("torch"), "packages", ("no-such-package",))
+    monkeypatch.setattr(recipes.deployments()["torch"], "packages", ("no-such-package",))
     rows = [
         json.loads(line)
         for line in CliRunner().invoke(cli.app, ["list", "runtimes", "--json"]).output.splitlines()
@@ -102,7 +111,16 @@ def test_the_command_line_says_what_is_not_installed(monkeypatch):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "llamacpp", "openvino", "executorch", "litert"])
 def test_what_the_table_refuses_is_refused(variant, answers, runtime):
-    refused = [answer for answer in answers if answer.runtime == runtime and answer.reason]
+    plain = {str(recipes.parse(text)) for text in support.LAYOUTS}
+    refused = [
+        a
+        for a in answers
+        if a.runtime == runtime
+        and a.reason
+        and "model" not in a.alike
+        and a.alike != support.UNEVEN
+        and a.recipe in plain
+    ]
     assert refused
     for answer in refused:
         with pytest.raises(RuntimeRefused):
@@ -118,7 +136,46 @@ def test_an_engines_own_quantizer_wants_float32(variant, runtime, text):
         runtimes.load(runtime, variant(text))
 
 
-def test_attention_that_forgets_is_refused(variant):
-    runtimes.check_causal(variant("none", "qwen3"), ("llama", "qwen3"), "LiteRT")
-    with pytest.raises(RuntimeRefused, match="LiteRT knows no sliding window"):
-        runtimes.check_causal(variant("none", "qwen3", use_sliding_window=True), ("llama", "qwen3"), "LiteRT")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "llamacpp", "openvino", "executorch", "litert"])
+def test_attention_that_forgets_is_refused(new_model, runtime):
+    forgets = new_model("qwen3", use_sliding_window=True)
+    assert "knows no sliding window" in runtimes.find(runtime).refusal(variants.describe(forgets))
+
+
+SCALED = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "linear", **SCALED}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                **SCALED,
+            }
+        },
+        {"rope_parameters": {"rope_type": "dynamic", **SCALED}, "max_position_embeddings": 64},
+        {"rope_parameters": {"rope_type": "yarn", **SCALED}},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+    ],
+    ids=lambda changes: changes.get("rope_parameters", changes | {"rope_type": next(iter(changes))})[
+        "rope_type"
+    ],
+)
+@pytest.mark.parametrize("layout", ["llama", "qwen3"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "llamacpp"])
+def test_what_an_engine_would_compute_otherwise_is_refused(variant, runtime, layout, changes):
+    """An engine that leaves a part of the configuration out moves logits by more than their standard deviation."""
+    folder = variant("quantize.fp16" if runtime == "openvino" else "none", layout, **changes)
+    ids = torch.randint(0, 300, (160,), generator=torch.Generator().manual_seed(0)).tolist()
+    try:
+        found = runtimes.load(runtime, folder).logits(ids)
+    except RuntimeRefused as refused:
+        assert str(refused).startswith(runtimes.find(runtime).refusal(variants.read_description(folder)))
+        return
+    expected = runtimes.load("torch", folder).logits(ids)
+    assert (found - expected).abs().max() < 0.25 * expected.std()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from edgelab import variants
 from edgelab.recipes import Context, RecipeError, parse
-from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear
+from edgelab.storage import variants
+from edgelab.storage.layers import PackedEmbedding, PackedLinear
 from edgelab.techniques.quantization.rtn import linear_layers, quantize_affine
 
 IDS = torch.arange(2, 40)[None]

@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from edgelab import assets, reference, variants
+from edgelab import assets, reference
 from edgelab.errors import EdgeLabError
 from edgelab.recipes import Context, parse
-from edgelab.variants import VariantError
+from edgelab.storage import cache, variants
+from edgelab.storage.variants import VariantError
 
 RECIPES = (
     "none",
@@ -202,7 +203,7 @@ def test_full_disk_leaves_nothing_and_says_one_sentence(error, source, monkeypat
     with pytest.raises(EdgeLabError, match="No space left on device") as caught:
         variants.build(parse("none"), source, 0, ignore)
     assert "\n" not in str(caught.value) and "EDGELAB_HOME" in str(caught.value)
-    assert list(variants.cache_dir().iterdir()) == []
+    assert list(cache.place("variants").iterdir()) == []
 
 
 def test_full_disk_while_the_description_is_written(source, monkeypatch):
@@ -212,7 +213,7 @@ def test_full_disk_while_the_description_is_written(source, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(EdgeLabError, match="No space left on device"):
         variants.build(parse("none"), source, 0, ignore)
-    assert list(variants.cache_dir().iterdir()) == []
+    assert list(cache.place("variants").iterdir()) == []
 
 
 def test_a_failed_save_keeps_the_variant_that_was_there(tiny_reference, tmp_path, monkeypatch):
@@ -247,7 +248,7 @@ def test_interrupted_save_leaves_nothing(source, monkeypatch):
     monkeypatch.setattr(variants, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         variants.build(parse("none"), source, 0, ignore)
-    assert list(variants.cache_dir().iterdir()) == []
+    assert list(cache.place("variants").iterdir()) == []
 
 
 def test_trim_removes_what_was_unused_for_longest(source, monkeypatch):
@@ -256,16 +257,16 @@ def test_trim_removes_what_was_unused_for_longest(source, monkeypatch):
     )
     for age, folder in enumerate((third, second, first)):
         os.utime(folder, (1e9 - age, 1e9 - age))  # first is the oldest
-    assert [entry[0] for entry in variants.cached()] == [first, second, third]
+    assert [entry.path for entry in cache.entries()] == [first, second, third]
     variants.build(parse("quantize.rtn:bits=8"), source, 0, ignore)  # used again: now the youngest
-    assert [entry[0] for entry in variants.cached()] == [second, third, first]
-    total = sum(size for _, _, size in variants.cached())
+    assert [entry.path for entry in cache.entries()] == [second, third, first]
+    total = sum(entry.n_bytes for entry in cache.entries())
     monkeypatch.setenv("EDGELAB_CACHE_GB", str((total - 1) / 1e9))
-    variants.trim(keep=first)
-    assert [entry[0] for entry in variants.cached()] == [third, first]
+    cache.trim(keep=first)
+    assert [entry.path for entry in cache.entries()] == [third, first]
     monkeypatch.setenv("EDGELAB_CACHE_GB", "0")
-    variants.trim(keep=third)
-    assert [entry[0] for entry in variants.cached()] == [third]
+    cache.trim(keep=third)
+    assert [entry.path for entry in cache.entries()] == [third]
 
 
 def test_a_new_variant_larger_than_the_limit_is_kept(source, monkeypatch):
@@ -276,13 +277,14 @@ def test_a_new_variant_larger_than_the_limit_is_kept(source, monkeypatch):
 
 
 def test_cached_and_clear(source):
-    assert variants.clear() == 0
+    assert cache.clear() == 0
     folder = variants.build(parse("none"), source, 0, ignore)
-    [(found, title, size)] = list(variants.cached())
-    assert (found, title) == (folder, f"none of {source.name}")
+    [entry] = cache.entries()
+    assert (entry.path, entry.what) == (folder, f"none of {source.name}")
+    size = entry.n_bytes
     assert size == sum(path.stat().st_size for path in folder.iterdir())
-    assert variants.clear() == size
-    assert list(variants.cached()) == []
+    assert cache.clear() == size
+    assert cache.entries() == []
 
 
 def cut_in_half(path: Path) -> None:
@@ -330,7 +332,7 @@ def test_variant_of_another_format(source):
     folder = variants.build(parse("none"), source, 0, ignore)
     about = json.loads((folder / "variant.json").read_text())
     (folder / "variant.json").write_text(json.dumps(about | {"format": 0}))
-    with pytest.raises(VariantError, match=r"is of format 0, not 3; `edgelab cache clear` removes it\.$"):
+    with pytest.raises(VariantError, match=r"is of format 0, not 4; `edgelab cache clear` removes it\.$"):
         variants.load(folder)
 
 

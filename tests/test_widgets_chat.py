@@ -2,10 +2,10 @@
 
 import pytest
 
-from edgelab import variants
 from edgelab.recipes import Context, parse
 from edgelab.runtimes import load
 from edgelab.runtimes.streaming import conversation_ids, stream
+from edgelab.storage import variants
 from edgelab.widgets.chat import chat_box, conversation_html, rate_text
 
 HELLO = [{"role": "user", "content": "Hello"}]

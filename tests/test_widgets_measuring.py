@@ -2,13 +2,15 @@
 
 import math
 
-import pandas as pd
 import pytest
 
-from edgelab.measure.perplexity import PROTOCOLS, Perplexity
-from edgelab.plots import NothingToDraw, protocols
+from edgelab import ledger
+from edgelab.ledger import Row
+from edgelab.measure.perplexity import Perplexity
+from edgelab.measure.protocols import PROTOCOLS
+from edgelab.plots import protocols
 from edgelab.widgets.measuring import protocol_picker
-from edgelab.widgets.side_by_side import best_within, budget_slider, comparable
+from edgelab.widgets.side_by_side import budget_slider
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -65,49 +67,18 @@ def test_fast_mode_is_stamped(results, monkeypatch):
 @pytest.fixture
 def rows():
     found = [
-        ("none", 20.0, 500.0, 600.0, "packed", 2044),
-        ("quantize.bf16", 20.1, 250.0, 320.0, "packed", 2044),
-        ("quantize.rtn:bits=4,group_size=64", 26.0, 120.0, 400.0, "packed", 2044),
-        ("quantize.rtn:bits=4,group_size=64 @ simulated", 25.0, 110.0, None, "simulated", 2044),
-        ("quantize.rtn:bits=8,group_size=0", 10.0, 90.0, 100.0, "packed", 511),  # other windows: no order
+        ("none", 20.0, 500.0, 600.0),
+        ("quantize.bf16", 20.1, 250.0, 320.0),
+        ("quantize.rtn:bits=4,group_size=64", 26.0, 120.0, 400.0),
     ]
-    names = ["recipe", "ppl", "weights_mb", "peak_rss_mb", "badge", "n_tokens"]
-    frame = pd.DataFrame(found, columns=names)
-    return frame.assign(
-        status="ok",
-        model="tiny",
-        protocol="edgelab-512",
-        corpus="wiki",
-        family="quantize",
-        source="reference",
-        decode_tok_s=[10.0, 15.0, None, None, None],
-    )
-
-
-def test_only_rows_of_the_same_windows_are_ranked(rows):
-    assert "quantize.rtn:bits=8,group_size=0" not in set(comparable(rows)["recipe"])
-    assert len(comparable(rows)) == 4
-    with pytest.raises(NothingToDraw, match="no row has ppl"):
-        comparable(rows.assign(status="error"))
-
-
-def test_many_rows_of_quality_alone_do_not_outvote_those_with_a_speed(rows):
-    few = rows.assign(n_tokens=511, decode_tok_s=None)
-    many = pd.concat([rows, *(few.assign(recipe=few["recipe"] + str(copy)) for copy in range(3))])
-    assert set(comparable(many)["n_tokens"]) == {2044}
-
-
-def test_the_best_within_a_budget_by_hand(rows):
-    rows = comparable(rows)
-    assert best_within(rows, 1000)["recipe"] == "none"
-    assert best_within(rows, 499)["recipe"] == "quantize.bf16"
-    assert best_within(rows, 120)["recipe"] == "quantize.rtn:bits=4,group_size=64"  # not the simulated one
-    assert best_within(rows, 119) is None
-    assert best_within(rows, 350, "peak_rss_mb")["recipe"] == "quantize.bf16"
+    return ledger.frame(
+        Row(recipe, ppl=ppl, weights_mb=weights_mb, peak_rss_mb=peak_mb, badge="packed")
+        for recipe, ppl, weights_mb, peak_mb in found
+    ).assign(model="tiny", protocol="edgelab-512", corpus="wiki", n_tokens=2044)
 
 
 def test_slider_and_kind_of_budget_change_sentence_and_picture(rows):
-    of, budget, answer, picture = budget_slider(rows, budget_mb=200).children
+    of, _, budget, answer, picture = budget_slider(rows, budget_mb=200).children
     assert "bits=4" in answer.value and "perplexity 26.00" in answer.value
     assert "next better one needs 250.0 MB" in answer.value
     for control, value, expected in [
@@ -115,9 +86,21 @@ def test_slider_and_kind_of_budget_change_sentence_and_picture(rows):
         (budget, 260, "quantize.bf16"),
         (budget, 350, "quantize.bf16"),
         (of, "peak_rss_mb", "next better one needs 600.0 MB"),
-        (budget, 600, "Nothing measured has a lower perplexity"),
+        (budget, 600, "Nothing measured is better"),
     ]:
         before = bytes(picture.value)
         control.value = value
         assert expected in answer.value
         assert bytes(picture.value).startswith(PNG) and bytes(picture.value) != before
+
+
+def test_another_measure_can_have_another_winner(rows):
+    _, by, _, answer, picture = budget_slider(rows, budget_mb=300).children
+    assert [name for _, name in by.options] == ["ppl"]
+    tasked = rows.assign(last_word=[0.5, 0.3, 0.4])
+    _, by, _, answer, picture = budget_slider(tasked, budget_mb=300).children
+    before = bytes(picture.value)
+    assert "use quantize.bf16" in answer.value
+    by.value = "last_word"
+    assert "use quantize.rtn:bits=4,group_size=64: 120.0 MB, last words predicted 40.0%" in answer.value
+    assert bytes(picture.value) != before

@@ -12,6 +12,7 @@ from edgelab.devices.memory import (
     inference_memory,
     kv_cache_mb_per_1k,
     longest_context,
+    stored_bits,
     training_memory,
 )
 from edgelab.devices.power import PowerError, battery_percent, estimated_j, tokens_per_charge
@@ -63,6 +64,7 @@ __all__ = [
     "published",
     "published_check",
     "step",
+    "stored_bits",
     "this_machine",
     "time_to_first_token_ms",
     "token_bytes",

@@ -98,6 +98,13 @@ def training_memory(
     )
 
 
+def stored_bits(
+    bits: float, group_size: float, zero_point: bool = True, scale_bits: int = SCALE_BITS
+) -> float:
+    """Bits of a weight with its share of what its group stores: a scale, and a zero-point of `bits` bits."""
+    return bits + (scale_bits + bits * zero_point) / group_size
+
+
 def kv_cache_mb_per_1k(shape: ModelShape, bits: int = 16) -> float:
     """MB of keys and values for 1,000 tokens of one sequence."""
     return _kv_cache_bits(shape, 1000, bits) / 8e6
@@ -146,15 +153,14 @@ def context_table(
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("device")
 
 
-def _weight_bits(shape: ModelShape, bits: int, group_size: int, embedding_bits: int) -> int:
+def _weight_bits(shape: ModelShape, bits: int, group_size: int, embedding_bits: int) -> float:
     embedding = (shape.vocab_size, shape.hidden_size)
     matrices = [(linear, shape.layers, bits) for linear in shape.linear_shapes]
     matrices.append((embedding, 1 if shape.tied_embeddings else 2, embedding_bits))
     total = shape.other_parameters * max(bits, 16)
     for (rows, columns), count, width in matrices:
         groups = math.ceil(columns / group_size) if group_size else 1
-        scales = rows * groups * (SCALE_BITS + width) if width < 16 else 0
-        total += count * (rows * columns * width + scales)
+        total += count * rows * columns * (stored_bits(width, columns / groups) if width < 16 else width)
     return total
 
 

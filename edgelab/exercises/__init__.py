@@ -1,4 +1,7 @@
-"""Checked exercises of the notebooks; importing this package registers every one of them."""
+"""Checked exercises of the notebooks; importing this package registers every one of them.
+
+Torch is imported by the exercises that need it, when they are asked.
+"""
 
 from edgelab.exercises import calibration, engines, measuring, memory, one_bit, quantization, speed, training
 from edgelab.exercises.checking import EXERCISES, Exercise, UnknownExercise, check, exercise

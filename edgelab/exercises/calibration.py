@@ -1,15 +1,15 @@
 """Exercises of notebook 03: outliers that move into the weights, and errors that make up for each other."""
 
-import torch
-
 from edgelab.exercises.checking import Exercise, exercise
-from edgelab.techniques.quantization.gptq import gptq
-from edgelab.techniques.quantization.smooth import smoothing_scale
 
 
 @exercise
 def smoothed_outlier() -> Exercise:
     """Largest |x| of a channel after smoothing by 0.75, where it was 64 and its weights reach 0.25."""
+    import torch
+
+    from edgelab.techniques.quantization.smooth import smoothing_scale
+
     activation, weight, alpha = torch.tensor([64.0]), torch.tensor([0.25]), 0.75
     scale = smoothing_scale(activation, weight, alpha).item()
     return Exercise(
@@ -32,6 +32,10 @@ def smoothed_outlier() -> Exercise:
 @exercise
 def error_that_is_made_up_for() -> Exercise:
     """Mean squared output error that GPTQ leaves of weights 0.4 and 0.3 whose inputs correlate by 0.8."""
+    import torch
+
+    from edgelab.techniques.quantization.gptq import gptq
+
     weight = torch.tensor([[0.4, 0.3]])
     hessian = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
     grid = torch.ones(1, 1), torch.ones(1, 1)  # scale and zero-point: the integers -1, 0, 1 and 2

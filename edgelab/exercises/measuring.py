@@ -4,6 +4,7 @@ import math
 
 from edgelab import ledger
 from edgelab.exercises.checking import Exercise, exercise
+from edgelab.rows import best_within, comparable
 
 
 @exercise
@@ -53,29 +54,22 @@ def windows_without_pairing() -> Exercise:
 @exercise
 def best_within_200_mb() -> Exercise:
     """The lowest perplexity of the project's reference rows (32 windows of wiki) with weights of at most 200 MB."""
-    rows = [
-        row
-        for row in ledger.reference()
-        if (row.status, row.protocol, row.corpus, row.windows) == ("ok", "edgelab-512", "wiki", 32)
-        and row.badge != "simulated"
-        and row.ppl is not None
-    ]
-    small = [row for row in rows if row.weights_mb <= 200]
-    if not small:
+    known = comparable(ledger.frame(ledger.reference(), "reference"))
+    best = best_within(known, 200)
+    if best is None:
         raise ledger.LedgerError(
             "data/reference holds no row within 200 MB; `edgelab compare` measures some."
         )
-    best = min(small, key=lambda row: row.ppl)
+    others = known[(known["ppl"] - best["ppl"]).abs() > 0.01 * best["ppl"]]
     return Exercise(
-        answer=best.ppl,
-        why=f"It is {best.recipe} with {best.weights_mb:.1f} MB.",
+        answer=best["ppl"],
+        why=f"It is {best['recipe']} with {best['weights_mb']:.1f} MB.",
         hint="Keep the rows with weights_mb of at most 200, then take the smallest ppl of those.",
         mistakes=[
-            (best.weights_mb, "that is its size; its perplexity is asked for."),
+            (best["weights_mb"], "that is its size; its perplexity is asked for."),
             *(
                 (row.ppl, f"{row.recipe} takes {row.weights_mb:.0f} MB and is not the best within 200 MB.")
-                for row in rows
-                if abs(row.ppl - best.ppl) > 0.01 * best.ppl
+                for row in others.itertuples()
             ),
         ],
         tolerance=0.005,

@@ -1,18 +1,15 @@
 """Exercises of notebook 02: grids, and what they take."""
 
-import torch
-
-from edgelab.devices import models
+from edgelab.devices import models, stored_bits
 from edgelab.exercises.checking import Exercise, exercise
-from edgelab.techniques.quantization.rtn import quantize_affine
 
 
 @exercise
 def group_within_budget() -> Exercise:
     """The smallest of the group sizes 32, 64, 96, 192 with which asymmetric 4-bit weights take at most 4.25 bits."""
     bits, budget, sizes = 4, 4.25, (32, 64, 96, 192)
-    stored = {size: bits + (16 + bits) / size for size in sizes}
-    without_zero_points = min(size for size in sizes if bits + 16 / size <= budget)
+    stored = {size: stored_bits(bits, size) for size in sizes}
+    without_zero_points = min(size for size in sizes if stored_bits(bits, size, zero_point=False) <= budget)
     return Exercise(
         answer=min(size for size in sizes if stored[size] <= budget),
         why=f"Groups of 64 take {stored[64]} bits, groups of 96 take {stored[96]:.3f}.",
@@ -28,6 +25,10 @@ def group_within_budget() -> Exercise:
 @exercise
 def levels_of_symmetric_two_bits() -> Exercise:
     """To how many of the four levels of a symmetric 2-bit grid a weight is ever rounded."""
+    import torch
+
+    from edgelab.techniques.quantization.rtn import quantize_affine
+
     weight = torch.linspace(-1, 1, 64)[None]
     return Exercise(
         answer=quantize_affine(weight, bits=2, group_size=0, symmetric=True).integers.unique().numel(),

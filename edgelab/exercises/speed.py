@@ -1,6 +1,6 @@
 """Exercises of notebook 04: bandwidth, arithmetic, and what the cache takes."""
 
-from edgelab.devices import SCALE_BITS
+from edgelab.devices import SCALE_BITS, stored_bits
 from edgelab.exercises.checking import Exercise, exercise
 
 
@@ -43,14 +43,17 @@ def tokens_at_the_ridge() -> Exercise:
 def tokens_of_a_two_bit_cache() -> Exercise:
     """How many times as many tokens fit in 2 bits as in 16, in groups of 32 with a scale and a minimum of 16 bits."""
     bits, full, group_size = 2, 16, 32
-    right = full / (bits + 2 * SCALE_BITS / group_size)
+    right = full / stored_bits(bits, group_size, zero_point=False, scale_bits=2 * SCALE_BITS)
     return Exercise(
         answer=right,
         why="Scale and minimum take one bit of a number: a 2-bit cache has 3 bits, and a 4-bit one has 5.",
         hint="Bits of a number in the cache = 2 + what it bears of its group's scale and minimum.",
         mistakes=[
             (full / bits, "that leaves out the scales and minima, a bit for each number."),
-            (full / (bits + SCALE_BITS / group_size), "a group stores a scale and a minimum, 16 bits each."),
+            (
+                full / stored_bits(bits, group_size, zero_point=False),
+                "a group stores a scale and a minimum, 16 bits each.",
+            ),
             (1 / right, "that is the share of the bytes; how many times as many tokens is asked for."),
             (2 * right, "the other cache has 16 bits, not 32."),
         ],

@@ -2,15 +2,16 @@
 
 import math
 
-import torch
-
 from edgelab.exercises.checking import Exercise, exercise
-from edgelab.techniques.quantization.qat import FakeQuantize
 
 
 @exercise
 def gradient_through_rounding() -> Exercise:
     """Sum of the gradient that five weights receive through a 2-bit grid of levels -1, 0, 1, 2."""
+    import torch
+
+    from edgelab.techniques.quantization.qat import FakeQuantize
+
     weight = torch.tensor([[-3.0, 0.25, 1.75, 2.375, 5.0]], requires_grad=True)
     outer = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 10_000.0]])
     scale, centre = torch.ones(1, 1), torch.ones(1, 1)
@@ -34,6 +35,10 @@ def gradient_through_rounding() -> Exercise:
 @exercise
 def gradient_of_a_step() -> Exercise:
     """By how much three rounded weights together grow with their step, without LSQ's factor."""
+    import torch
+
+    from edgelab.techniques.quantization.qat import FakeQuantize
+
     weight = torch.tensor([[0.3, 0.6, 2.4]])
     scale, centre, low, high = torch.ones(1, 1, requires_grad=True), torch.full((1, 1), 2.0), 0, 3
     FakeQuantize.apply(weight, scale, centre, low, high, True, torch.float32).sum().backward()

@@ -1,4 +1,4 @@
-"""KL divergence and top-1 agreement with the reference, and the paired difference of NLL.
+"""KL divergence and top-1 agreement with the reference.
 
 The reference's final hidden states are kept on disk, and its logits made again from them slice by slice: 576 numbers
 a position for the embedded model instead of 49,152.
@@ -6,58 +6,19 @@ a position for the embedded model instead of 49,152.
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
-from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from edgelab.errors import EdgeLabError
-from edgelab.measure.perplexity import Slice, Window, head
-
-
-class PairingError(EdgeLabError):
-    """Two measurements that do not belong to the same windows."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_delta(nll: list[float], baseline: list[float], tokens: list[int]) -> Interval:
-    """Mean difference of NLL per token to the baseline, in nats, with Student's 95 % interval over windows.
-
-    nll, baseline: sum of each window, same windows. tokens: scored tokens of each window, the weights of the mean.
-    One window gives no spread: the interval is then nan. Raises PairingError for other windows.
-    """
-    if not len(nll) == len(baseline) == len(tokens):
-        raise PairingError(
-            f"The baseline has {len(baseline)} windows and the candidate {len(nll)}; measure both alike."
-        )
-    weight = np.asarray(tokens, dtype=np.float64)
-    difference = (np.asarray(nll) - np.asarray(baseline)) / weight
-    mean = float(np.average(difference, weights=weight))
-    n = len(difference)
-    if n < 2:
-        return Interval(mean, math.nan, math.nan)
-    # Variance of a weighted mean; with equal weights this is the usual s / sqrt(n).
-    share = weight / weight.sum()
-    error = math.sqrt(n / (n - 1) * float(np.sum((share * (difference - mean)) ** 2)))
-    reach = float(stats.t.ppf(0.975, n - 1)) * error
-    return Interval(mean, mean - reach, mean + reach)
+from edgelab import assets, reference
+from edgelab.measure import Subject, measurement
+from edgelab.measure.perplexity import Slice
+from edgelab.model.logits import SLICE, head_logits, prepacked
 
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
@@ -75,31 +36,23 @@ def top1_agreement(reference: Tensor, candidate: Tensor) -> Tensor:
 
 
 class StateRecorder:
-    """Keeps the final hidden states of scored positions, float32, (positions, hidden)."""
+    """Keeps the final hidden states of scored positions in a .npy file, (positions, hidden) float32.
 
-    def __init__(self, states: np.ndarray) -> None:
-        self.states = states
-        self.position = 0
+    The file appears when all is written, and only then.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.states: list[Tensor] = []
 
     def add(self, piece: Slice) -> None:
-        end = self.position + len(piece.hidden)
-        self.states[self.position : end] = piece.hidden.float().numpy()
-        self.position = end
+        self.states.append(piece.hidden.float())
 
-
-@contextmanager
-def recording(file: Path, cut: list[Window], model: PreTrainedModel) -> Iterator[StateRecorder]:
-    """A StateRecorder over a .npy file that appears when all is written, and only then."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{os.getpid()}-{file.name}")
-    shape = (sum(window.scored for window in cut), model.config.hidden_size)
-    try:
-        states = open_memmap(draft, mode="w+", dtype=np.float32, shape=shape)
-        yield StateRecorder(states)
-        states.flush()
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
+    def values(self) -> dict[str, Any]:
+        """Writes the file; the reference's divergence from itself is no field of its row."""
+        with assets.staged(self.file) as draft, draft.open("wb") as file:
+            np.save(file, torch.cat(self.states).numpy())
+        return {}
 
 
 class DivergenceSum:
@@ -110,22 +63,32 @@ class DivergenceSum:
         self.reference = reference
         self.position = self.agreed = 0
         self.divergence = 0.0
+        self.packed = ExitStack()  # until the values are asked for
+        self.packed.enter_context(prepacked(reference, SLICE, only_head=True))
 
     def add(self, piece: Slice) -> None:
         end = self.position + len(piece.targets)
         hidden = torch.from_numpy(self.states[self.position : end].copy())
-        logits = head(self.reference, hidden)
+        with torch.inference_mode():
+            logits = head_logits(self.reference, hidden)
         log_p = torch.log_softmax(logits, -1)
         self.divergence += _divergence(log_p, piece.log_probs).double().sum().item()
-        self.agreed += int(top1_agreement(logits, piece.logits).sum())
+        self.agreed += int((logits.argmax(-1) == piece.most_likely).sum())
         self.position = end
 
-    @property
-    def kld_mean(self) -> float:
-        """Mean KL divergence over the scored positions, in nats."""
-        return self.divergence / self.position
+    def values(self) -> dict[str, Any]:
+        """Mean KL divergence over the scored positions in nats, and the share with the same most likely token."""
+        self.packed.close()
+        return {
+            "kld_mean": self.divergence / self.position,
+            "top1_agreement": self.agreed / self.position,
+        }
 
-    @property
-    def agreement(self) -> float:
-        """Share of scored positions with the same most likely token."""
-        return self.agreed / self.position
+
+@measurement("divergence", part="quality", needs="logits", fields=("kld_mean", "top1_agreement"))
+def divergence(subject: Subject) -> StateRecorder | DivergenceSum:
+    """How far a variant moved from the reference; the baseline keeps the states that others are compared with."""
+    states = Path(subject.asked.states)
+    if subject.asked.baseline is None:
+        return StateRecorder(states)
+    return DivergenceSum(states, reference.load_model(subject.source))

@@ -12,21 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from edgelab.devices.power import battery_percent, estimated_j, tokens_per_charge
+from edgelab.devices.power import estimated_j
+from edgelab.measure import Subject, measurement
 
 POWERCAP = Path("/sys/class/powercap")
 RAPL_BASIS = "RAPL package"
-
-__all__ = [
-    "POWERCAP",
-    "RAPL_BASIS",
-    "Meter",
-    "battery_percent",
-    "metered",
-    "rapl_domains",
-    "tokens_per_charge",
-]
 
 
 @dataclass
@@ -37,11 +29,25 @@ class Meter:
     joules: float | None = None
     started: dict[Path, int] = field(default_factory=dict, repr=False)
 
+    def __add__(self, other: Meter) -> Meter:
+        """Both stretches together; their joules are known where both are."""
+        known = None not in (self.joules, other.joules)
+        return Meter(self.seconds + other.seconds, self.joules + other.joules if known else None)
+
     def per_token(self, tokens: int, power_w: float | None = None) -> tuple[float | None, str | None]:
         """Joules per token and their basis: RAPL, else estimated from `power_w`, else None and None."""
         if self.joules is not None:
             return self.joules / tokens, RAPL_BASIS
         return estimated_j(power_w, self.seconds / tokens) if power_w else (None, None)
+
+
+@measurement("energy", part="speed", needs="process", fields=("energy_j_per_token", "energy_basis"))
+def energy(subject: Subject) -> dict[str, Any]:
+    """Joules per decoded token: RAPL where it can be read, else from the power that the question names."""
+    joules, basis = (
+        subject.meter.per_token(subject.tokens, subject.asked.power_w) if subject.tokens else (None, None)
+    )
+    return {"energy_j_per_token": joules, "energy_basis": basis}
 
 
 def is_of(basis: str | None, power_w: float) -> bool:

@@ -1,7 +1,9 @@
-"""A fresh process for every measurement: memory starts at zero, threads are pinned, a crash stays outside.
+"""A process of its own for every measurement: memory starts at zero, threads are pinned, a crash stays outside.
 
-`Isolated("package.module:Class", threads=2, argument=...)` makes an object of that class in a new interpreter;
-`call("method", ...)` runs a method there. Arguments and results are JSON. No pickle, no fork, no import of `__main__`.
+`Isolated("package.module:Class", threads=2, argument=...)` makes an object of that class in a new process;
+`call("method", ...)` runs a method there. Arguments and results are JSON. No pickle, no import of `__main__`. The
+process is forked from a server that has imported and done nothing else (`forking`), or where that cannot be had, it is
+a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from edgelab.errors import EdgeLabError
+from edgelab.measure import forking
+
+WATCH_S = 1.0  # how often a fresh interpreter looks whether its parent is still there
 
 
 class IsolatedError(EdgeLabError):
@@ -33,8 +40,85 @@ def _ignore(done: int, total: int) -> None:
     pass
 
 
+def pinned(threads: int) -> dict[str, str]:
+    """Variables of a measured process, beside those of this one."""
+    count = str(threads)
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
+    # Transparent huge pages spare torch a page fault for every 4 kB of a tensor.
+    return counts | {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def get_ready(threads: int) -> None:
+    """Let the server import while the caller does something else."""
+    if forking.SUPPORTED:
+        forking.server(pinned(threads))
+
+
+class _Forked:
+    """A process that a server has forked."""
+
+    def __init__(self, threads: int, log: int) -> None:
+        theirs_in, self.stdin = os.pipe()
+        self.stdout, theirs_out = os.pipe()
+        variables = pinned(threads)
+        try:
+            self._server = forking.server(variables)
+            try:
+                self.pid = self._server.fork(os.environ | variables, [theirs_in, theirs_out, log])
+            except forking.ServerGone:
+                self._server = forking.server(variables, fresh=True)
+                self.pid = self._server.fork(os.environ | variables, [theirs_in, theirs_out, log])
+        except OSError:
+            self.close()
+            raise
+        finally:
+            os.close(theirs_in)
+            os.close(theirs_out)
+        self._code: int | None = None
+
+    def kill(self) -> None:
+        if self._code is None:  # until it is reaped the number is its own
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        if self._code is None:
+            self._code = self._server.reap(self.pid)
+        return self._code
+
+    def close(self) -> None:
+        os.close(self.stdin)
+        os.close(self.stdout)
+
+
+class _Spawned:
+    """A fresh interpreter."""
+
+    def __init__(self, threads: int, log: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "edgelab.measure.isolation"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=os.environ | pinned(threads),
+            start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends the child
+        )
+        self.pid = self._process.pid
+        self.stdin, self.stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> int:
+        return self._process.wait()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
 class Isolated:
-    """An object in a fresh process. Use it as a context manager: leaving it ends the process.
+    """An object in a process of its own. Use it as a context manager: leaving it ends the process.
 
     The process makes its object while the caller goes on; `wait`, or the first call, raises what went wrong there.
     """
@@ -43,20 +127,13 @@ class Isolated:
         self.timeout_s = timeout_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         self._received = b""
-        count = str(threads)
-        # Transparent huge pages spare torch a page fault for every 4 kB of a tensor.
-        pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "THP_MEM_ALLOC_ENABLE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "edgelab.measure.isolation"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=os.environ | pinned | quiet,
-            start_new_session=True,  # Ctrl-C goes to the parent alone, which then ends the child
-        )
-        self._made = False
+        self._process = _start(threads, self._log.fileno())
+        self._made = self._closed = False
         self._send(target, arguments | {"_threads": threads})
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def call(self, method: str, progress: Callable[[int, int], None] = _ignore, **arguments: Any) -> Any:
         """Run a method of the object over there and return its result.
@@ -64,7 +141,7 @@ class Isolated:
         progress(done, total) is called as the method reports it. Raises IsolatedError where the method raised (with
         its message), the process died, ran out of memory or took longer than the time limit.
         """
-        if self._process.stdin.closed:
+        if self._closed:
             raise IsolatedError("The process has ended already.")
         self.wait()
         self._send(method, arguments)
@@ -82,9 +159,10 @@ class Isolated:
         self._made = True
 
     def _send(self, what: str, arguments: dict[str, Any]) -> None:
+        data = json.dumps([what, arguments]).encode() + b"\n"
         try:
-            self._process.stdin.write(json.dumps([what, arguments]).encode() + b"\n")
-            self._process.stdin.flush()
+            while data:
+                data = data[os.write(self._process.stdin, data) :]
         except BrokenPipeError:
             raise self._death() from None
 
@@ -100,7 +178,7 @@ class Isolated:
 
     def _line(self, deadline: float) -> bytes:
         # Read the descriptor itself: a buffered reader hides lines that have come already from the selector.
-        pipe = self._process.stdout.fileno()
+        pipe = self._process.stdout
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
             while b"\n" not in self._received:
@@ -128,20 +206,26 @@ class Isolated:
 
     def close(self) -> None:
         """End the process, at once."""
-        if self._process.poll() is None:
-            self._process.kill()
+        if self._closed:
+            return
+        self._closed = True
+        self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._log):
-            try:
-                pipe.close()
-            except BrokenPipeError:  # something was left to write to a process that is gone
-                continue
+        self._process.close()
+        self._log.close()
 
     def __enter__(self) -> Isolated:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _start(threads: int, log: int) -> _Forked | _Spawned:
+    if forking.SUPPORTED:
+        with suppress(OSError):
+            return _Forked(threads, log)
+    return _Spawned(threads, log)
 
 
 def report(done: int, total: int) -> None:
@@ -158,11 +242,11 @@ def _answer(kind: str, value: Any) -> None:
     _answers.flush()
 
 
-def _serve() -> None:
+def serve() -> None:
     """The other end: make the object of the first line, then call its methods, one line each."""
-    module = importlib.import_module("edgelab.measure.isolation")  # __main__ is another copy of this file
+    global _answers
     # Whatever libraries print must not reach the pipe: file descriptor 1 becomes the error stream.
-    module._answers = os.fdopen(os.dup(1), "w")
+    _answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     subject: Any = None
     for line in sys.stdin:
@@ -174,11 +258,20 @@ def _serve() -> None:
                 torch.set_num_threads(arguments.pop("_threads"))
                 place, _, name = method.partition(":")
                 subject = getattr(importlib.import_module(place), name)(**arguments)
-                module._answer("result", None)
+                _answer("result", None)
             else:
-                module._answer("result", getattr(subject, method)(**arguments))
+                _answer("result", getattr(subject, method)(**arguments))
         except Exception as error:
-            module._answer("error", module._described(error))
+            _answer("error", _described(error))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, which would otherwise be noticed after the present call."""
+    import psutil
+
+    while psutil.pid_exists(parent) and os.getppid() == parent:
+        time.sleep(WATCH_S)
+    os._exit(1)
 
 
 def _described(error: Exception) -> dict[str, str]:
@@ -191,4 +284,5 @@ def _described(error: Exception) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    _serve()
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+    importlib.import_module("edgelab.measure.isolation").serve()  # __main__ is another copy of this file

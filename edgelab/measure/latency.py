@@ -10,16 +10,21 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from scipy import stats
+
+from edgelab import assets
+from edgelab.measure import Asked, Runner, measurement
+from edgelab.measure.intervals import mean_interval
 
 PREFILL_TOKENS, DECODE_TOKENS, TURN_TOKENS = 128, 64, 4
 WARM_UP_MIN, WARM_UP_MAX = 3, 8
 PREFILLS_MIN, SECONDS_MIN = 10, 2.0
+Advance = Callable[[int, int], None]
 
 
 class Session(Protocol):
@@ -28,6 +33,68 @@ class Session(Protocol):
     def prefill(self, ids: list[int]) -> int: ...
 
     def decode(self, token: int) -> int: ...
+
+
+@measurement(
+    "latency",
+    part="speed",
+    needs="turns",
+    fields=(
+        "ttft_ms_p50",
+        "prefill_tok_s",
+        "prefill_tokens",
+        "decode_tokens",
+        "tpot_ms_p50",
+        "tpot_ms_p95",
+        "decode_tok_s",
+        "iterations",
+        "prefill_ratio",
+        "decode_ratio",
+        "decode_ratio_low",
+        "decode_ratio_high",
+    ),
+)
+def latency(mine: Runner, theirs: Runner | None, asked: Asked, advance: Advance) -> dict[str, Any]:
+    """Time to first token and per output token; with a baseline, in turns with it, the ratios too."""
+    times, beside = take_turns(mine, theirs, asked.prompt_tokens, advance)
+    found = {
+        "prefill_tokens": asked.prompt_tokens,
+        "decode_tokens": DECODE_TOKENS,
+        "ttft_ms_p50": times.ttft_ms_p50,
+        "prefill_tok_s": times.prefill_tok_s,
+        "tpot_ms_p50": times.tpot_ms(50),
+        "tpot_ms_p95": times.tpot_ms(95),
+        "decode_tok_s": times.decode_tok_s,
+        "iterations": len(times.turns_ms),
+    }
+    if theirs is not None:
+        prefill, *_ = ratio(*([[ms] for ms in one.ttft_ms] for one in (times, beside)))
+        decode = ratio(times.turns_ms, beside.turns_ms)
+        names = ("decode_ratio", "decode_ratio_low", "decode_ratio_high")
+        found |= {"prefill_ratio": prefill, **dict(zip(names, decode, strict=True))}
+    return found
+
+
+def take_turns(
+    mine: Runner, theirs: Runner | None, prompt_tokens: int, advance: Advance
+) -> tuple[Latency, Latency]:
+    """Time prefills, then decoding in short turns, baseline and candidate alternately. FAST times less."""
+    both = [(Latency(prompt_tokens=prompt_tokens), one) for one in (theirs, mine) if one is not None]
+    prefills = 3 if assets.fast() else PREFILLS_MIN
+    turns = DECODE_TOKENS // TURN_TOKENS
+    for done in range(1, prefills + 1):
+        for times, runner in both:
+            times.ttft_ms.append(runner.prefill())
+        advance(done, prefills + turns)
+    candidate = both[-1][0]
+    while not candidate.turns_ms or (candidate.decode_s < SECONDS_MIN and not assets.fast()):
+        for _, runner in both if candidate.turns_ms else ():
+            runner.prefill()  # a further continuation of the same length
+        for done in range(1, turns + 1):
+            for times, runner in both:
+                times.turns_ms.append(runner.decode(TURN_TOKENS))
+            advance(prefills + done, prefills + turns)
+    return candidate, both[0][0]
 
 
 @dataclass
@@ -99,9 +166,5 @@ def ratio(candidate: list[list[float]], baseline: list[list[float]]) -> tuple[fl
 
     candidate, baseline: times in ms of turns that ran one after the other (A B A B). Student's t on the logarithms.
     """
-    logs = [math.log(sum(b) / sum(a)) for a, b in zip(candidate, baseline, strict=True)]
-    mean = statistics.fmean(logs)
-    if len(logs) < 2:
-        return math.exp(mean), math.nan, math.nan
-    reach = float(stats.t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
+    found = mean_interval([math.log(sum(b) / sum(a)) for a, b in zip(candidate, baseline, strict=True)])
+    return math.exp(found.mean), math.exp(found.low), math.exp(found.high)

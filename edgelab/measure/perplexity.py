@@ -1,66 +1,23 @@
-"""Perplexity under named protocols, from float32 logits made slice by slice.
-
-Published perplexities of one model differ because protocols differ: window, stride, which tokens score, whether a
-beginning-of-sequence token stands first, and whether tokens or words are counted. So a protocol has a name.
-"""
+"""Perplexity under named protocols, from float32 logits made slice by slice."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Literal
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgelab.corpora import CorpusError, TokenizedText
-from edgelab.errors import EdgeLabError
-from edgelab.training import head_logits as head
-
-CHUNK = 32  # tokens that a model with a quantized cache reads at a time
-SLICE = 64  # positions whose logits exist at one time: 12.6 MB in float32 for a vocabulary of 49,152
-
-
-class ProtocolError(EdgeLabError):
-    """An unknown protocol, or one that does not fit the model."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How perplexity is computed.
-
-    window: tokens the model sees. stride: tokens from one window to the next. scored: "all" but the first token, the
-    second "half", or "rolling" (every token once, each window predicting `window` tokens after one of context).
-    bos: the first token of each window ("all": of the text) is replaced by (rolling: preceded by) the BOS token.
-    unit: what the sum is divided by, "token" or "word". version: raised when the numbers change.
-    """
-
-    name: str
-    window: int
-    scored: Literal["all", "half", "rolling"] = "all"
-    bos: bool = False
-    unit: Literal["token", "word"] = "token"
-    version: int = 1
-
-    @property
-    def stride(self) -> int:
-        return self.window  # none of the four overlaps its windows
-
-
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol("edgelab-512", window=512),
-        Protocol("gptq-2048", window=2048),
-        Protocol("llamacpp-512", window=512, scored="half", bos=True),
-        Protocol("lm-eval-word", window=2048, scored="rolling", bos=True, unit="word"),
-    )
-}
+from edgelab.measure import Measurement, Subject, measurement
+from edgelab.measure.intervals import paired
+from edgelab.measure.protocols import PROTOCOLS, Protocol, ProtocolError
+from edgelab.model.logits import SLICE, head_logits, last_hidden_states, prepacked
 
 
 @dataclass(frozen=True)
@@ -106,13 +63,6 @@ class Perplexity:
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-def protocol(name: str) -> Protocol:
-    """The protocol of a name. Raises ProtocolError naming all of them."""
-    if name not in PROTOCOLS:
-        raise ProtocolError(f"There is no protocol '{name}'; use one of {', '.join(PROTOCOLS)}.")
-    return PROTOCOLS[name]
 
 
 def windows(
@@ -175,6 +125,11 @@ class Slice:
         """Logarithm of the softmax, (positions, vocabulary) float32: one fused pass, shared by all who add up."""
         return torch.log_softmax(self.logits, -1)
 
+    @cached_property
+    def most_likely(self) -> Tensor:
+        """The token that comes first at each position, (positions,)."""
+        return self.logits.argmax(-1)
+
 
 def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
     """Run a model over windows and give the logits of scored positions, in order, at most SLICE at a time.
@@ -189,7 +144,7 @@ def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
             states = hidden[0, -window.scored :]  # (scored, hidden)
             targets = window.ids[-window.scored :].to(device)
             for part, answers in zip(states.split(SLICE), targets.split(SLICE), strict=True):
-                yield Slice(index, head(model, part), answers, part)
+                yield Slice(index, head_logits(model, part), answers, part)
 
 
 def logit_slices(logits: Callable[[list[int]], Tensor], cut: list[Window]) -> Iterator[Slice]:
@@ -201,67 +156,80 @@ def logit_slices(logits: Callable[[list[int]], Tensor], cut: list[Window]) -> It
             yield Slice(index, part.float(), answers, None)
 
 
-def last_hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Final hidden states (1, time, hidden) of tokens (1, time), in one pass.
-
-    A model with a quantized cache (`cache_grid`) reads CHUNK tokens at a time through it, so that it attends to a
-    quantized past, as in decoding; a chunk sees itself before it is rounded, so at most CHUNK - 1 tokens later.
-    """
-    grid = getattr(model, "cache_grid", None)
-    if grid is None:
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    cache = grid.new_cache(model.config)
-    read = partial(model.base_model, past_key_values=cache, use_cache=True)
-    return torch.cat([read(input_ids=chunk).last_hidden_state for chunk in ids.split(CHUNK, 1)], 1)
-
-
-@contextmanager
-def prepacked(model: PreTrainedModel, tokens: int, only_head: bool = False) -> Iterator[None]:
-    """Run float32 linear layers on weights in oneDNN's blocked layout, made once instead of for every product.
-
-    The products are the same up to the order of their float32 sums. tokens: rows of the usual input. The copies, as
-    large as the layers, are gone afterwards. Other layers and machines without oneDNN are left as they are.
-    """
-    output = model.get_output_embeddings()
-    usable = torch.backends.mkldnn.is_available() and next(model.parameters()).device.type == "cpu"
-    layers = [
-        layer
-        for layer in ([output] if only_head else model.modules())
-        if usable and type(layer) is nn.Linear and layer.weight.dtype == torch.float32
-    ]
-    try:
-        for layer in layers:
-            rows = SLICE if layer is output else tokens
-            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-            layer.forward = partial(_packed_forward, weight, layer.bias)
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-
-
-def _packed_forward(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-
-
 class PerplexitySum:
-    """Adds up slices to a Perplexity; float64 sums over float32 cross-entropy."""
+    """Adds up slices to a Perplexity; float64 sums over float32 cross-entropy.
 
-    def __init__(self, cut: list[Window]) -> None:
+    baseline: mean NLL of each window of the baseline, for the paired difference; None for the baseline itself.
+    """
+
+    def __init__(
+        self, text: TokenizedText, protocol: Protocol, cut: list[Window], baseline: list[float] | None = None
+    ) -> None:
+        self.text, self.protocol, self.cut, self.baseline = text, protocol, cut, baseline
         self.nll = [0.0] * len(cut)
-        self.cut = cut
 
     def add(self, piece: Slice) -> None:
         nll = -piece.log_probs.gather(1, piece.targets[:, None])[:, 0]  # (positions,)
         self.nll[piece.window] += nll.double().sum().item()
 
-    def result(self, text: TokenizedText, protocol: Protocol) -> Perplexity:
-        covered = [text.characters(window.first, window.first + window.scored) for window in self.cut]
+    def result(self) -> Perplexity:
+        covered = [self.text.characters(window.first, window.first + window.scored) for window in self.cut]
         last = self.cut[-1]
-        words = len(re.split(r"\s+", text.characters(0, last.first + last.scored)))  # as lm-eval counts them
+        words = len(
+            re.split(r"\s+", self.text.characters(0, last.first + last.scored))
+        )  # as lm-eval counts them
         n_bytes = sum(len(characters.encode()) for characters in covered)
         tokens = [window.scored for window in self.cut]
-        return Perplexity(self.nll, tokens, words, n_bytes, protocol.unit)
+        return Perplexity(self.nll, tokens, words, n_bytes, self.protocol.unit)
+
+    def values(self) -> dict[str, Any]:
+        found = self.result()
+        tokens = found.tokens_per_window
+        values: dict[str, Any] = {
+            "n_tokens": found.n_tokens,
+            "nll_sum": found.nll_sum,
+            "ppl": found.ppl,
+            "bits_per_byte": found.bits_per_byte,
+            "window_nll": [nll / n for nll, n in zip(self.nll, tokens, strict=True)],
+        }
+        if self.baseline is None:
+            return values
+        sums = [mean * n for mean, n in zip(self.baseline, tokens, strict=True)]
+        return values | paired(self.nll, sums, tokens).fields("delta_nll")
+
+
+@measurement(
+    "perplexity",
+    part="quality",
+    needs="logits",
+    fields=(
+        "n_tokens",
+        "nll_sum",
+        "ppl",
+        "bits_per_byte",
+        "window_nll",
+        "delta_nll",
+        "delta_nll_low",
+        "delta_nll_high",
+    ),
+)
+def perplexity(subject: Subject) -> PerplexitySum:
+    """Perplexity of a variant, and the paired difference of its NLL to the baseline's."""
+    baseline = subject.asked.baseline
+    return PerplexitySum(subject.text, subject.rules, subject.cut, baseline and baseline["window_nll"])
+
+
+def score(subject: Subject, measurements: Iterable[Measurement]) -> dict[str, Any]:
+    """Values of all measurements that need logits, from one pass over the windows of a subject."""
+    totals = [one.run(subject) for one in measurements if one.needs == "logits"]
+    session, cut = subject.session, subject.cut
+    in_torch = session.model is not None
+    for piece in slices(session.model, cut) if in_torch else logit_slices(session.logits, cut):
+        for total in totals:
+            total.add(piece)
+        subject.report(piece.window, len(cut))
+    subject.report(len(cut), len(cut))
+    return {name: value for total in totals for name, value in total.values().items()}
 
 
 def evaluate(
@@ -274,9 +242,9 @@ def evaluate(
 ) -> Perplexity:
     """Perplexity of a model on a text. `track`: further accumulators that take every Slice (their `add`)."""
     cut = windows(text, protocol, tokenizer, limit)
-    total = PerplexitySum(cut)
+    total = PerplexitySum(text, protocol, cut)
     for piece in slices(model, cut):
         total.add(piece)
         for other in track:
             other.add(piece)
-    return total.result(text, protocol)
+    return total.result()

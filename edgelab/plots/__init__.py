@@ -1,13 +1,5 @@
 """Pictures: functions to a matplotlib `Figure`, without pyplot state; from rows, from weights, from devices."""
 
-from edgelab.plot_style import (
-    BADGE_MARKERS,
-    FAMILY_COLOURS,
-    METRICS,
-    NothingToDraw,
-    UnknownMetric,
-    label,
-)
 from edgelab.plots.activations import activation_outliers
 from edgelab.plots.allocation import bit_allocation, largest_factor, predicted_measured, predictions
 from edgelab.plots.cache import context_reach
@@ -16,17 +8,16 @@ from edgelab.plots.engines import engines
 from edgelab.plots.memory import NEED_PARTS, gigabytes, memory_bars
 from edgelab.plots.methods import method_lines
 from edgelab.plots.roofline import decode_limit, limit_tok_s, roofline
-from edgelab.plots.rows import latency, pareto_front, protocols, size_bars, tradeoff, window_delta
+from edgelab.plots.rows import latency, protocols, size_bars, tradeoff, window_delta
+from edgelab.plots.style import BADGE_MARKERS, FAMILY_COLOURS, NothingToDraw, label
 from edgelab.plots.training import training_curve
 from edgelab.plots.weights import weight_grid
 
 __all__ = [
     "BADGE_MARKERS",
     "FAMILY_COLOURS",
-    "METRICS",
     "NEED_PARTS",
     "NothingToDraw",
-    "UnknownMetric",
     "activation_outliers",
     "bit_allocation",
     "context_reach",
@@ -40,7 +31,6 @@ __all__ = [
     "limit_tok_s",
     "memory_bars",
     "method_lines",
-    "pareto_front",
     "predicted_measured",
     "predictions",
     "protocols",

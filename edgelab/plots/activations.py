@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from edgelab.plot_style import FAMILY_COLOURS, NothingToDraw, new_chart, style_axes
+from edgelab.plots.style import FAMILY_COLOURS, NothingToDraw, new_chart, style_axes
 
 OUTLIERS = "#D55E00"  # what stands out, beside the blue of quantization
 NAMED = 3  # channels that get their number

@@ -1,9 +1,8 @@
-"""Which layer got how many bits, how much each minds, and whether the predicted loss came true."""
+"""Which layer got how many bits, how sensitive each is, and whether the predicted loss came true."""
 
 from __future__ import annotations
 
 import math
-import re
 
 import numpy as np
 import pandas as pd
@@ -15,12 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from edgelab.labels import Mark, label_marks
-from edgelab.plot_style import (
+from edgelab.plots.labels import Mark, label_marks
+from edgelab.plots.style import (
     BASELINE_LINE,
     FAMILY_COLOURS,
     PALE,
-    PROTOCOL,
     NothingToDraw,
     Rows,
     as_frame,
@@ -30,19 +28,17 @@ from edgelab.plot_style import (
     stamp,
     style_axes,
 )
+from edgelab.rows import PROTOCOL, newest
 
-# As techniques write it into their notes
-PREDICTED = re.compile(r"Predicted KL divergence (\d+(?:\.\d+)?(?:e-?\d+)?) nats")
-BIT_COLOURS = colormaps[
-    "viridis"
-]  # dark for few bits; even steps for readers with any kind of colour blindness
+# Dark for few bits; even steps for readers with any kind of colour blindness
+BIT_COLOURS = colormaps["viridis"]
 FEWEST, MOST = 2, 8
 WHITE_BELOW = 6  # bits whose colour is dark enough for white digits
 SMALLEST = 1e-6  # nats per token; less is drawn as this
 
 
 def bit_allocation(layers: pd.DataFrame, title: str = "Bits of each layer") -> Figure:
-    """Bits of every layer, blocks along x and one row per kind of layer; under it how much the same layers mind.
+    """Bits of every layer, blocks along x and one row per kind of layer; under it the sensitivity of the same layers.
 
     layers: a row per layer with block (0, 1, ...), kind (q_proj, ...), bits, and sensitivity: nats per token where
     that layer alone has 4 bits. Raises NothingToDraw without layers.
@@ -77,7 +73,7 @@ def bit_allocation(layers: pd.DataFrame, title: str = "Bits of each layer") -> F
     style_axes(upper, title, [Patch(facecolor=_shade(width), label=f"{width} bits") for width in present])
     style_axes(lower)
     lower.set_title(
-        "How much each layer minds: KL divergence predicted where it alone has 4 bits", loc="left", fontsize=9
+        "Sensitivity: predicted KL divergence when only this layer is at 4 bits", loc="left", fontsize=9
     )
     lower.set_xlabel("Block", fontsize=9.5)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -101,21 +97,19 @@ def _name_rows(axes: Axes, kinds: list[str]) -> None:
 
 
 def predictions(rows: Rows) -> pd.DataFrame:
-    """Rows whose notes hold a predicted KL divergence and that measured it: name, predicted, measured, fast.
+    """Rows with a predicted KL divergence that measured it as well: name, predicted, measured, fast.
 
     Of rows of one recipe, model and protocol the newest counts. Raises NothingToDraw where there is none.
     """
-    frame = as_frame(rows)
-    found = frame.get("notes", pd.Series("", frame.index)).astype(str).str.extract(PREDICTED)[0].astype(float)
-    frame = frame.assign(predicted=found, measured=frame["kld_mean"], name=frame["recipe"].map(label))
+    frame = as_frame(rows).rename(columns={"predicted_kld": "predicted", "kld_mean": "measured"})
     frame = frame[(frame["status"] == "ok") & np.isfinite(frame[["predicted", "measured"]]).all(axis=1)]
-    frame = frame.sort_values(["reader", "started_at"], kind="stable")
-    frame = frame.drop_duplicates(["recipe", *PROTOCOL], keep="last")
+    frame = newest(frame, ["recipe", *PROTOCOL])
     if frame.empty:
         raise NothingToDraw(
             "no row has a predicted and a measured KL divergence: measure the quality of a recipe such as "
             'quantize.mixed:bits=4, with el.compare(["none", "quantize.mixed:bits=4"])'
         )
+    frame = frame.assign(name=frame["recipe"].map(label))
     return frame[["name", "predicted", "measured", "fast"]].reset_index(drop=True)
 
 

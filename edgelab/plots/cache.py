@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from edgelab.plot_style import BASELINE_LINE, GREY, PALE, NothingToDraw, new_chart, style_axes
+from edgelab.plots.style import BASELINE_LINE, GREY, PALE, NothingToDraw, new_chart, style_axes
 
 CACHE_COLOURS = ("#000000", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 

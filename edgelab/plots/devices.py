@@ -8,15 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from edgelab.labels import Mark, label_marks
-from edgelab.plot_style import (
-    BASELINE_LINE,
-    GREY,
-    NothingToDraw,
-    new_chart,
-    scale_axis,
-    style_axes,
-)
+from edgelab.plots.labels import Mark, label_marks
+from edgelab.plots.style import BASELINE_LINE, GREY, NothingToDraw, new_chart, scale_axis, style_axes
 
 CLASS_COLOURS = {"CPU": "#0072B2", "phone": "#D55E00", "GPU": "#009E73"}
 BAND = 0.35  # relative error that the project allows itself

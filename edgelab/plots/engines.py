@@ -5,21 +5,21 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from edgelab.labels import Mark, label_marks
-from edgelab.plot_style import (
+from edgelab.plots.labels import Mark, label_marks
+from edgelab.plots.style import (
     BASELINE_LINE,
     GREY,
     Rows,
     as_frame,
     cautions,
     drawable,
-    find_metric,
     label,
     new_chart,
     scale_axis,
     stamp,
     style_axes,
 )
+from edgelab.rows import find_metric
 
 RUNTIME_COLOURS = {
     "torch": "#000000",
@@ -69,7 +69,7 @@ def engines(rows: Rows, y: str = "ppl") -> Figure:
     axes.margins(0.12)
     metric = find_metric(y)
     axes.set_xlabel("Decoding rate ÷ PyTorch eager float32, in turns with it; higher is better", fontsize=9.5)
-    axes.set_ylabel(f"{metric.label}, {metric.direction}", fontsize=9.5)
+    axes.set_ylabel(f"{metric.with_unit}, {metric.direction}", fontsize=9.5)
     style_axes(axes, "Recipes on runtimes: area is bytes of weights", handles)
     stamp(figure, frame, [*notes, *cautions(drawn, [y, "decode_ratio"])])
     label_marks(axes, marks)

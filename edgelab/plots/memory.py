@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from edgelab.devices import Device, MemoryNeed
-from edgelab.plot_style import BASELINE_LINE, GREY, new_chart, style_axes
+from edgelab.plots.style import BASELINE_LINE, GREY, new_chart, style_axes
 
 NEED_PARTS = {  # field of a MemoryNeed: words, colour of the same palette
     "weights_gb": ("weights", "#0072B2"),

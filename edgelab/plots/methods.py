@@ -7,8 +7,8 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
-from edgelab.labels import Mark, label_marks
-from edgelab.plot_style import BASELINE_LINE, NothingToDraw, new_chart, scale_axis, stamp, style_axes
+from edgelab.plots.labels import Mark, label_marks
+from edgelab.plots.style import BASELINE_LINE, NothingToDraw, new_chart, scale_axis, stamp, style_axes
 
 METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b")
 GROUP_LINES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from edgelab.assets import fast
-from edgelab.labels import Mark, label_marks
-from edgelab.plot_style import (
+from edgelab.plots.labels import Mark, label_marks
+from edgelab.plots.style import (
     BASELINE_LINE,
     GREY,
     SAME_SPEED,

@@ -16,22 +16,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from scipy.special import stdtrit
 
 from edgelab.assets import fast
-from edgelab.labels import Mark, label_marks
-from edgelab.plot_style import (
+from edgelab.measure.intervals import mean_interval
+from edgelab.plots.labels import Mark, label_marks
+from edgelab.plots.style import (
     BADGE_SIGNS,
     BASELINE_LINE,
-    BASELINE_VALUE,
     FAMILY_COLOURS,
     GREY,
-    LATENCY,
-    MACHINE_BOUND,
-    METRICS,
     PALE,
-    PROTOCOL,
-    QUALITY,
     SAME_QUALITY,
     SAME_SIZE,
     SAME_SPEED,
@@ -44,8 +38,6 @@ from edgelab.plot_style import (
     draw_bar,
     draw_point,
     drawable,
-    find_metric,
-    interval_ends,
     label,
     legend_handles,
     new_chart,
@@ -54,37 +46,25 @@ from edgelab.plot_style import (
     stamp,
     style_axes,
 )
+from edgelab.rows import PROTOCOL, find_metric, interval_ends, pareto_front
 
 if TYPE_CHECKING:  # measuring imports torch, drawing does not need it
-    from edgelab.measure.perplexity import Perplexity, Protocol
-
-
-def pareto_front(frame: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """The rows that no other row beats: none is at least as good in `x` and `y` and better in one of them.
-
-    What is good is read from METRICS. Rows without both values are not on the front. Sorted by x, then y.
-    """
-    signs = [1 if find_metric(name).lower_is_better else -1 for name in (x, y)]
-    frame = frame[np.isfinite(frame[[x, y]].astype(float)).all(axis=1)]
-    cost = frame[[x, y]].to_numpy(float) * signs  # (rows, 2), lower is better
-    as_good = (cost[:, None] <= cost[None]).all(axis=2)  # (rows, rows): is row i as good as row j?
-    better = (cost[:, None] < cost[None]).any(axis=2)
-    return frame[~(as_good & better).any(axis=0)].sort_values([x, y])
-
-
-# Plots
+    from edgelab.measure.perplexity import Perplexity
+    from edgelab.measure.protocols import Protocol
 
 
 def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str | None = None) -> Figure:
-    """Each row as a point of `x` and `y` (names of METRICS), with the Pareto front and the baseline as lines.
+    """Each row as a point of the fields `x` and `y`, with the Pareto front and the baseline as lines.
 
-    Bars through points are 95 % intervals of perplexity or NLL, the spread of a ratio, or reach to a p95.
+    Bars through points are 95 % intervals of quality, the spread of a ratio, or reach to a p95.
     Rows that cannot be compared (other protocol or text; other machine, for times) never share a front.
     `highlight` is a canonical recipe or a row_id and gets a ring.
     """
     frame = as_frame(rows)
     horizontal, vertical = find_metric(x), find_metric(y)
-    drawn, notes = drawable(frame, [x, y], "quality and latency" if LATENCY & {x, y} else "quality and size")
+    metrics = horizontal, vertical
+    timed = "speed" in {metric.group for metric in metrics}
+    drawn, notes = drawable(frame, [x, y], "quality and latency" if timed else "quality and size")
     drawn["ring"] = (drawn["recipe"] == highlight) | (drawn["row_id"] == highlight)
     drawn = drawn.sort_values(["reader", "ring"], kind="stable")  # the reader's rows come over the others
     if highlight and not drawn["ring"].any():
@@ -96,17 +76,18 @@ def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str |
     scale_axis(axes, "y", drawn[y])
     axes.margins(0.08)
     lines = []  # what labels keep away from, each (corners, 2)
-    machine_bound = bool(MACHINE_BOUND & {x, y})
-    keys = [*(PROTOCOL if QUALITY & {x, y} else ["model"]), *(["host"] if machine_bound else [])]
+    within = {metric.within for metric in metrics}
+    machine_bound = "machine" in within
+    keys = [*(PROTOCOL if "protocol" in within else ["model"]), *(["host"] if machine_bound else [])]
     drawn["front"] = False
     for _, group in drawn.groupby(keys, dropna=False):
         # Outputs that are not the reference's earn no rank in speed.
         front = pareto_front(group[~group["hollow"] & ~group["ungated"]] if machine_bound else group, x, y)
         drawn.loc[front.index, "front"] = True
-        lines.append(_stairs(front[[x, y]].to_numpy(), horizontal.lower_is_better))
+        lines.append(_stairs(front[[x, y]].to_numpy(), horizontal.better == "lower"))
         axes.plot(*lines[-1].T, color="#9a9a9a", linewidth=1.2, zorder=1)
         measured = group.loc[group["recipe"] == "none", y].tail(1)
-        for value in [BASELINE_VALUE[y]] if y in BASELINE_VALUE else measured:
+        for value in measured if vertical.baseline is None else [vertical.baseline]:
             axes.axhline(value, **BASELINE_LINE)
             lines.append(np.array([[drawn[x].min(), value], [drawn[x].max(), value]]))
 
@@ -123,10 +104,9 @@ def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str |
         look = {"colour": colour(row["family"]), "wanted": row["ring"] or row["reader"], "bold": row["ring"]}
         marks.append(Mark(row[x], row[y], label(row["recipe"]), rank=rank, **look))
 
-    axes.set_xlabel(f"{horizontal.label}, {horizontal.direction}", fontsize=9.5)
-    axes.set_ylabel(f"{vertical.label}, {vertical.direction}", fontsize=9.5)
-    title = f"{vertical.label.partition(' (')[0]} against {horizontal.label.partition(' (')[0].lower()}"
-    style_axes(axes, title, legend_handles(drawn))
+    axes.set_xlabel(f"{horizontal.with_unit}, {horizontal.direction}", fontsize=9.5)
+    axes.set_ylabel(f"{vertical.with_unit}, {vertical.direction}", fontsize=9.5)
+    style_axes(axes, f"{vertical.label} against {horizontal.label.lower()}", legend_handles(drawn))
     stamp(figure, frame, notes + cautions(drawn, (x, y)))
     label_marks(axes, marks, lines)
     return figure
@@ -211,7 +191,7 @@ def latency(rows: Rows) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         style_axes(axes)
         axes.set_title(title, loc="left", fontsize=9)
-        axes.set_xlabel(METRICS[metric].direction, fontsize=8.5)
+        axes.set_xlabel(find_metric(metric).direction, fontsize=8.5)
     panels[0].set_yticks(range(len(drawn)), row_names(drawn, 36, always="host"), parse_math=False)
     panels[0].set_ylim(-0.6, len(drawn) - 0.35)
     badges = [f"{sign} {badge}" for badge, sign in BADGE_SIGNS.items() if badge in set(drawn["badge"])]
@@ -248,7 +228,8 @@ def window_delta(rows: Rows, baseline: str = "none") -> Figure:
         axes.scatter(delta, heights, s=12, color=colour(row["family"]), alpha=0.35, linewidth=0)
         mean, low, high = row[["delta_nll", "delta_nll_low", "delta_nll_high"]].astype(float)
         if baseline != "none" or not np.isfinite([mean, low, high]).all():
-            mean, low, high = _mean_interval(delta)
+            found = mean_interval(delta)
+            mean, low, high = found.mean, found.low, found.high
         axes.plot([low, high], [position + 0.14] * 2, color="black", linewidth=2, marker="|", markersize=8)
         axes.plot(mean, position + 0.14, marker="D", color="black", markersize=5)
         text = f"mean {mean:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], perplexity × {math.exp(mean):.3f}"
@@ -306,15 +287,6 @@ def protocols(
         axes.set_xlabel("lower is better", fontsize=8.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
     return stamp(figure, pd.DataFrame({"fast": [fast()]}))
-
-
-def _mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of `values`, (windows,), and the ends of Student's 95 % interval, NaN for a single value."""
-    mean, count = values.mean(), len(values)
-    if count == 1:
-        return mean, math.nan, math.nan
-    half = stdtrit(count - 1, 0.975) * values.std(ddof=1) / math.sqrt(count)
-    return mean, mean - half, mean + half
 
 
 def _stairs(front: np.ndarray, lower_is_better: bool) -> np.ndarray:

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from edgelab.assets import fast
-from edgelab.labels import Mark, label_marks
-from edgelab.plot_style import GREY, NothingToDraw, new_chart, scale_axis, stamp, style_axes
+from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.methods import METHOD_COLOURS
+from edgelab.plots.style import GREY, NothingToDraw, new_chart, scale_axis, stamp, style_axes
 
 Curve = Sequence[Mapping[str, float]]
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from edgelab.plot_style import FAMILY_COLOURS, PALE, new_chart, style_axes
+from edgelab.plots.style import FAMILY_COLOURS, PALE, new_chart, style_axes
 
 WEIGHT = "#D55E00"  # a weight before rounding, beside the blue of its grid
 NEAR_WEIGHTS = 48  # of a weight row, this many are shown from nearby

@@ -22,7 +22,10 @@ from transformers import PreTrainedModel, StaticCache
 
 from edgelab import assets
 from edgelab.errors import EdgeLabError
-from edgelab.runtimes.eager import Eager
+from edgelab.model.logits import head_logits
+from edgelab.runtimes.eager import Eager, hidden_states
+from edgelab.runtimes.session import Can, Session
+from edgelab.storage.description import Description
 
 PAGE = 256  # tokens by which the cache is longer than it has to be, at most
 
@@ -57,21 +60,24 @@ class Compiled(Eager):
     """A variant on the kernels of `Eager`, its decode step compiled on first use or by `compile`."""
 
     backend = "inductor"
+    can = Can()
 
-    @staticmethod
-    def refusal(about: dict) -> str | None:
+    @classmethod
+    def _refusal(cls, about: Description) -> str | None:
         """As for eager; and the cache has to be a plain one of fixed length."""
-        if about["cache"] is not None:
+        if about.marks.cache is not None:
             return (
                 "The runtime 'compiled' keeps keys and values as they are; a quantized cache runs on 'torch'."
             )
-        return Eager.refusal(about)
+        return super()._refusal(about)
 
     def __init__(self, variant: Path) -> None:
         use_compiler()
         super().__init__(variant)
         self.kernel = f"compiled, {self.kernel}"
-        self._decode = torch.compile(step, backend=self.backend, fullgraph=True, dynamic=False)
+        self._static: StaticCache | None = None
+        self._room = 0
+        self._step = torch.compile(step, backend=self.backend, fullgraph=True, dynamic=False)
 
     def compile(self) -> float:
         """Compile the decode step for sequences up to PAGE tokens; returns the seconds, fewer from the disk cache."""
@@ -80,19 +86,31 @@ class Compiled(Eager):
         self.decode(0)
         return time.perf_counter() - started
 
-    def prefill(self, ids: list[int]) -> int:
-        self._ids = list(ids)
-        length = PAGE * math.ceil((len(ids) + PAGE // 2) / PAGE)
-        if self._cache is None or self._cache.get_max_length() != length:
-            self._cache = StaticCache(config=self.model.config, max_cache_len=length)
-        else:
-            self._cache.reset()
+    def _feed(self, ids: list[int], every: bool) -> Tensor:
+        length = self.length + len(ids)
+        fresh = not self.ids or length > self._room  # what outgrows the cache is read into a longer one
+        if fresh:
+            self._empty(PAGE * math.ceil((length + PAGE // 2) / PAGE))
+        tokens = torch.tensor([self.ids + ids if fresh else ids])
         with torch.no_grad():
-            return int(step(self.model, self._cache, torch.tensor([ids])).argmax())
+            if not fresh and len(ids) == 1:
+                return self._step(self.model, self._static, tokens)[None].float()
+            hidden = hidden_states(self.model, tokens, self._static)[0]
+            return head_logits(self.model, hidden[-len(ids) if every else -1 :])
 
-    def decode(self, token: int) -> int:
-        self._ids.append(token)
-        if len(self._ids) > self._cache.get_max_length():
-            return self.prefill(self._ids)  # all of it again, into a longer cache
-        with torch.no_grad():
-            return int(self._decode(self.model, self._cache, torch.tensor([[token]])).argmax())
+    def _empty(self, room: int) -> None:
+        if self._room == room:
+            self._static.reset()
+        else:
+            self._static, self._room = StaticCache(config=self.model.config, max_cache_len=room), room
+
+    def _cut(self, length: int) -> bool:
+        if length == 0:  # the next step empties the cache
+            return True
+        if any(layer.is_sliding for layer in self._static.layers):
+            return False
+        for layer in self._static.layers:
+            layer.cumulative_length.fill_(length)
+        return True
+
+    continuations = Session.continuations  # the cache is of one sequence, and steps write into it

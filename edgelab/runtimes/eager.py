@@ -12,6 +12,7 @@ Fewer bits are unpacked at loading to the next width that has a kernel; bits per
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from edgelab import variants
-from edgelab.measure.perplexity import last_hidden_states
-from edgelab.techniques.quantization.packed import (
-    ActivationGrid,
-    PackedEmbedding,
-    PackedLinear,
-    QuantizedTensor,
-)
-from edgelab.techniques.quantization.unpack import dense_linear
-from edgelab.training import head_logits
+from edgelab.model.logits import CHUNK, head_logits
+from edgelab.model.marks import marks_of
+from edgelab.runtimes.session import Can, Session, taken
+from edgelab.storage import variants
+from edgelab.storage.description import Description
+from edgelab.storage.kv_cache import QuantizedCacheError
+from edgelab.storage.layers import ActivationGrid, PackedLinear, dense_linear, packed_layers
+from edgelab.storage.matrix import Matrix
+from edgelab.storage.uniform import QuantizedTensor
 
 LONG = 16  # tokens from which int8 goes through a dense bfloat16 product
 
@@ -132,11 +132,11 @@ def int4_group_size(tensor: QuantizedTensor) -> int:
     return next((size for size in (256, 128, 64, 32) if tensor.group_size % size == 0), 0)
 
 
-def kernel_for(tensor: QuantizedTensor, activation: ActivationGrid | None = None) -> type[nn.Module] | None:
+def kernel_for(tensor: Matrix, activation: ActivationGrid | None = None) -> type[nn.Module] | None:
     """The packed layer that can run a quantized matrix behind that activation grid, or None."""
-    out_features = tensor.integers.shape[0]
     if not isinstance(tensor, QuantizedTensor):
         return None
+    out_features = tensor.shape[0]
     if activation is not None:
         return Int8ActivationLinear if tensor.scale.shape[1] == 1 and tensor.zero_point is None else None
     if tensor.bits <= 4 and int4_group_size(tensor) and out_features % 16 == 0:
@@ -144,86 +144,130 @@ def kernel_for(tensor: QuantizedTensor, activation: ActivationGrid | None = None
     return Int8Linear if tensor.scale.shape[1] == 1 else None
 
 
-class Eager:
+class TorchCache:
+    """Keys and values of one sequence in a PyTorch model, on the grid that the model is marked with, if any."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.grid = marks_of(model).cache
+        self._config = model.config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.values: Cache = (
+            self.grid.new_cache(self._config) if self.grid else DynamicCache(config=self._config)
+        )
+
+    def cut(self, length: int) -> bool:
+        """Keep the first tokens; False where they are packed, or where a window has forgotten what comes back."""
+        surplus = self.values.get_seq_length() - length
+        try:
+            self.values.crop(-surplus)
+        except (QuantizedCacheError, RuntimeError):
+            return False
+        return True
+
+    def twin(self, batch: int) -> Cache:
+        """The same keys and values for each of `batch` sequences. Steps replace tensors, so that nothing is shared."""
+        twin = copy.copy(self.values)
+        twin.layers = [copy.copy(layer) for layer in self.values.layers]
+        twin.batch_repeat_interleave(batch)
+        return twin
+
+
+class Eager(Session):
     """A variant in PyTorch eager, on packed kernels where there are any. Greedy decoding with a growing cache.
 
     Layers that round their inputs without an integer kernel for it make the whole a simulation: the badge says so.
     """
 
     badge = "packed"
-    packages = ()
-    gives_logits = True
+    can = Can(layers=True)
+    tolerance = 1e-4  # float32 sums in another order
 
-    @staticmethod
-    def refusal(about: dict) -> str | None:
+    @classmethod
+    def _refusal(cls, about: Description) -> str | None:
         """PyTorch runs all but what is left to an engine's own quantizer."""
-        if about["native"] is None:
+        if (width := about.marks.native) is None:
             return None
-        width = about["native"]
         return (
             f"native.{width} is rounded by an engine itself; name one, as in 'native.{width} @ onnxruntime'."
         )
 
     def __init__(self, variant: Path) -> None:
+        super().__init__()
         self.model: PreTrainedModel = variants.load(variant)
+        self.vocabulary = self.model.config.vocab_size
         self.kernel = self._prepare()
-        self.cache_grid = getattr(self.model, "cache_grid", None)
-        if self.cache_grid is not None:
-            self.kernel += f" + int{self.cache_grid.bits} cache"
-        self._cache: Cache | None = None
+        if "bf" in self.kernel:  # what is summed in another order is rounded to 8 significant bits
+            self.tolerance = 0.1
+        self._cache = TorchCache(self.model)
+        if self._cache.grid is not None:
+            self.kernel += f" + int{self._cache.grid.bits} cache"
 
     def _prepare(self) -> str:
         """Put kernels in place; returns their names."""
-        names: dict[str, None] = {}
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        made: dict[int, nn.Module] = {}
-        for name, layer in list(self.model.named_modules()):
-            if not isinstance(layer, PackedLinear):
-                continue
-            fast = kernel_for(layer.tensor, layer.activation)
-            if fast is None:
-                rounded = "" if layer.activation is None else " after rounding the inputs"
-                names[f"unpacked when used, {dtype}{rounded}"] = None
-                self.badge = "simulated" if rounded else self.badge
-                continue
-            if id(layer.tensor) not in made:
-                grids = [] if layer.activation is None else [layer.activation]
-                made[id(layer.tensor)] = fast(layer.tensor, layer.bias, *grids)
-            stored = layer.tensor.bits
-            width = 4 if fast is Int4Linear else 8
-            names[fast.kernel + (f" ({stored} bits unpacked to {width})" if stored < width else "")] = None
-            self.model.set_submodule(name, made[id(layer.tensor)])
-        return " + ".join(names) or f"{dtype} linear"
+        kernel, rounds = use_kernels(self.model)
+        self.badge = "simulated" if rounds else self.badge
+        return kernel
 
-    def prefill(self, ids: list[int]) -> int:
-        config = self.model.config
-        self._cache = self.cache_grid.new_cache(config) if self.cache_grid else DynamicCache(config=config)
-        return self._step(ids)
-
-    def decode(self, token: int) -> int:
-        return self._step([token])
-
-    def _step(self, ids: list[int]) -> int:
+    def _feed(self, ids: list[int], every: bool) -> Tensor:
+        pieces = torch.tensor([ids]).split(CHUNK if every and self._cache.grid else len(ids), 1)
         with torch.inference_mode():
-            answer = self.model(
-                torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            )
-        return int(answer.logits[0, -1].argmax())
+            hidden = [hidden_states(self.model, piece, self._cache.values) for piece in pieces]
+            return head_logits(self.model, torch.cat(hidden, 1)[0] if every else hidden[-1][0, -1:])
 
-    def logits(self, ids: list[int]) -> Tensor:
-        """Logits at every position of a new sequence, (time, vocabulary) float32."""
+    def _cut(self, length: int) -> bool:
+        if length == 0:
+            self._cache.reset()
+            return True
+        return self._cache.cut(length)
+
+    def continuations(self, candidates: list[list[int]]) -> list[Tensor]:
+        """As `Session.continuations`, all candidates in one batch: what fills up the shorter ones lies behind them."""
+        first, longest = self._next(), max(map(len, candidates))
+        if longest == 1:
+            return [taken(first, candidate) for candidate in candidates]
+        filled = torch.tensor([(ids + [0] * longest)[: longest - 1] for ids in candidates])
         with torch.inference_mode():
-            hidden = last_hidden_states(self.model, torch.tensor([ids]))
-            return head_logits(self.model, hidden[0])
-
-    def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
-        """The most likely next tokens of a new sequence with their log-probabilities, best first."""
-        found = torch.log_softmax(self.logits(ids)[-1], -1).topk(count)
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+            hidden = hidden_states(self.model, filled, self._cache.twin(len(candidates)))
+            return [
+                taken(torch.cat([first, head_logits(self.model, row)]), candidate)
+                for row, candidate in zip(hidden, candidates, strict=True)
+            ]
 
     def close(self) -> None:
-        """Forget the model."""
-        del self.model
+        """Forget model and cache."""
+        del self.model, self._cache
+
+
+def hidden_states(model: PreTrainedModel, inputs: Tensor, cache: Cache) -> Tensor:
+    """Hidden states before the head, (batch, time, hidden), of the next tokens (batch, time) of a cached sequence."""
+    return model.base_model(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+def use_kernels(model: PreTrainedModel) -> tuple[str, bool]:
+    """Put kernels in place of packed layers; returns their names, and whether inputs are rounded without one."""
+    names: dict[str, None] = {}
+    dtype, simulates = str(model.dtype).removeprefix("torch."), False
+    made: dict[int, nn.Module] = {}
+    for name, layer in packed_layers(model).items():
+        if not isinstance(layer, PackedLinear):
+            continue
+        fast = kernel_for(layer.tensor, layer.activation)
+        if fast is None:
+            rounds = layer.activation is not None
+            names[f"unpacked when used, {dtype}{' after rounding the inputs' * rounds}"] = None
+            simulates = simulates or rounds
+            continue
+        if id(layer.tensor) not in made:
+            grids = [] if layer.activation is None else [layer.activation]
+            made[id(layer.tensor)] = fast(layer.tensor, layer.bias, *grids)
+        stored = layer.tensor.bits
+        width = 4 if fast is Int4Linear else 8
+        names[fast.kernel + (f" ({stored} bits unpacked to {width})" if stored < width else "")] = None
+        model.set_submodule(name, made[id(layer.tensor)])
+    return " + ".join(names) or f"{dtype} linear", simulates
 
 
 def _round_inputs(grid: ActivationGrid, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -236,14 +280,13 @@ class Simulated(Eager):
     badge = "simulated"
 
     def _prepare(self) -> str:
-        for name, layer in list(self.model.named_modules()):
+        for name, layer in packed_layers(self.model).items():
             if isinstance(layer, PackedLinear):
                 weight = nn.Parameter(layer.tensor.dequantize(self.model.dtype), requires_grad=False)
                 dense = dense_linear(weight, layer.bias)
                 if layer.activation is not None:
                     dense.register_forward_pre_hook(partial(_round_inputs, layer.activation))
-                self.model.set_submodule(name, dense)
-            elif isinstance(layer, PackedEmbedding):
+            else:
                 dense = nn.Embedding.from_pretrained(layer.scaled(layer.tensor.dequantize()))
-                self.model.set_submodule(name, dense)
+            self.model.set_submodule(name, dense)
         return f"dense {str(self.model.dtype).removeprefix('torch.')}"

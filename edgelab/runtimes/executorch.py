@@ -13,47 +13,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgelab import variants
-from edgelab.runtimes import EngineMissing, RuntimeRefused, check_causal
+from edgelab.runtimes import EngineMissing, RuntimeRefused, refusals
+from edgelab.runtimes.session import Session
+from edgelab.storage import variants
+from edgelab.storage.description import Description
 
+LAYOUTS = ("llama", "qwen2", "qwen3")  # whose attention is causal to the first token, in every layer
 PROGRAM = "model.pte"
 
 
-class ExecuTorch:
+class ExecuTorch(Session):
     """A program on the CPU, with keys and values in float32."""
 
-    badge = "runtime"
-    packages = ("executorch", "torchao")
-    model = None
-    gives_logits = True
-    version = 2
+    tolerance = 0.01  # float32 sums in another order move the int8 grids of activations
     cache_bits = 32
-    spare = ()
 
-    @staticmethod
-    def refusal(about: dict) -> str | None:
+    @classmethod
+    def _refusal(cls, about: Description) -> str | None:
         """Float32, or weights that torchao rounds."""
-        if about["native"] is not None:
-            return None
-        if about["quantized"] or about["cache"] is not None:
+        if about.matrices or about.marks.cache is not None:
             return "ExecuTorch runs what torchao rounds; name it, as in 'native.int4 @ executorch'."
-        if about["dtype"] != "float32":
+        if about.dtype != "float32":
             return "ExecuTorch's XNNPACK is given float32 here; the recipe 'none' is float32."
-        return None
+        return refusals.foreign_layout(about, LAYOUTS, "ExecuTorch") or _foreign_heads(about)
 
     @staticmethod
     def export(variant: Path, folder: Path) -> int:
         """Write the program; returns its bytes: weights and a few kilobytes of instructions."""
         _operators()
-        native = variants.read_about(variant)["native"]
+        native = variants.read_description(variant).marks.native
         with warnings.catch_warnings(action="ignore"):  # of names that torch is going to take away
             from edgelab.runtimes import executorch_export
 
-            check_causal(variant, executorch_export.LAYOUTS, "ExecuTorch")
             executorch_export.write(variants.load(variant), native, folder / PROGRAM)
         return (folder / PROGRAM).stat().st_size
 
     def __init__(self, folder: Path, threads: int) -> None:
+        super().__init__()
         _operators()
         with warnings.catch_warnings(action="ignore"):  # that the interface is young
             from executorch.extension.pybindings import portable_lib
@@ -72,45 +68,36 @@ class ExecuTorch:
                 f"{file} is no program that ExecuTorch can run; remove its folder, and it is written anew."
             ) from None
         self.kernel = "XNNPACK float32" if rounded == 32 else f"XNNPACK int{rounded}, int8 activations"
-        self._length = 0
+        self.vocabulary = self._method.metadata.output_tensor_meta(0).sizes()[-1]
 
-    def prefill(self, ids: list[int]) -> int:
-        """Start a new sequence; returns the most likely next token."""
-        self._length = 0
-        return int(self._step(ids)[-1].argmax())
-
-    def decode(self, token: int) -> int:
-        """Go on by one token; returns the most likely next one."""
-        return int(self._step([token])[-1].argmax())
-
-    def _step(self, ids: list[int], everywhere: bool = False) -> Tensor:
-        """Logits (time or 1, vocabulary) of the next tokens: of all of them, or of the last."""
-        if self._length + len(ids) > self.room:
+    def _feed(self, ids: list[int], every: bool) -> Tensor:
+        if self.length + len(ids) > self.room:
             raise RuntimeRefused(
                 f"The cache of an ExecuTorch program holds {self.room} tokens here; use a shorter text."
             )
-        found = []
+        found, start = [], self.length
         for piece in torch.tensor(ids).split(self.chunk):
-            places = torch.arange(len(piece)) if everywhere else torch.tensor([len(piece) - 1])
-            (logits,) = self._method.execute([piece[None], torch.tensor([self._length]), places])
-            self._length += len(piece)
+            places = torch.arange(len(piece)) if every else torch.tensor([len(piece) - 1])
+            (logits,) = self._method.execute([piece[None], torch.tensor([start]), places])
+            start += len(piece)
             found.append(logits[0].clone())
-        return torch.cat(found)
+        return torch.cat(found) if every else found[-1]
 
-    def logits(self, ids: list[int]) -> Tensor:
-        """Logits at every position of a new sequence, (time, vocabulary) float32."""
-        self._length = 0
-        return self._step(ids, everywhere=True)
-
-    def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
-        """The most likely next tokens of a new sequence with their log-probabilities, best first."""
-        self._length = 0
-        found = torch.log_softmax(self._step(ids)[-1], -1).topk(count)
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+    def _cut(self, length: int) -> bool:
+        return True  # a step says at which position it starts
 
     def close(self) -> None:
         """Forget the program."""
         self._method = None
+
+
+def _foreign_heads(about: Description) -> str | None:
+    """Attention of another shape than the configuration gives: keys and values have one shape in all layers."""
+    name = next((name for name in about.shapes if ".self_attn." in name), None)
+    return (
+        name
+        and f"The cache of an ExecuTorch program has one shape for all layers, and {name} has its own; use 'torch'."
+    )
 
 
 def _operators() -> None:

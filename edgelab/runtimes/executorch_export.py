@@ -28,7 +28,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 CHUNK = 512  # tokens at once; memory for their logits is planned, not touched
 ROOM = 2048  # tokens of the cache
 GROUP = 32  # inputs under one scale of native.int4
-LAYOUTS = ("llama", "qwen2", "qwen3")  # whose attention is causal to the first token, in every layer
 OPS = torch.ops.quantized_decomposed  # what XNNPACK knows; each is one step of tracing, torchao's are a dozen
 LINEAR_ONLY = "dqlinear_partitioner"  # one pass over each piece; all seventeen of XNNPACK do no more
 ATTENTION = "edgelab_executorch"  # a name that transformers has no mask for: the operator masks by itself

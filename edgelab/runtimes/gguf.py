@@ -22,6 +22,7 @@ where transformers rotates halves. Rows move whole, with their scales.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +34,12 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from edgelab import assets, variants
-from edgelab.runtimes import RuntimeRefused
-from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor
+from edgelab import assets
+from edgelab.runtimes import RuntimeRefused, refusals
+from edgelab.storage import variants
+from edgelab.storage.description import Description
+from edgelab.storage.layers import packed_layers
+from edgelab.storage.uniform import QuantizedTensor
 
 BLOCK = 32
 TYPES_KEY = "edgelab.types"  # of the matrices, so that the engine can say what runs
@@ -44,6 +48,7 @@ ARCHITECTURES = {  # of transformers -> of GGUF
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
+OF_A_BLOCK = re.compile(r"\.(mlp|self_attn)\.")  # what may differ between the layers of a Deci
 FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
 # How llama.cpp calls a pre-tokenizer that splits runs of digits so, in the regular expression of GPT-4.
 DIGITS = {r"|\p{N}{1,3}|": "llama-bpe", r"|\p{N}|": "qwen2"}
@@ -60,13 +65,17 @@ def stored_as(bits: int, zero_point: str | None) -> Type | None:
     return Type.Q8_0 if bits < 8 and zero_point == "integer" else None
 
 
-def refusal(about: dict) -> str | None:
-    """Why GGUF cannot hold a variant's matrices (`about` is its `variant.json`), in one sentence; None where it can."""
-    for name, how in about["quantized"].items():
-        how = about["quantized"].get(how.get("same_as"), {}) | how
+def refusal(about: Description) -> str | None:
+    """Why a variant cannot be written as GGUF or llama.cpp would compute it otherwise, in one sentence; else None."""
+    return _foreign_matrix(about) or _foreign_model(about)
+
+
+def _foreign_matrix(about: Description) -> str | None:
+    for name in about.matrices:
+        how = about.how(name)
+        if how["format"] != "uniform":
+            return f"GGUF has no type for the {how['format']} of {name}; use a uniform grid, such as quantize.rtn."
         bits = how["bits"]
-        if how["grid"] != "uniform":
-            return f"GGUF has no type for the table of values of {name}; use a uniform grid, such as quantize.rtn."
         if stored_as(bits, how["zero_point"]) is None:
             return (
                 f"GGUF keeps {bits} bits around zero only, and {name} has zero-points; use symmetric=true, or "
@@ -80,14 +89,26 @@ def refusal(about: dict) -> str | None:
     return None
 
 
+def _foreign_model(about: Description) -> str | None:
+    config, kind = about.config, about.layout
+    if reason := refusals.foreign_layout(about, tuple(ARCHITECTURES), "GGUF"):
+        return reason
+    if config["hidden_act"] not in ("silu", "swish"):
+        return f"llama.cpp computes {kind} models with silu, and this one has {config['hidden_act']}; run it on torch."
+    uneven = refusals.differing(about)
+    if kind == "llama":  # as `deci`, whose layers have widths of their own
+        uneven = [name for name in uneven if not OF_A_BLOCK.search(name)]
+    if uneven:
+        return f"llama.cpp gives {uneven[0]} of a {kind} model the shape of its like in other layers; use 'torch'."
+    return refusals.rotary_scaling(about, ("linear", "llama3") if kind == "llama" else (), "GGUF")
+
+
 def write(variant: Path, file: Path) -> int:
     """Write a variant with its tokenizer as a GGUF file; returns the bytes of its weights.
 
-    Raises RuntimeRefused with one sentence where GGUF or llama.cpp cannot hold it.
+    The variant is one that `refusal` has nothing against. Raises RuntimeRefused for numbers beyond float16.
     """
     about = variants.read_about(variant)
-    if reason := refusal(about):
-        raise RuntimeRefused(reason)
     has_tokenizer = (variant / "tokenizer.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(variant) if has_tokenizer else None
     return write_model(
@@ -136,30 +157,9 @@ def layer_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
 
 
 def find_architecture(model: PreTrainedModel) -> gguf.MODEL_ARCH:
-    """What llama.cpp calls the architecture; a Llama whose layers differ in size is a Deci to it.
-
-    Raises RuntimeRefused for a model that it would compute in another way.
-    """
-    config = model.config
-    kind = config.model_type
-    if kind not in ARCHITECTURES:
-        raise RuntimeRefused(f"{kind} models are not written as GGUF; {', '.join(ARCHITECTURES)} are.")
-    if config.hidden_act not in ("silu", "swish"):
-        raise RuntimeRefused(
-            f"llama.cpp computes {kind} models with silu, and this one has {config.hidden_act}; run it on torch."
-        )
-    if getattr(config, "use_sliding_window", False):
-        raise RuntimeRefused(
-            f"llama.cpp gives {kind} models no sliding window; set use_sliding_window to false, or run it on torch."
-        )
-    differing = [what for what, counts in layer_sizes(model).items() if len(set(counts)) > 1]
-    if not differing:
-        return ARCHITECTURES[kind]
-    if kind == "llama":
-        return gguf.MODEL_ARCH.DECI
-    raise RuntimeRefused(
-        f"llama.cpp wants as many {differing[0]} in every layer of a {kind} model; prune all layers alike."
-    )
+    """What llama.cpp calls the architecture; a Llama whose layers differ in size is a Deci to it."""
+    uneven = any(len(set(counts)) > 1 for counts in layer_sizes(model).values())
+    return gguf.MODEL_ARCH.DECI if uneven else ARCHITECTURES[model.config.model_type]
 
 
 def add_shape(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
@@ -201,8 +201,8 @@ def tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> Iterator[t
     if (factors := rotary_factors(model)) is not None:
         yield "rope_freqs.weight", factors, Type.F32
     written: set[int] = set()  # a head tied to the embedding is stored once
-    for name, layer in model.named_modules():
-        if isinstance(layer, PackedLinear | PackedEmbedding) and id(layer.tensor) not in written:
+    for name, layer in packed_layers(model).items():
+        if id(layer.tensor) not in written:
             written.add(id(layer.tensor))
             theirs = place(f"{name}.weight")
             yield theirs, *encode(layer.tensor, order(theirs, len(layer.tensor.integers)))
@@ -223,17 +223,11 @@ def rotary_factors(model: PreTrainedModel) -> np.ndarray | None:
     Taken from the frequencies of the model, so that any scaling that does not change with length is covered.
     """
     config, rotary = model.config, model.model.rotary_emb
-    kind = config.rope_parameters.get("rope_type", "default")
     head = 2 * len(rotary.inv_freq)
     plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
     factors = plain / rotary.inv_freq.double()
-    if kind == "default" or torch.allclose(factors, torch.ones_like(factors), rtol=1e-5):
+    if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5):
         return None
-    if kind not in ("linear", "llama3") or config.model_type != "llama":
-        raise RuntimeRefused(
-            f"Rotary scaling '{kind}' of a {config.model_type} model is not written as GGUF; 'linear' and 'llama3' "
-            "of a llama model are."
-        )
     return factors.float().numpy()
 
 

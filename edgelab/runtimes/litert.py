@@ -19,6 +19,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from edgelab import variants
-from edgelab.runtimes import EngineMissing, RuntimeRefused, check_causal
+from edgelab.runtimes import EngineMissing, RuntimeRefused, refusals
+from edgelab.runtimes.session import Can, Session
+from edgelab.storage import variants
+from edgelab.storage.description import Description
 
 try:
     import ai_edge_litert
@@ -43,33 +46,33 @@ IDENTIFIER = b"TFL3"  # of a TensorFlow Lite file, at its byte 4
 UNSEEN = -1e9  # added to the score of a token that lies ahead
 
 
-class LiteRt:
-    """A compiled model on the CPU, with keys and values in float32 that it changes in place."""
+class LiteRt(Session):
+    """A compiled model on the CPU, with keys and values in float32 that it changes in place.
 
-    badge = "runtime"
-    packages = ("ai-edge-litert", "litert-torch")
-    model = None
-    version = 2
+    What takes a prompt in pieces returns no logits, so that those of every position are steps of one token.
+    """
+
+    can = Can(every_position=False)
+    tolerance = 0.01  # float32 sums in another order move the int8 grids of activations
     cache_bits = 32
     spare = (BUNDLE,)  # LiteRT-LM and a phone read it
 
-    @staticmethod
-    def refusal(about: dict) -> str | None:
+    @classmethod
+    def _refusal(cls, about: Description) -> str | None:
         """Float32, or weights that the AI Edge quantizer rounds."""
-        if about["native"] is not None:
-            return None
-        if about["quantized"] or about["cache"] is not None:
+        if about.matrices or about.marks.cache is not None:
             return "LiteRT runs what its own quantizer rounds; name it, as in 'native.int8 @ litert'."
-        if about["dtype"] != "float32":
+        if about.dtype != "float32":
             return "LiteRT is given float32 here; the recipe 'none' is float32."
-        return None
+        return refusals.foreign_layout(about, LAYOUTS, "LiteRT") or refusals.own_shape(
+            about, "LiteRT's converter"
+        )
 
     @staticmethod
     def export(variant: Path, folder: Path) -> int:
         """Write the bundle, and beside it the model that lies in it; returns the bytes of that model."""
-        check_causal(variant, LAYOUTS, "LiteRT")
         convert = _converter()
-        native = variants.read_about(variant)["native"]
+        native = variants.read_description(variant).marks.native
         recipe = RECIPES[native]
         with tempfile.TemporaryDirectory(dir=folder) as work:
             source, made = Path(work) / "source", Path(work) / "made"
@@ -94,6 +97,7 @@ class LiteRt:
     def __init__(self, folder: Path, threads: int) -> None:
         if ai_edge_litert is None:
             raise EngineMissing("LiteRT", "litert")
+        super().__init__()
         from ai_edge_litert.compiled_model import CompiledModel
         from ai_edge_litert.cpu_options import CpuOptions
         from ai_edge_litert.hardware_accelerator import HardwareAccelerator
@@ -110,7 +114,7 @@ class LiteRt:
                 f"{folder / MODEL} is no model that LiteRT can run; remove its folder, and it is written anew."
             ) from None
         self.room = int(shapes["mask"]["shape"][-1])
-        self._vocabulary = int(self._engine.get_output_tensor_details("decode")["logits"]["shape"][-1])
+        self.vocabulary = int(self._engine.get_output_tensor_details("decode")["logits"]["shape"][-1])
         self._cache = {}
         for name, about in shapes.items():
             if name.startswith(
@@ -126,67 +130,45 @@ class LiteRt:
             for signature in (self._prefill, "decode")
         }
         self._logits = self._engine.create_output_buffer_by_name("decode", "logits")
-        self.gives_logits = native is not None  # slowly; float32 can be asked for answers instead
+        if native is not None:  # what it rounds is worth scoring, slowly; of float32 a few answers are enough
+            self.can = replace(self.can, every_position=True)
         self.kernel = f"XNNPACK {native}, int8 activations" if native else "XNNPACK float32"
-        self._length = 0
 
-    def prefill(self, ids: list[int]) -> int:
-        """Start a new sequence; returns the most likely next token."""
-        return int(self._start(ids).argmax())
-
-    def decode(self, token: int) -> int:
-        """Go on by one token; returns the most likely next one."""
-        return int(self._step(token).argmax())
-
-    def _start(self, ids: list[int]) -> np.ndarray:
-        self._length = 0
-        if len(ids) > self.room:
-            raise self._full()
+    def _feed(self, ids: list[int], every: bool) -> Tensor:
+        if self.length + len(ids) > self.room:
+            raise RuntimeRefused(
+                f"The cache of a LiteRT model holds {self.room} tokens here; use a shorter text."
+            )
+        start = self.length
+        if every:
+            return torch.stack([self._step(token, place) for place, token in enumerate(ids, start)])
         *before, last = ids
-        for start in range(0, len(before), CHUNK):
-            piece = before[start : start + CHUNK]
+        for first in range(0, len(before), CHUNK):
+            piece = before[first : first + CHUNK]
             if start + CHUNK > self.room:  # the piece would not fit with what it has too many
-                for token in piece:
-                    self._step(token)
-                continue
-            self._run(self._prefill, piece + [0] * (CHUNK - len(piece)), self._cache)
-            self._length += len(piece)
-        return self._step(last)
+                for place, token in enumerate(piece, start):
+                    self._step(token, place)
+            else:
+                self._run(self._prefill, piece + [0] * (CHUNK - len(piece)), start, self._cache)
+            start += len(piece)
+        return self._step(last, start)[None]
 
-    def _step(self, token: int) -> np.ndarray:
+    def _step(self, token: int, place: int) -> Tensor:
         """Logits (vocabulary,) behind one more token."""
-        if self._length == self.room:
-            raise self._full()
-        self._run("decode", [token], {**self._cache, "logits": self._logits})
-        self._length += 1
-        return self._logits.read(self._vocabulary, np.float32)
+        self._run("decode", [token], place, {**self._cache, "logits": self._logits})
+        return torch.from_numpy(self._logits.read(self.vocabulary, np.float32))
 
-    def _run(self, signature: str, ids: list[int], outputs: dict) -> None:
-        places = np.arange(self._length, self._length + len(ids), dtype=np.int32)
+    def _cut(self, length: int) -> bool:
+        return True  # a step says at which position it is, and sees nothing behind it
+
+    def _run(self, signature: str, ids: list[int], start: int, outputs: dict) -> None:
+        places = np.arange(start, start + len(ids), dtype=np.int32)
         inputs = self._inputs[signature]
         inputs["tokens"].write(np.array([ids], np.int32))
         inputs["input_pos"].write(places)
         ahead = np.arange(self.room) > places[:, None]  # (time, room)
         inputs["mask"].write(np.where(ahead, np.float32(UNSEEN), np.float32(0))[None, None])
         self._engine.run_by_name(signature, {**inputs, **self._cache}, outputs)
-
-    def _full(self) -> RuntimeRefused:
-        return RuntimeRefused(
-            f"The cache of a LiteRT model holds {self.room} tokens here; use a shorter text."
-        )
-
-    def logits(self, ids: list[int]) -> Tensor:
-        """Logits at every position of a new sequence, (time, vocabulary) float32, one step after the other.
-
-        What takes a prompt in pieces returns no logits.
-        """
-        self._length = 0
-        return torch.stack([torch.from_numpy(self._step(token)) for token in ids])
-
-    def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
-        """The most likely next tokens of a new sequence with their log-probabilities, best first."""
-        found = torch.log_softmax(torch.from_numpy(self._start(ids)), -1).topk(count)
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
 
     def close(self) -> None:
         """Forget model and cache."""

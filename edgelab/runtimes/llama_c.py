@@ -119,6 +119,7 @@ FUNCTIONS = {  # name -> (result, *arguments)
     "llama_n_ctx": (c_uint32, c_void_p),
     "llama_get_memory": (c_void_p, c_void_p),
     "llama_memory_clear": (None, c_void_p, c_bool),
+    "llama_memory_seq_rm": (c_bool, c_void_p, c_int32, c_int32, c_int32),  # sequence, first, end; -1 for all
     "llama_batch_get_one": (Batch, POINTER(c_int32), c_int32),
     "llama_decode": (c_int32, c_void_p, Batch),
     "llama_get_logits": (POINTER(c_float), c_void_p),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from edgelab.runtimes import gguf
 from edgelab.runtimes.llama_c import LlamaError, library
+from edgelab.runtimes.session import Session
+from edgelab.storage.description import Description
 
 FILE = "model.gguf"
 CONTEXT = 1024  # tokens of keys and values at first; it doubles where a sequence outgrows it
@@ -20,25 +21,20 @@ BATCH = 512  # tokens that are computed at once, llama.cpp's default
 ACTIVATIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class LlamaCpp:
+class LlamaCpp(Session):
     """A variant in llama.cpp on the CPU. Greedy decoding; keys and values in float16, which is llama.cpp's default."""
 
-    badge = "runtime"
-    packages = ("xllamacpp",)
-    model = None
-    gives_logits = True
-    version = 1
+    tolerance = 0.02  # keys and values are float16, and int8 inputs round differently after them
     cache_bits = 16
-    spare = ()
 
-    @staticmethod
-    def refusal(about: dict) -> str | None:
+    @classmethod
+    def _refusal(cls, about: Description) -> str | None:
         """llama.cpp runs uniform grids in groups of whole blocks, and rounds the inputs in its own way."""
-        if about["native"] is not None:
-            return f"llama.cpp runs integers that a technique chose, not native.{about['native']}; use quantize.rtn."
-        if about["cache"] is not None:
+        if about.marks.native is not None:
+            return f"llama.cpp runs integers that a technique chose, not native.{about.marks.native}; use quantize.rtn."
+        if about.marks.cache is not None:
             return "llama.cpp keeps keys and values in float16 here; run quantize.kv on torch."
-        if any("activation" in how for how in about["quantized"].values()):
+        if any("activation" in how for how in about.matrices.values()):
             return (
                 "llama.cpp rounds inputs on a grid of its own, for each 32 of them; leave them to it and quantize "
                 "the weights only, or run this on torch."
@@ -51,6 +47,7 @@ class LlamaCpp:
         return gguf.write(variant, folder / FILE)
 
     def __init__(self, folder: Path, threads: int) -> None:
+        super().__init__()
         file = folder / FILE
         self._c = library()
         self._threads = threads
@@ -61,8 +58,7 @@ class LlamaCpp:
         if not self._model:
             raise LlamaError(f"llama.cpp cannot load {file}; remove its folder, and it is written again.")
         self.kernel = self._kernel()
-        self._vocabulary = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
-        self._ids: list[int] = []  # the sequence so far
+        self.vocabulary = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
         self._open(CONTEXT)
         self.prefill([0, 0])  # warm-up: weights are read, buffers allocated
         self.decode(0)
@@ -88,27 +84,20 @@ class LlamaCpp:
             )
         self._room = self._c.llama_n_ctx(self._context)
 
-    def _start(self) -> None:
-        """A new sequence."""
-        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), False)
+    def _cut(self, length: int) -> bool:
+        memory = self._c.llama_get_memory(self._context)
+        if length:
+            return self._c.llama_memory_seq_rm(memory, -1, length, -1)
+        self._c.llama_memory_clear(memory, False)
         self._c.llama_perf_context_reset(self._context)
-        self._ids = []
+        return True
 
-    def _make_room(self, ids: list[int]) -> list[int]:
-        """What to compute to go on by `ids`: these; or everything again, in a larger context, once it is full."""
-        all_ids = self._ids + ids
-        if len(all_ids) <= self._room:
-            return ids
-        self._open(1 << (len(all_ids) - 1).bit_length())
-        self._ids = []
-        return all_ids
-
-    def _feed(self, ids: list[int], every: bool = False) -> Iterator[np.ndarray]:
-        """Go on by some tokens, part by part; logits after the last token of each part, (1, vocabulary), or after all.
-
-        llama.cpp overwrites them with those of the next part.
-        """
-        ids = self._make_room(ids)
+    def _feed(self, ids: list[int], every: bool) -> Tensor:
+        wanted = len(ids) if every else 1
+        if (length := self.length + len(ids)) > self._room:  # all of it again, in a larger context
+            self._open(1 << (length - 1).bit_length())
+            ids = self.ids + ids
+        found = []
         for start in range(0, len(ids), BATCH):
             part = ids[start : start + BATCH]
             tokens = (ctypes.c_int32 * len(part))(*part)  # the batch only points at them
@@ -116,36 +105,12 @@ class LlamaCpp:
             if every:
                 batch.logits = (ctypes.c_int8 * len(part))(*[1] * len(part))
             if status := self._c.llama_decode(self._context, batch):
-                raise LlamaError(
-                    f"llama.cpp computes nothing from these tokens (status {status}); they have to be below "
-                    f"{self._vocabulary}."
-                )
-            self._ids += part
+                raise LlamaError(f"llama.cpp cannot compute {len(part)} tokens (status {status}).")
             rows = len(part) if every else 1
-            yield np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (rows, self._vocabulary))
-
-    def _next(self, ids: list[int]) -> np.ndarray:
-        """Go on by some tokens; the logits of what comes next, (vocabulary,), which the next call overwrites."""
-        *_, last = self._feed(ids)
-        return last[0]
-
-    def prefill(self, ids: list[int]) -> int:
-        self._start()
-        return int(self._next(ids).argmax())
-
-    def decode(self, token: int) -> int:
-        return int(self._next([token]).argmax())
-
-    def logits(self, ids: list[int]) -> Tensor:
-        """Logits at every position of a new sequence, (time, vocabulary) float32."""
-        self._start()
-        return torch.cat([torch.tensor(part) for part in self._feed(ids, every=True)])
-
-    def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
-        """The most likely next tokens of a new sequence with their log-probabilities, best first."""
-        self._start()
-        found = torch.from_numpy(self._next(ids)).log_softmax(-1).topk(count)
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+            logits = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (rows, self.vocabulary))
+            # llama.cpp overwrites them with those of the next part
+            found.append(torch.tensor(logits) if every else torch.from_numpy(logits))
+        return torch.cat(found)[-wanted:] if every else found[-1]
 
     def own_timings(self) -> dict[str, float]:
         """llama.cpp's own rates in this sequence, tokens per second: of parts of several tokens, and of single ones."""

@@ -29,24 +29,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from edgelab import variants
-from edgelab.recipes import Context
-from edgelab.runtimes import RuntimeRefused
-from edgelab.techniques.quantization.packed import PackedEmbedding, PackedLinear, QuantizedTensor, pack
-from edgelab.techniques.quantization.unpack import Unpack
+from edgelab.runtimes.onnxruntime import SCORING
+from edgelab.storage import variants
+from edgelab.storage.bits import pack
+from edgelab.storage.layers import PackedEmbedding, PackedLinear, packed_layers, unpacked
+from edgelab.storage.uniform import QuantizedTensor
 
-LAYOUTS = ("llama", "mistral", "qwen2", "qwen3")
-GRAPH, SCORING, DATA = "model.onnx", "scoring.onnx", "model.onnx.data"
+GRAPH, DATA = "model.onnx", "model.onnx.data"
 SMALL = 1024  # bytes; smaller tensors stay in the graph's own file
-
-
-def check_layout(variant: Path) -> None:
-    """Raise RuntimeRefused for a layout that the export does not know."""
-    layout = variants.load_config(variant).model_type
-    if layout not in LAYOUTS:
-        raise RuntimeRefused(
-            f"The export to ONNX knows the layouts {', '.join(LAYOUTS)}, not {layout}; use 'torch'."
-        )
 
 
 def export(variant: Path, folder: Path, precision: str = "fp32") -> int:
@@ -97,8 +87,7 @@ def weights_bytes(graph) -> int:
 
 def _save_dense(model: PreTrainedModel, variant: Path, folder: Path) -> None:
     """The model in float32 as a folder of transformers, with its tokenizer."""
-    packed = any(isinstance(module, PackedLinear | PackedEmbedding) for module in model.modules())
-    (Unpack().apply(model, Context()) if packed else model).save_pretrained(folder)
+    (unpacked(model) if packed_layers(model) else model).save_pretrained(folder)
     for file in variant.iterdir():
         if file.is_file() and file.name not in ("model.safetensors", "variant.json", "config.json"):
             shutil.copy(file, folder / file.name)

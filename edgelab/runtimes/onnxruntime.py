@@ -19,9 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab import variants
-from edgelab.runtimes import EngineMissing, RuntimeRefused
+from edgelab.runtimes import EngineMissing, RuntimeRefused, refusals
+from edgelab.runtimes.session import Graph, TwoGraphs
+from edgelab.storage import variants
+from edgelab.storage.description import Description
 
+LAYOUTS = ("llama", "mistral", "qwen2", "qwen3")  # that the export knows
+ROTARY = {"llama": ("llama3",)}  # scaling of rotary frequencies; of a llama, the builder leaves 'linear' out
+SCORING = "scoring.onnx"
 PAGE = 1024  # tokens the cache is made for; a longer text doubles them
 
 try:
@@ -31,51 +36,50 @@ except ImportError:
     onnxruntime_genai = None
 
 
-class OnnxRuntime:
-    """A graph of `onnx_export` on the CPU."""
+class OnnxRuntime(TwoGraphs):
+    """The graphs of `onnx_export` on the CPU: the generation library writes, the scoring graph reads whole texts."""
 
-    badge = "runtime"
-    packages = ("onnxruntime", "onnxruntime-genai")
-    model = None
-    gives_logits = True
-    version = 2  # 2: query, key and value in one product
+    tolerance = (
+        0.02  # activations are rounded to int8 in blocks, on grids that float32 sums in another order move
+    )
     cache_bits = 32
-    spare = ()
     provider = "CPUExecutionProvider"
 
-    @staticmethod
-    def refusal(about: dict) -> str | None:
+    @classmethod
+    def _refusal(cls, about: Description) -> str | None:
         """Weights on uniform grids, or float32; activations and cache are the engine's affair."""
-        if about["cache"] is not None:
+        if about.marks.cache is not None:
             return "ONNX Runtime keeps keys and values in float32 here; a quantized cache runs on 'torch'."
-        if about["native"] is None and about["dtype"] != "float32":
+        if about.dtype != "float32":
             return "ONNX Runtime computes in float32 on a CPU; give it float32 or integers."
-        layers = about["quantized"].values()
-        if any(how.get("grid") == "codebook" for how in layers):
-            return "MatMulNBits has uniform grids only; a codebook runs on 'torch'."
-        if any(how.get("activation") for how in layers):
-            return "MatMulNBits rounds activations in a way of its own; calibrated or row-wise ones run on 'torch'."
-        odd = next(
-            (how["group_size"] for how in layers if "group_size" in how and how["group_size"] % 16), None
+        for name in about.matrices:
+            how = about.how(name)
+            if how["format"] != "uniform":
+                return f"MatMulNBits has uniform grids only; a {how['format']} runs on 'torch'."
+            if how.get("activation"):
+                return "MatMulNBits rounds activations in a way of its own; calibrated or row-wise ones run on 'torch'."
+            if how["group_size"] % 16:
+                return f"MatMulNBits wants groups that 16 divides, not {how['group_size']}; use 32 or 64."
+        return (
+            refusals.foreign_layout(about, LAYOUTS, "ONNX")
+            or refusals.own_shape(about, "The export to ONNX")
+            or refusals.rotary_scaling(about, ROTARY.get(about.layout, ("linear",)), "The export to ONNX")
         )
-        if odd is not None:
-            return f"MatMulNBits wants groups that 16 divides, not {odd}; use 32 or 64."
-        return None
 
     @staticmethod
     def export(variant: Path, folder: Path) -> int:
-        """Write the graphs. Raises RuntimeRefused for a layout that the export does not know."""
+        """Write the graphs."""
         if onnxruntime_genai is None:
             raise EngineMissing("ONNX Runtime GenAI", "runtimes")
         from edgelab.runtimes import onnx_export
 
-        onnx_export.check_layout(variant)
-        native = variants.read_about(variant)["native"]
+        native = variants.read_description(variant).marks.native
         return onnx_export.export(variant, folder, native or "fp32")
 
     def __init__(self, folder: Path, threads: int) -> None:
         if onnxruntime_genai is None:
             raise EngineMissing("ONNX Runtime GenAI", "runtimes")
+        super().__init__()
         self.folder, self.threads = folder, threads
         options = {"intra_op_num_threads": threads, "log_severity_level": 3}
         with _refusing(folder):
@@ -83,65 +87,74 @@ class OnnxRuntime:
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self.engine = onnxruntime_genai.Model(config)
             self.kernel = describe(folder)
-        self._generator, self._room, self._scoring = None, 0, None
+            self._about = json.loads((folder / "genai_config.json").read_text())["model"]
+        self.vocabulary = self._about["vocab_size"]
 
-    def prefill(self, ids: list[int]) -> int:
-        """Start a new sequence; returns the most likely next token."""
-        if self._generator is None or len(ids) >= self._room:
-            self._start(max(PAGE, 2 * len(ids)))
-        else:
-            self._generator.rewind_to(0)
-        self._ids = list(ids)
-        return self._step(ids)
-
-    def decode(self, token: int) -> int:
-        """Go on by one token; returns the most likely next one."""
-        self._ids.append(token)
-        if len(self._ids) >= self._room:
-            return self.prefill(self._ids)
-        return self._step([token])
-
-    def _start(self, room: int) -> None:
-        parameters = onnxruntime_genai.GeneratorParams(self.engine)
-        parameters.set_search_options(max_length=room, do_sample=False, past_present_share_buffer=True)
-        self._generator, self._room = onnxruntime_genai.Generator(self.engine, parameters), room
-
-    def _step(self, ids: list[int]) -> int:
-        self._generator.append_tokens(np.array([ids], dtype=np.int32))
-        return int(self._generator.get_logits()[0, -1].argmax())
-
-    def logits(self, ids: list[int]) -> Tensor:
-        """Logits at every position of a new sequence, (time, vocabulary) float32."""
-        session = self._session()
-        decoder = json.loads((self.folder / "genai_config.json").read_text())["model"]["decoder"]
-        past = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
-        inputs = {
-            one.name: past for one in session.get_inputs()
-        }  # keys and values of a past that is not there
-        inputs |= {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, len(ids)), np.int64)}
-        (found,) = session.run(["logits"], inputs)
-        return torch.from_numpy(found[0]).float()
-
-    def _session(self):
-        if self._scoring is None:
-            from edgelab.runtimes.onnx_export import SCORING
-
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads, options.log_severity_level = self.threads, 3
-            with _refusing(self.folder):
-                self._scoring = onnxruntime.InferenceSession(
-                    self.folder / SCORING, options, providers=[self.provider]
-                )
-        return self._scoring
-
-    def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
-        """The most likely next tokens of a new sequence with their log-probabilities, best first."""
-        found = torch.log_softmax(self.logits(ids)[-1], -1).topk(count)
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+    def _open(self, every: bool) -> Graph:
+        if not every:
+            return Writing(self.engine)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = self.threads, 3
+        with _refusing(self.folder):
+            session = onnxruntime.InferenceSession(self.folder / SCORING, options, providers=[self.provider])
+        return Reading(session, self._about["decoder"])
 
     def close(self) -> None:
-        """Forget graph, cache and sessions."""
-        self._generator = self._scoring = self.engine = None
+        """Forget graphs and caches."""
+        super().close()
+        self.engine = None
+
+
+class Writing:
+    """The generation library: logits of the last token, keys and values in a buffer of fixed length."""
+
+    def __init__(self, engine: onnxruntime_genai.Model) -> None:
+        self._engine, self._ids = engine, []
+        self._room, self._generator = 0, None
+
+    @property
+    def length(self) -> int:
+        return len(self._ids)
+
+    def read(self, ids: list[int]) -> Tensor:
+        self._ids = self._ids + ids
+        if len(self._ids) >= self._room:  # all of it again, into a longer buffer
+            self._start(max(PAGE, 2 * len(self._ids)))
+            ids = self._ids
+        self._generator.append_tokens(np.array([ids], dtype=np.int32))
+        return torch.from_numpy(self._generator.get_logits()[0, -1:])
+
+    def _start(self, room: int) -> None:
+        parameters = onnxruntime_genai.GeneratorParams(self._engine)
+        parameters.set_search_options(max_length=room, do_sample=False, past_present_share_buffer=True)
+        self._generator, self._room = onnxruntime_genai.Generator(self._engine, parameters), room
+
+    def cut(self, length: int) -> None:
+        self._generator.rewind_to(length)
+        self._ids = self._ids[:length]
+
+
+class Reading:
+    """The scoring graph: logits of every token; keys and values go out of one step and into the next."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, decoder: dict) -> None:
+        self._session = session
+        self._outputs = [one.name for one in session.get_outputs()]
+        empty = np.zeros((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
+        self._past = {name.replace("present", "past_key_values"): empty for name in self._outputs[1:]}
+        self.length = 0
+
+    def read(self, ids: list[int]) -> Tensor:
+        self.length += len(ids)
+        inputs = {"input_ids": np.array([ids], np.int64)}
+        inputs["attention_mask"] = np.ones((1, self.length), np.int64)
+        logits, *present = self._session.run(self._outputs, inputs | self._past)
+        self._past = dict(zip(self._past, present, strict=True))
+        return torch.from_numpy(logits[0])
+
+    def cut(self, length: int) -> None:
+        self._past = {name: np.ascontiguousarray(kept[:, :, :length]) for name, kept in self._past.items()}
+        self.length = length
 
 
 @contextlib.contextmanager

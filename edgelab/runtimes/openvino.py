@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from edgelab import variants
-from edgelab.runtimes import EngineMissing, RuntimeRefused
+from edgelab.runtimes import EngineMissing, RuntimeRefused, refusals
+from edgelab.runtimes.session import Graph, TwoGraphs
+from edgelab.storage import variants
+from edgelab.storage.description import Description
 
 try:
     import openvino
@@ -30,35 +32,33 @@ LAYOUTS = ("llama", "qwen2", "qwen3")  # that OpenVINO GenAI reads from GGUF
 SMALL_TYPES = ("u4", "i4", "u8", "i8")
 
 
-class OpenVino:
-    """A stateful graph on the CPU plugin."""
+class OpenVino(TwoGraphs):
+    """A stateful graph on the CPU plugin, compiled twice: for the last position, and for every one when asked."""
 
-    badge = "runtime"
-    packages = ("openvino", "openvino-genai", "nncf")
-    model = None
-    gives_logits = True
-    version = 1
+    tolerance = 0.25  # keys and values are int8, which taking tokens back rounds anew: as far off as before, elsewhere
     cache_bits = 8  # KV_CACHE_PRECISION of the CPU plugin
-    spare = ()
 
-    @staticmethod
-    def refusal(about: dict) -> str | None:
+    @classmethod
+    def _refusal(cls, about: Description) -> str | None:
         """What GGUF holds, on grids whose zero-points are whole: OpenVINO makes integers of a block's minimum."""
         from edgelab.runtimes import gguf
 
-        if about["cache"] is not None:
+        if reason := _foreign_model(about):
+            return reason
+        if about.marks.cache is not None:
             return "OpenVINO keeps keys and values in its own way; a quantized cache runs on 'torch'."
-        if any(how.get("activation") for how in about["quantized"].values()):
+        if any(how.get("activation") for how in about.matrices.values()):
             return (
                 "OpenVINO rounds activations in a way of its own; calibrated or row-wise ones run on 'torch'."
             )
         if any(
-            how.get("zero_point") == "float" or how.get("bits") in (1, 5)
-            for how in about["quantized"].values()
+            how.get("zero_point") == "float" or how.get("bits") in (1, 5) for how in about.matrices.values()
         ):
             return "OpenVINO's reader knows 4 and 8 bits with whole zero-points; other grids run on 'torch'."
-        if about["native"] is None and about["dtype"] != "float16" and not about["quantized"]:
-            return f"OpenVINO's reader knows no {about['dtype']} in GGUF; quantize.fp16 is the float that it takes."
+        if about.marks.native is None and about.dtype != "float16" and not about.matrices:
+            return (
+                f"OpenVINO's reader knows no {about.dtype} in GGUF; quantize.fp16 is the float that it takes."
+            )
         reason = gguf.refusal(about)
         return reason and f"OpenVINO reads GGUF here. {reason}"
 
@@ -71,18 +71,13 @@ class OpenVino:
 
         from edgelab.runtimes import gguf
 
-        layout = variants.load_config(variant).model_type
-        if layout not in LAYOUTS:
-            raise RuntimeRefused(
-                f"OpenVINO GenAI reads {', '.join(LAYOUTS)} from GGUF, not {layout}; use 'torch'."
-            )
         file = folder / "model.gguf"
-        native = variants.read_about(variant)["native"]
+        native = variants.read_description(variant).marks.native
         if native is None:
             gguf.write(variant, file)
         else:  # float16 is the only float that the reader takes
-            tokenizer = AutoTokenizer.from_pretrained(variant)
-            gguf.write_model(variants.load(variant).half(), tokenizer, file, layout, f"native.{native}")
+            model, tokenizer = variants.load(variant).half(), AutoTokenizer.from_pretrained(variant)
+            gguf.write_model(model, tokenizer, file, model.config.model_type, f"native.{native}")
         openvino_genai.LLMPipeline(str(file), "CPU", enable_save_ov_model=True)
         file.unlink()
         if native is not None:
@@ -92,17 +87,21 @@ class OpenVino:
     def __init__(self, folder: Path, threads: int) -> None:
         if openvino is None:
             raise EngineMissing("OpenVINO", "runtimes")
+        super().__init__()
         self.file, self.threads = folder / GRAPH, threads
-        model = self._read()
+        model = self._read_file()
         stored = matrices(model)
+        self.vocabulary = model.output("logits").get_partial_shape()[2].get_length()
         last_logits(model)
         compiled = self._compiled(model)
         rounds = int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0
         self.kernel = f"{stored} weights{', int8 activations' * rounds}" if stored else "float32"
-        self._request = compiled.create_infer_request()
-        self._scoring = None
+        self._graphs[False] = Stateful(compiled.create_infer_request())
 
-    def _read(self):
+    def _open(self, every: bool) -> Graph:
+        return Stateful(self._compiled(self._read_file()).create_infer_request())
+
+    def _read_file(self):
         with self._refusing():
             return openvino.Core().read_model(self.file)
 
@@ -120,50 +119,44 @@ class OpenVino:
                 f"{self.file} is no graph that OpenVINO can run; remove its folder, and it is written anew."
             ) from None
 
-    def prefill(self, ids: list[int]) -> int:
-        """Start a new sequence; returns the most likely next token."""
-        self._request.reset_state()
-        self._length = 0
-        return self._step(ids)
 
-    def decode(self, token: int) -> int:
-        """Go on by one token; returns the most likely next one."""
-        return self._step([token])
-
-    def _step(self, ids: list[int]) -> int:
-        found = run(self._request, ids, self._length)
-        self._length += len(ids)
-        return int(found[-1].argmax())
-
-    def logits(self, ids: list[int]) -> Tensor:
-        """Logits at every position of a new sequence, (time, vocabulary) float32."""
-        if self._scoring is None:
-            self._scoring = self._compiled(self._read()).create_infer_request()
-        self._scoring.reset_state()
-        return torch.from_numpy(run(self._scoring, ids, 0).copy())
-
-    def top(self, ids: list[int], count: int) -> list[tuple[int, float]]:
-        """The most likely next tokens of a new sequence with their log-probabilities, best first."""
-        found = torch.log_softmax(self.logits(ids)[-1], -1).topk(count)
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
-
-    def close(self) -> None:
-        """Forget both graphs."""
-        self._request = self._scoring = None
-
-
-def run(request, ids: list[int], past: int) -> np.ndarray:
-    """Logits (time, vocabulary) of the next tokens of a sequence that has `past` tokens; a view."""
-    length = past + len(ids)
-    request.infer(
-        {
-            "input_ids": np.array([ids]),
-            "attention_mask": np.ones((1, length), np.int64),
-            "position_ids": np.arange(past, length)[None],
-            "beam_idx": np.zeros(1, np.int32),
-        }
+def _foreign_model(about: Description) -> str | None:
+    """What the reader leaves out without a word is refused."""
+    if about.config.get("attention_bias") or about.config.get("mlp_bias"):
+        return f"OpenVINO's reader leaves the biases of a {about.layout} model out; use 'torch'."
+    return (
+        refusals.foreign_layout(about, LAYOUTS, "OpenVINO")
+        or refusals.own_shape(about, "OpenVINO's reader")
+        or refusals.rotary_scaling(about, (), "OpenVINO's reader")
     )
-    return request.get_tensor("logits").data[0]
+
+
+class Stateful:
+    """A request of a graph that keeps keys and values as its state."""
+
+    def __init__(self, request: openvino.InferRequest) -> None:
+        self._request, self.length = request, 0
+
+    def read(self, ids: list[int]) -> Tensor:
+        after = self.length + len(ids)
+        self._request.infer(
+            {
+                "input_ids": np.array([ids]),
+                "attention_mask": np.ones((1, after), np.int64),
+                "position_ids": np.arange(self.length, after)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+        )
+        self.length = after
+        return torch.from_numpy(self._request.get_tensor("logits").data[0].copy())
+
+    def cut(self, length: int) -> None:
+        if length == 0:
+            self._request.reset_state()
+        else:
+            for kept in self._request.query_state():  # (1, heads, tokens, head_dim) each
+                kept.state = openvino.Tensor(np.ascontiguousarray(kept.state.data[:, :, :length]))
+        self.length = length
 
 
 def compress(file: Path, width: str) -> None:

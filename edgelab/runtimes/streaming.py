@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from edgelab.runtimes import Runtime
+from edgelab.runtimes.session import Session
 
 UNFINISHED = "\ufffd"  # what decoding shows for a character of which not all bytes are there
 
@@ -35,10 +35,10 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str
 
 
 def stream(
-    runtime: Runtime, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], limit: int = 128
+    session: Session, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], limit: int = 128
 ) -> Iterator[Piece]:
     """The answer to a conversation, token by token, until the model ends it or `limit` tokens are written."""
-    token = runtime.prefill(conversation_ids(tokenizer, messages))
+    token = session.prefill(conversation_ids(tokenizer, messages))
     written: list[int] = []
     shown, spent = "", 0.0
     while token != tokenizer.eos_token_id and len(written) < limit:
@@ -51,5 +51,5 @@ def stream(
         shown = whole
         if len(written) < limit:
             started = time.perf_counter()
-            token = runtime.decode(token)
+            token = session.decode(token)
             spent += time.perf_counter() - started

@@ -1,37 +1,7 @@
-"""The techniques: importing this package enters every one of them into `edgelab.recipes.TECHNIQUES`."""
+"""The techniques: importing this package imports each of its modules, and so enters all into `recipes.TECHNIQUES`."""
 
-from edgelab.techniques import native
-from edgelab.techniques.quantization import (
-    activations,
-    autoround,
-    awq,
-    floats,
-    gptq,
-    hqq,
-    kv,
-    mixed,
-    nonuniform,
-    one_bit,
-    qat,
-    rtn,
-    smooth,
-    unpack,
-)
+import importlib
+import pkgutil
 
-__all__ = [
-    "activations",
-    "autoround",
-    "awq",
-    "floats",
-    "gptq",
-    "hqq",
-    "kv",
-    "mixed",
-    "native",
-    "nonuniform",
-    "one_bit",
-    "qat",
-    "rtn",
-    "smooth",
-    "unpack",
-]
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

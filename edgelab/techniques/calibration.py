@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Calibrated:
     samples: windows of text. length: tokens of each. corpus: a corpus with a calibration split; another split is
     asked for by name, as in wiki.evaluation. The seed of the recipe chooses the windows; seed 0 takes the first.
     """
+
+    kept: ClassVar[bool] = True  # as a stage: calibrating costs
 
     samples: int = 64
     length: int = 512

@@ -17,8 +17,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from edgelab.model.blocks import Group
 from edgelab.recipes import RecipeError
-from edgelab.techniques.structure import Group
 
 PROBE_TOKENS = 4
 CANNOT_RUN = (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError)

@@ -6,23 +6,21 @@ differs from `quantize.rtn:bits=8` is the algorithm, not only the kernel.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel
-
+from edgelab.model.marks import marked, marks_of
 from edgelab.recipes import Context, RecipeError, register
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def marked(model: PreTrainedModel, width: str) -> PreTrainedModel:
+
+def left_to_engine(model: PreTrainedModel, width: str) -> PreTrainedModel:
     """The same weights, with the wish for an engine's own quantizer. Raises RecipeError where there is one already."""
-    if hasattr(model, "native"):
-        raise RecipeError(
-            f"native.{width} stands alone; the weights are marked native.{model.native} already."
-        )
-    model = copy.copy(model)  # the parameters are shared: nothing changes them
-    model.native = width
-    return model
+    if already := marks_of(model).native:
+        raise RecipeError(f"native.{width} stands alone; the weights are marked native.{already} already.")
+    return marked(model, native=width)
 
 
 @register("native.int8")
@@ -32,7 +30,7 @@ class NativeInt8:
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """The model itself, marked."""
-        return marked(model, "int8")
+        return left_to_engine(model, "int8")
 
 
 @register("native.int4")
@@ -42,4 +40,4 @@ class NativeInt4:
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """The model itself, marked."""
-        return marked(model, "int4")
+        return left_to_engine(model, "int4")

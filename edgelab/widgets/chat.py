@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import ipywidgets
 
-from edgelab import reference, runtimes, variants
+from edgelab import reference, runtimes
 from edgelab.errors import EdgeLabError
 from edgelab.recipes import parse
-from edgelab.runtimes import Runtime
+from edgelab.runtimes.session import Session
 from edgelab.runtimes.streaming import stream
+from edgelab.storage import variants
 
 LIMIT = 128  # tokens of an answer
 SMALL = "quantize.rtn:bits=4 + quantize.embedding"
@@ -26,7 +27,7 @@ def chat_box(
     """
     source = reference.resolve(model)
     tokenizer = reference.load_tokenizer(source)
-    loaded: dict[str, Runtime] = {}  # at most one
+    loaded: dict[str, Session] = {}  # at most one
     messages: list[dict[str, str]] = []
     wide = {"style": {"description_width": "60px"}, "layout": {"width": "auto", "max_width": "640px"}}
     recipe = ipywidgets.Dropdown(options=list(recipes), description="Recipe", **wide)
@@ -35,12 +36,12 @@ def chat_box(
     rate = ipywidgets.Label()
     talk = ipywidgets.HTML()
 
-    def ready() -> Runtime:
+    def ready() -> Session:
         if recipe.value not in loaded:
             for old in list(loaded):
                 loaded.pop(old).close()
             rate.value = "loading …"
-            asked = parse(recipe.value, runtimes.RUNTIMES)
+            asked = parse(recipe.value)
             folder = variants.build(asked, source, seed, lambda done, total: None)
             loaded[recipe.value] = runtimes.load(asked.runtime, folder)
         return loaded[recipe.value]
@@ -54,11 +55,11 @@ def chat_box(
         said = {"role": "assistant", "content": ""}
         talk.value = conversation_html(messages)
         try:
-            runtime = ready()
-            for piece in stream(runtime, tokenizer, messages, LIMIT):
+            session = ready()
+            for piece in stream(session, tokenizer, messages, LIMIT):
                 said["content"] += piece.text
                 talk.value = conversation_html([*messages, said])
-                rate.value = rate_text(runtime.kernel, piece.tokens, piece.tok_s)
+                rate.value = rate_text(session.kernel, piece.tokens, piece.tok_s)
             messages.append(said)
         except EdgeLabError as error:
             messages.pop()
@@ -77,7 +78,7 @@ def chat_box(
 
 
 def rate_text(kernel: str, tokens: int, tok_s: float | None) -> str:
-    """What stands beside the button while the model writes."""
+    """What the label next to the button says while the model writes."""
     return f"{tokens} tokens" + (f", {tok_s:.1f} tokens/s" if tok_s else "") + f" · {kernel}"
 
 

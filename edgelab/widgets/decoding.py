@@ -6,7 +6,7 @@ from dataclasses import replace
 import ipywidgets
 import pandas as pd
 
-from edgelab.devices import Device, ModelShape, catalogue, inference_memory, models, this_machine
+from edgelab.devices import Device, ModelShape, catalogue, inference_memory, models, stored_bits, this_machine
 from edgelab.plots import limit_tok_s
 
 BITS = (32, 16, 8, 4, 3, 2)
@@ -43,7 +43,7 @@ def token_gb(shape: ModelShape, bits: int) -> float:
 
     Below 16 bits in groups of GROUP_SIZE, each with a 16-bit scale and a zero-point. Norms are left out.
     """
-    stored = bits + (16 + bits) / GROUP_SIZE if bits < 16 else bits
+    stored = stored_bits(bits, GROUP_SIZE) if bits < 16 else bits
     return (shape.linear_parameters + shape.vocab_size * shape.hidden_size) * stored / 8e9
 
 

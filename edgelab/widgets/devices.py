@@ -21,7 +21,7 @@ from edgelab.devices import (
 )
 from edgelab.plots import gigabytes, memory_bars
 from edgelab.plots.memory import SYSTEM_SHARE
-from edgelab.widgets import figure_png
+from edgelab.widgets import figure_png, picture
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 READING_TOK_S = 5  # about 230 words a minute
@@ -52,8 +52,7 @@ def device_picker(
     precision = ipywidgets.Dropdown(options=list(precisions), description="Precision", **wide)
     context = ipywidgets.SelectionSlider(options=CONTEXTS, value=2048, description="Context", **wide)
     power = ipywidgets.BoundedFloatText(min=0, max=2000, step=0.5, description="Power (W)", **wide)
-    answer = ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", width="850px"))
+    answer, image = ipywidgets.HTML(), picture()
 
     def offer_power(change: dict | None = None) -> None:
         power.value = places[place.value].power_w or 0
@@ -67,14 +66,14 @@ def device_picker(
         )
         answer.value = verdict(device, row, context.value, shapes[model.value].context_length)
         need = MemoryNeed(row["weights_mb"] / 1000, row["kv_cache_mb"] / 1000)
-        picture.value = figure_png(memory_bars({precision.value: need}, [device], title=model.value))
+        image.value = figure_png(memory_bars({precision.value: need}, [device], title=model.value))
 
     offer_power()
     place.observe(offer_power, "value")
     for control in (place, model, precision, context, power):
         control.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([place, model, precision, context, power, answer, picture])
+    return ipywidgets.VBox([place, model, precision, context, power, answer, image])
 
 
 def verdict(device: Device, row: Mapping, context: int, trained_context: int = 0) -> str:

@@ -1,120 +1,102 @@
-"""Methods of quantization to compare: bits, group size and method, over saved rows and one measured live."""
+"""Recipes to explore: method, bits, groups and embedding, over saved rows and one measured live."""
 
-import dataclasses
 import html
 
 import ipywidgets
 import pandas as pd
 
-from edgelab import ledger
+from edgelab import ledger, rows
 from edgelab.errors import EdgeLabError
-from edgelab.lab import measure
-from edgelab.plots import NothingToDraw, method_lines
-from edgelab.recipes import TECHNIQUES, RecipeError, parse
-from edgelab.widgets import figure_png
-from edgelab.widgets.quantization import (
-    BITS,
-    BROKEN_PPL,
-    GROUP_SIZES,
-    WIDE,
-    point_sentence,
-    same_windows,
-)
+from edgelab.plots import NothingToDraw, label, method_lines, tradeoff
+from edgelab.widgets import BITS, GROUP_SIZES, WIDE, figure_png, group_words, picture
+
+BROKEN_PPL = 1000  # a row above is drawn only where it is the chosen one: it presses all others into a line
+FIRST = "quantize.rtn"
+OVER = [("stored MB, all recipes", "weights_mb"), ("bits, by method", "bits")]
 
 
-def methods() -> list[str]:
-    """Techniques of quantization that have bits and group_size, by name; those of weights, not of the cache."""
-    wanted = {"bits", "group_size"}
-    return [
-        name
-        for name, kind in TECHNIQUES.items()
-        if name.startswith("quantize.")
-        and name != "quantize.kv"
-        and wanted <= {field.name for field in dataclasses.fields(kind)}
-    ]
+def explorer(
+    saved: pd.DataFrame | None = None, windows: int = 4, over: str = "weights_mb"
+) -> ipywidgets.VBox:
+    """Choose method, bits, group size and embedding, see the point among the rows of the ledger, or measure it live.
 
-
-def method_explorer(rows: pd.DataFrame | None = None, windows: int = 4) -> ipywidgets.VBox:
-    """Choose method, bits and group size, see the point among the rows of the ledger, or measure it live.
-
-    rows: as `ledger.frame()`, which is the default: the project's rows and the reader's own. Perplexity compares on
-    the same text only, so all rows are cut to their first `windows` windows of `wiki`; shorter rows are left out.
+    saved: as `ledger.frame()`, which is the default: the project's rows and the reader's own. Its methods can be
+    chosen. Perplexity compares on the same text only, so all rows are cut to their first `windows` windows of `wiki`;
+    shorter rows are left out. over: what the picture has along x, "weights_mb" or "bits".
     """
-    method = ipywidgets.Dropdown(options=methods(), value="quantize.rtn", description="Method", **WIDE)
+    saved = ledger.frame() if saved is None else saved
+    methods = sorted({FIRST, *rows.by_method(saved)["method"]})
+    method = ipywidgets.Dropdown(options=methods, value=FIRST, description="Method", **WIDE)
     bits = ipywidgets.Dropdown(options=BITS, value=4, description="Bits", **WIDE)
-    sizes = [(f"groups of {size}" if size else "one group per row", size) for size in GROUP_SIZES]
+    sizes = [(group_words(size), size) for size in GROUP_SIZES]
     group_size = ipywidgets.Dropdown(options=sizes, value=64, description="Group size", **WIDE)
+    widths = [("32 bits, as it is", 0), *((f"{width} bits", width) for width in BITS)]
+    embedding = ipywidgets.Dropdown(options=widths, description="Embedding", **WIDE)
+    x = ipywidgets.ToggleButtons(options=OVER, value=over, description="Over", **WIDE)
     button = ipywidgets.Button(description="Measure live", button_style="primary")
-    answer = ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", width="850px"))
+    answer, image = ipywidgets.HTML(), picture()
     measured = []  # rows of this widget
 
+    def chosen() -> str:
+        return recipe_of(method.value, bits.value, group_size.value, embedding.value)
+
     def redraw(change: dict | None = None) -> None:
-        try:
-            recipe = recipe_of(method.value, bits.value, group_size.value)
-        except RecipeError as error:
-            answer.value, button.disabled = html.escape(str(error)), True
-            return
-        button.disabled = False
-        known = [ledger.frame() if rows is None else rows, ledger.frame(measured)]
-        frame = same_windows(pd.concat([part for part in known if len(part)] or known[:1]), windows)
+        recipe = chosen()
+        known = [part for part in (saved, ledger.frame(measured)) if len(part)] or [saved]
+        frame = rows.first_windows(pd.concat(known, ignore_index=True), windows)
         found = frame[frame["recipe"] == recipe]
         answer.value = (
             point_sentence(found.iloc[-1]) if len(found) else f"{recipe} has not been measured yet."
         )
-        baseline = frame.loc[frame["recipe"] == "none", "ppl"].tail(1)
         try:
-            points = by_method(frame)
-            shown = points[(points["ppl"] < BROKEN_PPL) | (points["recipe"] == recipe)]
-            level = baseline.item() if len(baseline) else None
-            picture.value = figure_png(method_lines(shown, level, recipe))
+            shown = frame[(frame["ppl"] < BROKEN_PPL) | (frame["recipe"] == recipe)]
+            if x.value == "bits":
+                baseline = frame.loc[frame["recipe"] == rows.BASELINE, "ppl"].tail(1)
+                level = baseline.item() if len(baseline) else None
+                figure = method_lines(rows.by_method(shown), level, recipe)
+            else:
+                figure = tradeoff(shown, highlight=recipe if len(found) else None)
+            image.value = figure_png(figure)
         except NothingToDraw:
             answer.value += " Nor has anything else; the button measures it and the baseline."
 
+    controls = (method, bits, group_size, embedding, x)
+
     def measure_live(_: ipywidgets.Button) -> None:
-        controls = (method, bits, group_size, button)
-        recipe = recipe_of(method.value, bits.value, group_size.value)
-        for control in controls:
+        from edgelab import lab  # imports torch, which saved rows do without
+
+        recipe = chosen()
+        for control in (*controls, button):
             control.disabled = True
         try:
-            for step in ("none", recipe):
+            for step in (rows.BASELINE, recipe):
                 answer.value = f"Measuring <b>{step}</b> on {windows} windows; calibration may take minutes …"
-                measured.append(measure(step, only="quality", windows=windows))
+                measured.append(lab.measure(step, only="quality", windows=windows))
             redraw()
         except EdgeLabError as error:
             answer.value = html.escape(str(error))
         finally:
-            for control in controls:
+            for control in (*controls, button):
                 control.disabled = False
 
-    for control in (method, bits, group_size):
+    for control in controls:
         control.observe(redraw, "value")
     button.on_click(measure_live)
     redraw()
-    return ipywidgets.VBox([method, bits, group_size, button, answer, picture])
+    return ipywidgets.VBox([*controls, button, answer, image])
 
 
-def recipe_of(method: str, bits: float, group_size: int) -> str:
-    """The canonical recipe of a method with these settings. Raises RecipeError where the method refuses them."""
-    return str(parse(f"{method}:bits={bits},group_size={group_size}"))
+def recipe_of(method: str, bits: int, group_size: int, embedding_bits: int = 0) -> str:
+    """The canonical text of a method with these settings, and of the embedding where it is rounded as well."""
+    text = f"{method}:bits={bits},group_size={group_size}"
+    return f"{text} + quantize.embedding:bits={embedding_bits}" if embedding_bits else text
 
 
-def by_method(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one method with bits and group_size and all else at its default: with columns method, bits, group_size.
-
-    Of several rows of a recipe the last counts.
-    """
-    known = methods()
-    points = []
-    for _, row in rows.drop_duplicates("recipe", keep="last").iterrows():
-        try:
-            techniques = parse(row["recipe"]).techniques
-        except RecipeError:  # a technique that this version does not have
-            continue
-        if len(techniques) == 1 and techniques[0].method in known:
-            one = techniques[0]
-            if recipe_of(one.method, one.bits, one.group_size) == row["recipe"]:
-                points.append(
-                    row.to_dict() | {"method": one.method, "bits": one.bits, "group_size": one.group_size}
-                )
-    return pd.DataFrame(points, columns=[*rows.columns, "method", "bits", "group_size"])
+def point_sentence(row: pd.Series) -> str:
+    """HTML: quality, size and badge of a measured row. The perplexity is in `data-ppl`, too."""
+    words = f"{row['last_word']:.1%} of last words right, " if pd.notna(row["last_word"]) else ""
+    return (
+        f'<span class="edgelab-point" data-ppl="{row["ppl"]:.6f}"><b>{label(row["recipe"])}</b>: perplexity '
+        f"<b>{row['ppl']:,.2f}</b> on {len(row['window_nll'])} windows, {words}{row['weights_mb']:,.1f} MB, "
+        f"{row['bits_per_weight']:.2f} bits per weight ({row['badge']}).</span>"
+    )

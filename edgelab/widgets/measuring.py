@@ -1,12 +1,18 @@
 """The protocol picker: one model, one text, four rules of counting, and the numbers that come out."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import ipywidgets
 
-from edgelab.measure.perplexity import PROTOCOLS, Perplexity, Protocol
+from edgelab.measure.protocols import PROTOCOLS, Protocol
 from edgelab.plots import protocols
-from edgelab.widgets import figure_png
+from edgelab.widgets import figure_png, picture
+
+if TYPE_CHECKING:
+    from edgelab.measure.perplexity import Perplexity
 
 SCORED = {
     "all": "every token but the first of a window scores",
@@ -21,16 +27,15 @@ def protocol_picker(results: Mapping[str, Perplexity], known: str = "edgelab-512
     `known` is the protocol that the sentence compares with.
     """
     choice = ipywidgets.Dropdown(options=list(results), description="Protocol")
-    answer = ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", width="950px"))
+    answer, image = ipywidgets.HTML(), picture(950)
 
     def redraw(change: dict | None = None) -> None:
         answer.value = protocol_sentence(PROTOCOLS[choice.value], results, known)
-        picture.value = figure_png(protocols(results, PROTOCOLS, choice.value))
+        image.value = figure_png(protocols(results, PROTOCOLS, choice.value))
 
     choice.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([choice, answer, picture])
+    return ipywidgets.VBox([choice, answer, image])
 
 
 def protocol_sentence(rule: Protocol, results: Mapping[str, Perplexity], known: str) -> str:

@@ -15,7 +15,7 @@ from edgelab.devices import (
     training_memory,
 )
 from edgelab.plots import NEED_PARTS, gigabytes, memory_bars
-from edgelab.widgets import figure_png
+from edgelab.widgets import figure_png, picture
 
 INFERENCE_BITS = (32, 16, 8, 4, 3, 2)
 TRAINING_BITS = (32, 16)
@@ -39,8 +39,7 @@ def memory_calculator(
     use.style.button_width, bits.style.button_width = "100px", "48px"
     context = ipywidgets.SelectionSlider(options=CONTEXTS, value=4096, description="Context", **wide)
     batch = ipywidgets.SelectionSlider(options=BATCHES, description="Batch", **wide)
-    answer = ipywidgets.HTML()
-    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", width="850px"))
+    answer, image = ipywidgets.HTML(), picture()
 
     def offer_bits(change: dict) -> None:
         kept = bits.value
@@ -55,13 +54,13 @@ def memory_calculator(
             shape, needs[chosen], devices, f"{use.value} in {bits.value} bits", context.value
         )
         title = f"{shape.name}, {use.value}"
-        picture.value = figure_png(memory_bars(needs, devices, chosen, title))
+        image.value = figure_png(memory_bars(needs, devices, chosen, title))
 
     use.observe(offer_bits, "value")
     for control in (model, use, bits, context, batch):
         control.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([model, use, bits, context, batch, answer, picture])
+    return ipywidgets.VBox([model, use, bits, context, batch, answer, image])
 
 
 def memory_needs(shape: ModelShape, use: str, context: int, batch: int) -> dict[str, MemoryNeed]:

@@ -15,18 +15,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import PreTrainedModel
 
+from edgelab.model import blocks as structure
 from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques import structure
+from edgelab.storage.layers import ActivationGrid, PackedLinear
 from edgelab.techniques.calibration import Calibrated, CalibrationError
-from edgelab.techniques.quantization.packed import ActivationGrid, PackedLinear
 from edgelab.techniques.quantization.ranges import Range
 from edgelab.techniques.quantization.rtn import linear_layers, quantize_affine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHRINKS = 2.0 ** -(
     torch.arange(0, 97) / 8

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import PreTrainedModel
 
 from edgelab import assets
+from edgelab.model.blocks import Block, blocks, half_precision, longest
 from edgelab.recipes import Context, RecipeError, register
+from edgelab.storage.layers import PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.calibration import Calibrated, CalibrationError
-from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
 from edgelab.techniques.quantization.rtn import (
     SMALLEST_SCALE,
     check_group_size,
@@ -29,7 +31,9 @@ from edgelab.techniques.quantization.rtn import (
     in_groups,
     linear_layers,
 )
-from edgelab.techniques.structure import Block, blocks, half_precision, longest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH = 8  # samples that a block is run on at one time where nothing is learned
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from edgelab.model.blocks import Block, Group, blocks, half_precision, longest
 from edgelab.recipes import Context, register
+from edgelab.storage.layers import PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.calibration import Calibrated
 from edgelab.techniques.folding import fold_scale
 from edgelab.techniques.quantization.gptq import input_products
-from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
 from edgelab.techniques.quantization.ranges import find_grid, on_grid, round_to_grid
 from edgelab.techniques.quantization.rtn import check_group_size, check_settings, in_groups, linear_layers
-from edgelab.techniques.structure import Block, Group, blocks, half_precision, longest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALPHAS = 20  # steps of the search from no scaling to scaling by the whole mean magnitude
 

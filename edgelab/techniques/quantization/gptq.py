@@ -9,18 +9,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from edgelab.model.blocks import Block, Group, blocks, half_precision, longest
 from edgelab.recipes import Context, RecipeError, register
+from edgelab.storage.layers import PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.calibration import Calibrated, CalibrationError
-from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
 from edgelab.techniques.quantization.ranges import find_grid
 from edgelab.techniques.quantization.rtn import check_group_size, check_settings, linear_layers
-from edgelab.techniques.structure import Block, Group, blocks, half_precision, longest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK = 4096  # tokens whose products are summed in one matrix product
 STRIPE = 192  # columns of the product that are made at one time

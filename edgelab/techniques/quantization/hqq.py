@@ -11,15 +11,18 @@ With weights well below beta**(-1 / (2 - p)) = 0.17 every e is 0, and z is what 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from edgelab.recipes import Context, register
-from edgelab.techniques.quantization.packed import QuantizedTensor
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.ranges import affine_grid, round_to_grid
 from edgelab.techniques.quantization.rtn import check_settings, in_groups, replace_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NORM, BETA, KAPPA, ITERATIONS = 0.7, 10.0, 1.01, 20  # as in the authors' code
 

@@ -11,14 +11,12 @@ choice = argmin sum_l cost[l, choice_l]   such that   sum_l bytes[l, choice_l] <
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,14 +24,19 @@ import torch
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from edgelab import assets
+from edgelab.keys import key
+from edgelab.model import blocks as structure
+from edgelab.model.marks import fingerprint
 from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques import structure
+from edgelab.storage.layers import PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.calibration import Calibrated
-from edgelab.techniques.quantization.packed import PackedLinear, QuantizedTensor
 from edgelab.techniques.quantization.rtn import check_group_size, linear_layers, quantize_affine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 LARGEST_COST = 1e6  # what costs are scaled to, far above the absolute gap at which the solver stops
@@ -341,7 +344,7 @@ class Mixed(Calibrated):
         layers = linear_layers(model)
         check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
         tokens = self.draw(context, structure.longest(model))
-        file = assets.home() / "sensitivity" / f"{self._fingerprint(model, tokens, context.seed)}.json"
+        file = assets.home() / "sensitivity" / f"{self._key(model, tokens, context)}.json"
         if file.is_file():
             context.record.notes.append("Sensitivities were read from an earlier run.")
             return read_table(file)
@@ -364,32 +367,23 @@ class Mixed(Calibrated):
             tensor = self._round(layer.weight, table.formats[index])
             model.set_submodule(name, PackedLinear(tensor, layer.bias))
         chosen = [table.formats[index][0] for index in choice]
-        context.record.notes.append(
-            f"Predicted KL divergence {table.predicted(choice):.4f} nats per token; "
-            f"layers of {min(chosen)} to {max(chosen)} bits."
-        )
+        context.record.numbers["predicted_kld"] = table.predicted(choice)
+        context.record.notes.append(f"Layers of {min(chosen)} to {max(chosen)} bits.")
         return model
 
     def _roundings(self, weight: Tensor) -> list[Tensor]:
         return [self._round(weight, how).dequantize() for how in self.formats]
 
-    def _fingerprint(self, model: PreTrainedModel, tokens: Tensor, seed: int) -> str:
-        settings = {key: value for key, value in asdict(self).items() if key != "bits"}
-        digest = hashlib.sha256(json.dumps([self.version, settings, WIDTHS, seed]).encode())
-        for tensor in (tokens, *model.state_dict().values()):
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:20]
+    def _key(self, model: PreTrainedModel, tokens: Tensor, context: Context) -> str:
+        settings = {name: value for name, value in asdict(self).items() if name != "bits"}
+        made_of = context.stage or fingerprint(model)
+        return key("sensitivity", self.version, settings, WIDTHS, context.seed, made_of, tokens.tolist())
 
 
 def write_table(table: SensitivityTable, file: Path) -> None:
     """Keep a table as JSON; the file appears whole or not at all."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{os.getpid()}-{file.name}")
+    with assets.staged(file) as draft:
         draft.write_text(json.dumps(vars(table) | {"cost": table.cost.tolist()}))
-        draft.replace(file)
-    except OSError as error:
-        raise assets.unwritable(file.parent, error) from None
 
 
 def read_table(file: Path) -> SensitivityTable:

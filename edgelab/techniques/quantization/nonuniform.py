@@ -8,16 +8,19 @@ scale = max|w| of each group of inputs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from edgelab.recipes import Context, register
-from edgelab.techniques.quantization.packed import CodebookTensor
+from edgelab.storage.codebook import CodebookTensor
 from edgelab.techniques.quantization.ranges import SMALLEST_SCALE
 from edgelab.techniques.quantization.rtn import check_settings, in_groups, replace_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROUNDS = 100  # Lloyd's algorithm on weights of the embedded model stands still after about 30
 

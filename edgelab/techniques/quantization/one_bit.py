@@ -9,14 +9,17 @@ mean |w| is the best scale that signs can have: sum (w - a sign(w))^2 is smalles
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from edgelab.recipes import Context, register
-from edgelab.techniques.quantization.packed import QuantizedTensor
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.rtn import SMALLEST_SCALE, check_settings, in_groups, replace_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def ternary_scale(groups: Tensor) -> Tensor:

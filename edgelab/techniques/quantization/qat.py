@@ -14,26 +14,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
+from edgelab.model.blocks import bfloat16_is_fast
 from edgelab.recipes import Context, RecipeError, register
+from edgelab.storage.codebook import CodebookTensor
+from edgelab.storage.layers import ActivationGrid, PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.floats import BFloat16
 from edgelab.techniques.quantization.one_bit import binary_scale, ternary_scale
-from edgelab.techniques.quantization.packed import (
-    ActivationGrid,
-    CodebookTensor,
-    PackedLinear,
-    QuantizedTensor,
-)
 from edgelab.techniques.quantization.ranges import SMALLEST_SCALE, Range, find_grid
 from edgelab.techniques.quantization.rtn import check_group_size, check_settings
-from edgelab.techniques.structure import bfloat16_is_fast
 from edgelab.training import Divergence, Trained, cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def nearest(steps: Tensor, centre: Tensor) -> Tensor:

@@ -11,19 +11,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques.quantization.packed import (
-    CodebookTensor,
-    PackedEmbedding,
-    PackedLinear,
-    QuantizedTensor,
-)
+from edgelab.storage.codebook import CodebookTensor
+from edgelab.storage.layers import PackedEmbedding, PackedLinear
+from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.ranges import SMALLEST_SCALE, Range, find_grid, round_to_grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "SMALLEST_SCALE",
@@ -97,27 +97,22 @@ def check_settings(method: str, group_size: int, bits: int | None = None) -> Non
 @register("quantize.rtn", shown=("bits", "group_size"))
 @dataclass(frozen=True)
 class RoundToNearest:
-    """Round every linear layer but the head; `embedding_bits` rounds the embedding (and head) per row as well.
+    """Round every linear layer but the head; quantize.embedding rounds that and the embedding.
 
     bits: 2 to 8. group_size: inputs that share a scale, 0 for a whole row. symmetric: zero-point in the middle.
-    embedding_bits: 2 to 8, or 0 to leave the embedding as it is. per_tensor: one scale for a whole matrix, with
-    group_size=0. range: how the ends of the grid are chosen; percentile: above 50 to 100, where that is the range.
+    per_tensor: one scale for a whole matrix, with group_size=0. range: how the ends of the grid are chosen;
+    percentile: above 50 to 100, where that is the range.
     """
 
     bits: int = 4
     group_size: int = 64
     symmetric: bool = False
-    embedding_bits: int = 0
     per_tensor: bool = False
     range: Range = "minmax"
     percentile: float = 99.9
 
     def __post_init__(self) -> None:
         check_settings(self.method, self.group_size, self.bits)
-        if self.embedding_bits and not 2 <= self.embedding_bits <= 8:
-            raise RecipeError(
-                f"quantize.rtn:embedding_bits={self.embedding_bits} is outside 2 to 8 (0 leaves it)."
-            )
         if self.per_tensor and self.group_size:
             raise RecipeError(
                 f"quantize.rtn:per_tensor=true has no groups of {self.group_size}; write group_size=0 beside it."
@@ -133,8 +128,8 @@ class RoundToNearest:
             )
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
-        """A copy of the model with PackedLinear (and PackedEmbedding) in place of the rounded layers."""
-        model = replace_linear(
+        """A copy of the model with PackedLinear in place of the rounded layers."""
+        return replace_linear(
             model,
             context,
             quantize_affine,
@@ -145,9 +140,6 @@ class RoundToNearest:
             range=self.range,
             percentile=self.percentile,
         )
-        if self.embedding_bits:
-            quantize_embedding(model, self.embedding_bits, self.symmetric)
-        return model
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
@@ -201,7 +193,7 @@ def quantize_embedding(model: PreTrainedModel, bits: int, symmetric: bool = Fals
     plain = type(embedding) is nn.Embedding or hasattr(embedding, "scalar_embed_scale")
     if not plain or not isinstance(head, nn.Linear):
         raise RecipeError(
-            f"embedding_bits works on plain float embeddings, not on {type(embedding).__name__}."
+            f"quantize.embedding rounds plain float embeddings, not {type(embedding).__name__}."
         )
     tensor = quantize_affine(embedding.weight.detach(), bits, 0, symmetric)
     tied = head.weight is embedding.weight
@@ -227,9 +219,7 @@ class RoundEmbedding:
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with a PackedEmbedding and a PackedLinear head, one matrix where they are tied."""
         if isinstance(model.get_input_embeddings(), PackedEmbedding):
-            raise RecipeError(
-                "The embedding is quantized already; quantize.embedding stands once, without embedding_bits."
-            )
+            raise RecipeError("The embedding is quantized already; write quantize.embedding once.")
         model = copy.deepcopy(model)
         quantize_embedding(model, self.bits, self.symmetric)
         return model

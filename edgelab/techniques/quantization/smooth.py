@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from edgelab.model import blocks as structure
 from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques import structure
+from edgelab.storage.layers import ActivationGrid
 from edgelab.techniques.folding import fold_scale
 from edgelab.techniques.quantization.activations import Ranged, calibrated_grids, channel_peaks, to_int8
-from edgelab.techniques.quantization.packed import ActivationGrid
 from edgelab.techniques.quantization.rtn import linear_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SMALLEST_PEAK = 1e-5  # of a channel that is always zero, or that no row uses
 

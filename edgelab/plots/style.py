@@ -1,15 +1,15 @@
-"""What every plot shares: names of metrics, colours and markers, the look of axes, rows made ready to draw.
+"""What every plot shares: colours and markers, the look of axes, rows made ready to draw.
 
 The colour says the family, the marker the badge; small and pale means measured by the project, large and full
 by the reader; a hollow marker has failed the parity gate.
 """
 
-import dataclasses
 import io
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
+from edgelab import ledger
 from edgelab.errors import EdgeLabError
+from edgelab.ledger import Row, every_field
+from edgelab.ledger.row import value_types
+from edgelab.ledger.store import NUMBERS
+from edgelab.rows import PROTOCOL, find_metric, newest
 
-Rows = pd.DataFrame | Iterable[Any]
+Rows = pd.DataFrame | Iterable[Row | dict[str, Any]]
 
 # Okabe and Ito's palette, which readers with any kind of colour blindness can tell apart.
 FAMILY_COLOURS = {
@@ -43,71 +48,14 @@ PALE = "#b0b0b0"  # frames and helping lines
 BASELINE_LINE = {"color": FAMILY_COLOURS["baseline"], "linewidth": 0.9, "linestyle": (0, (5, 3)), "zorder": 1}
 
 
-class Metric(NamedTuple):
-    label: str  # with its unit
-    lower_is_better: bool
-
-    @property
-    def direction(self) -> str:
-        return "lower is better" if self.lower_is_better else "higher is better"
-
-
-METRICS = {
-    "ppl": Metric("Perplexity", True),
-    "bits_per_byte": Metric("Bits per byte of text", True),
-    "delta_nll": Metric("NLL above the baseline (nats per token)", True),
-    "kld_mean": Metric("KL divergence from the reference (nats per token)", True),
-    "top1_agreement": Metric("Top-1 agreement with the reference (share of tokens)", False),
-    "parameters": Metric("Parameters", True),
-    "weights_mb": Metric("Weights (MB)", True),
-    "file_mb": Metric("File (MB)", True),
-    "bits_per_weight": Metric("Effective bits per weight", True),
-    "kv_cache_mb_per_1k": Metric("KV cache (MB per 1,000 tokens)", True),
-    "peak_rss_mb": Metric("Peak memory of the process (MB)", True),
-    "export_s": Metric("Writing the engine's file (s)", True),
-    "load_s": Metric("Loading (s)", True),
-    "ttft_ms_p50": Metric("Time to first token (ms)", True),
-    "prefill_tok_s": Metric("Prefill (tokens/s)", False),
-    "tpot_ms_p50": Metric("Time per output token (ms)", True),
-    "tpot_ms_p95": Metric("Time per output token, 95th percentile (ms)", True),
-    "decode_tok_s": Metric("Decoding (tokens/s)", False),
-    "decode_ratio": Metric("Decoding rate ÷ baseline's, same run", False),
-    "apply_s": Metric("Making the variant (s)", True),
-    "train_tokens": Metric("Training tokens", True),
-    "calibration_tokens": Metric("Calibration tokens", True),
-    "energy_j_per_token": Metric("Energy (J per token)", True),
-}
-QUALITY = {"ppl", "bits_per_byte", "delta_nll", "kld_mean", "top1_agreement"}
-LATENCY = {
-    "export_s",
-    "load_s",
-    "ttft_ms_p50",
-    "prefill_tok_s",
-    "tpot_ms_p50",
-    "tpot_ms_p95",
-    "decode_tok_s",
-    "decode_ratio",
-}
-MACHINE_BOUND = LATENCY | {"apply_s", "energy_j_per_token"}
-BASELINE_VALUE = {"delta_nll": 0.0, "kld_mean": 0.0, "top1_agreement": 1.0, "decode_ratio": 1.0}
-ENDS = {
-    "delta_nll": ("delta_nll_low", "delta_nll_high"),
-    "decode_ratio": ("decode_ratio_low", "decode_ratio_high"),
-    "tpot_ms_p50": ("tpot_ms_p50", "tpot_ms_p95"),
-}
 SIZE_PARTS = {
     "linear_mb": "linear layers",
     "embedding_mb": "embedding",
     "scales_mb": "scales and zero-points",
 }
 
-NUMBERS = list(dict.fromkeys([*METRICS, *SIZE_PARTS, *sum(ENDS.values(), ()), "n_tokens", "prefill_tokens"]))
-TEXTS = [
-    *("recipe", "family", "model", "runtime", "kernel", "badge", "status", "source"),
-    *("protocol", "corpus", "host", "started_at", "parity"),
-]
-OTHERS = ["row_id", "seed", "threads", "fast", "window_nll"]
-PROTOCOL = ["model", "protocol", "corpus", "n_tokens"]  # quality compares only where these agree
+TEXTS = [name for name, kind in value_types().items() if kind is str] + ["source"]
+FILLED = {"status": "ok", "source": "reader"}  # what a row without them counts as
 # Rows that agree in all of these measure the same thing. Sizes do not depend on machine or protocol, quality
 # not on the machine, times not on the protocol.
 SAME_SIZE = ["recipe", "model", "runtime", "badge"]
@@ -118,10 +66,6 @@ SAME_ROW = list(dict.fromkeys([*SAME_QUALITY, *SAME_SPEED]))
 
 class NothingToDraw(EdgeLabError):
     """The rows hold no value that this plot needs; the message says what to measure first."""
-
-
-class UnknownMetric(EdgeLabError):
-    """A name that is not in METRICS."""
 
 
 class Chart(Figure):
@@ -242,10 +186,10 @@ def label(recipe: str, width: int = 0) -> str:
         return "baseline"
     techniques, _, runtime = recipe.partition(" @ ")
     short = []
-    for technique in techniques.split(" + "):
+    for technique in _split(techniques, r" \+ "):
         name, _, settings = technique.partition(":")
         words = []
-        for setting in filter(None, settings.split(",")):
+        for setting in filter(None, _split(settings, ",")):
             key, _, value = setting.partition("=")
             words.append(SHORT_SETTINGS.get(setting) or SHORT_SETTINGS.get(key, key + "={}").format(value))
         name = name.rpartition(".")[2]
@@ -254,22 +198,28 @@ def label(recipe: str, width: int = 0) -> str:
     return textwrap.shorten(text, max(width, 48), placeholder=" …")
 
 
+def _split(text: str, sign: str) -> list[str]:
+    """Parts of a recipe; a recipe in parentheses is one value."""
+    return re.split(rf"{sign}(?![^(]*\))", text)
+
+
 # Rows
 
 
 def as_frame(rows: Rows) -> pd.DataFrame:
     """A copy of the rows with every column the plots read; what is missing becomes NaN, or "" in text."""
     if not isinstance(rows, pd.DataFrame):
-        rows = pd.DataFrame(
-            [dataclasses.asdict(row) if dataclasses.is_dataclass(row) else dict(row) for row in rows]
-        )
-    columns = dict.fromkeys([*rows.columns, *NUMBERS, *TEXTS, *OTHERS])
+        rows = list(rows)
+        rows = ledger.frame(rows) if all(isinstance(row, Row) for row in rows) else pd.DataFrame(rows)
+    declared = every_field()
+    measured = [name for name, about in declared.items() if about.better or about.form]
+    numbers = list(dict.fromkeys([*NUMBERS, *measured]))
+    columns = dict.fromkeys([*rows.columns, *declared, "source"])
     frame = rows.reindex(columns=list(columns)).reset_index(drop=True).copy()
-    frame[NUMBERS] = frame[NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
-    for name in TEXTS:
-        frame[name] = (
-            frame[name].astype(object).fillna({"status": "ok", "source": "reader"}.get(name, "")).astype(str)
-        )
+    frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    frame[TEXTS] = (
+        frame[TEXTS].astype(object).fillna(FILLED | dict.fromkeys(set(TEXTS) - FILLED.keys(), "")).astype(str)
+    )
     frame["fast"] = frame["fast"].map(lambda value: value in (True, 1)).astype(bool)  # null is not fast
     frame["reader"] = frame["source"] != "reference"
     frame["hollow"] = frame["parity"].str.lower().isin(["fail", "failed", "false"])
@@ -278,7 +228,7 @@ def as_frame(rows: Rows) -> pd.DataFrame:
 
 
 def drawable(
-    frame: pd.DataFrame, metrics: Sequence[str], measure: str, same: Sequence[str] = SAME_ROW
+    frame: pd.DataFrame, metrics: Sequence[str], measure: str, same: list[str] = SAME_ROW
 ) -> tuple[pd.DataFrame, list[str]]:
     """Successful rows that hold all `metrics`, and sentences about those left out.
 
@@ -299,24 +249,24 @@ def drawable(
         notes.append(f"Not drawn, because measuring failed: {failed.sum()} ({kinds}).")
     if missing := int((~failed & ~complete).sum()):
         notes.append(f"Not drawn, because not measured: {missing} without {' or '.join(metrics)}.")
-    newest = drawn.sort_values(["reader", "started_at"], kind="stable").drop_duplicates(same, keep="last")
-    return newest.sort_index(), notes
+    return newest(drawn, same), notes
 
 
 def cautions(drawn: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
     """What must not be compared here: quality across protocols, times across machines or of wrong outputs."""
     notes = []
+    within = {find_metric(name).within for name in metrics}
     differ = [name for name in PROTOCOL if drawn[name].nunique() > 1]
-    if QUALITY.intersection(metrics) and differ:
+    if "protocol" in within and differ:
         notes.append(
             f"Quality is comparable only between rows of the same {' and '.join(differ)}; here they differ."
         )
-    if MACHINE_BOUND.intersection(metrics) and drawn["host"].nunique() > 1:
+    if "machine" in within and drawn["host"].nunique() > 1:
         hosts = ", ".join(drawn["host"].unique())
         notes.append(f"Times come from several machines ({hosts}) and must not be ranked together.")
     if drawn["hollow"].any():
         notes.append("Hollow markers failed the parity gate: their outputs are not the reference's.")
-    if MACHINE_BOUND.intersection(metrics) and drawn["ungated"].any():
+    if "machine" in within and drawn["ungated"].any():
         notes.append("Rows of engines without a parity verdict earn no rank: measure their quality too.")
     return notes
 
@@ -330,22 +280,13 @@ def row_names(drawn: pd.DataFrame, width: int = 44, always: str = "") -> list[st
     for column in ["model", "host", "runtime", "kernel", "threads", "corpus", "protocol", "n_tokens", "seed"]:
         marked = names.duplicated(keep=False) | (column == always)
         if drawn.loc[marked, column].nunique() > 1:
-            names[marked] += ", " + drawn.loc[marked, column].astype(str)
+            texts = drawn.loc[marked, column].map(plain)
+            names[marked] += ", " + texts.map(lambda text: textwrap.shorten(text, 24, placeholder=" …"))
     return names.tolist()
 
 
-def interval_ends(drawn: pd.DataFrame, metric: str) -> np.ndarray:
-    """Lower and upper end of `metric` in each row, (rows, 2), NaN where no interval was measured.
-
-    The baseline's perplexity times exp(delta) is the row's own times exp(delta - the row's delta).
-    """
-    if metric == "ppl":
-        low, high = drawn["delta_nll_low"], drawn["delta_nll_high"]
-        return np.column_stack([drawn["ppl"] * np.exp(end - drawn["delta_nll"]) for end in (low, high)])
-    return drawn[list(ENDS[metric])].to_numpy() if metric in ENDS else np.full((len(drawn), 2), math.nan)
-
-
-def find_metric(name: str) -> Metric:
-    if name not in METRICS:
-        raise UnknownMetric(f"no metric is called {name!r}; there are {', '.join(METRICS)}")
-    return METRICS[name]
+def plain(value: object) -> str:
+    """A value of a row as text; whole numbers lose their decimal point, null becomes empty."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -1,0 +1,17 @@
+"""From recipes to rows: question, plan, and the road that goes through them."""
+
+from edgelab.lab.question import MeasureError, Question, Settings
+from edgelab.lab.road import DEFAULT_SET, compare, planned, sample, stream
+from edgelab.lab.road import run as measure
+
+__all__ = [
+    "DEFAULT_SET",
+    "MeasureError",
+    "Question",
+    "Settings",
+    "compare",
+    "measure",
+    "planned",
+    "sample",
+    "stream",
+]

@@ -1,0 +1,135 @@
+"""From questions to what has to be done: rows to make, prerequisites first, each once.
+
+A row has to wait for the baseline that it is compared with, an engine's row for the same weights in PyTorch, and a
+recipe for the stages that are kept. What the ledger or the cache has already is in the plan, too, as known.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgelab import ledger
+from edgelab.lab.question import NOTHING, Question, known
+from edgelab.ledger import Row
+from edgelab.measure import chosen, protocols
+from edgelab.recipes import Recipe
+from edgelab.storage import stages
+
+GATE_WINDOWS = 4  # that an engine is compared on before its speed is measured alone
+SECONDS = {"quality": 1 / 900, "tasks": 70.0, "speed": 4.0, "memory": 1.0}  # quality: of each token
+MAKING_S = {False: 3.0, True: 90.0}  # a technique whose stage is kept, or not, where no row says more
+
+
+@dataclass
+class Step:
+    """One thing to do, or one that is known. stage: how many techniques of the recipe to apply, for a stage alone.
+
+    asked: whether the reader asked for this row. estimate_s: seconds it is likely to take.
+    """
+
+    question: Question
+    stage: int | None = None
+    row: Row | None = None
+    asked: bool = False
+    estimate_s: float = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        return self.row is not None or (self.stage is not None and stages.is_whole(self.folder))
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.question.recipe if self.stage is None else self.question.recipe.prefix(self.stage)
+
+    @property
+    def folder(self) -> Path:
+        """Of the variant."""
+        return stages.address(self.recipe, self.question.source, self.question.seed)
+
+    def described(self) -> dict[str, object]:
+        """As a row of the table that --dry-run prints."""
+        parts = ", ".join(sorted(self.question.parts)) if self.stage is None else ""
+        return {
+            "step": "row" if self.stage is None else "stage",
+            "recipe": str(self.recipe),
+            "measures": parts,
+            "for": "you" if self.asked else "what follows",
+            "state": "known" if self.is_known else "to do",
+            "seconds": 0 if self.is_known else round(self.estimate_s),
+        }
+
+
+def plan(questions: list[Question]) -> list[Step]:
+    """Steps in the order in which they have to be done."""
+    answers = dict(zip(map(id, questions), known(questions), strict=True))
+    seconds = _Seconds()
+    steps: list[Step] = []
+
+    def add(question: Question, asked: bool) -> None:
+        row = answers[id(question)] if id(question) in answers else known([question])[0]
+        lost = (
+            not asked
+            and question.is_baseline
+            and "quality" in question.parts
+            and not question.states.exists()
+        )
+        row = None if lost else row  # divergence needs the reference's hidden states, too
+        for step in steps:
+            if step.stage is None and step.question.covers(question):
+                step.asked |= asked
+                step.row = None if lost else step.row
+                return
+        if row is None:
+            for needed in prerequisites(question):
+                # A row that is asked for anyway serves as well, and is then made first.
+                wider = next((one for one in questions if one.covers(needed)), needed)
+                add(wider, False)
+            for stage in stages.kept_stages(question.recipe):
+                add_stage(question, stage)
+        steps.append(Step(question, None, row, asked, seconds.of(question)))
+
+    def add_stage(question: Question, stage: int) -> None:
+        step = Step(question, stage, estimate_s=seconds.making(question.recipe.prefix(stage), question))
+        if all(other.stage is None or other.folder != step.folder for other in steps):
+            steps.append(step)
+
+    for question in questions:
+        add(question, True)
+    return steps
+
+
+def prerequisites(question: Question) -> Iterable[Question]:
+    """Questions whose rows this one's is compared with."""
+    scored = tuple(one for one in question.measurements if one.part in ("quality", "tasks", "variant"))
+    here = replace(question.settings, force=False)
+    if len(scored) > len(question.of("variant")) and not question.is_baseline:
+        yield Question(NOTHING, question.source, here, scored)
+    if question.gated and question.recipe.family != "native":
+        if "quality" in question.parts:
+            yield Question(question.recipe.on("torch"), question.source, here, scored)
+        elif question.timed:
+            few = replace(here, windows=min(here.windows, GATE_WINDOWS), only="quality")
+            yield Question(question.recipe, question.source, few, tuple(chosen("quality")))
+
+
+class _Seconds:
+    """Estimates of time from rows that were measured before, the reader's and the project's."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, list[float]] = {}
+        for row in (*ledger.reference(), *ledger.own(last=500)):
+            if row.apply_s is not None:
+                self.made.setdefault(row.recipe.partition(" @ ")[0], []).append(row.apply_s)
+
+    def making(self, recipe: Recipe, question: Question) -> float:
+        if recipe.weights in self.made:
+            return statistics.median(self.made[recipe.weights])
+        return sum(MAKING_S[technique.kept] for technique in recipe.techniques)
+
+    def of(self, question: Question) -> float:
+        tokens = question.settings.windows * protocols.protocol(question.settings.protocol).window
+        each = SECONDS | {"quality": SECONDS["quality"] * tokens}
+        return sum(each.get(part, 10.0) for part in question.parts)

@@ -1,0 +1,207 @@
+"""What is asked of one row. Equal questions have equal answers, so a row that answers one is not measured again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgelab import assets, corpora, ledger, recipes, reference
+from edgelab.errors import EdgeLabError
+from edgelab.keys import key
+from edgelab.ledger import Row
+from edgelab.measure import Asked, Measurement, chosen, energy, protocols
+from edgelab.recipes import Recipe
+from edgelab.reference import Source
+from edgelab.storage import cache, stages
+
+NOTHING = Recipe()
+TIMED = ("speed", "memory")  # parts that depend on the machine and its threads
+
+
+class MeasureError(EdgeLabError):
+    """A measurement that failed; its row is in the ledger with the reason."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how, for all recipes of a comparison.
+
+    only: parts joined by commas, such as "quality" or "speed,memory"; None for quality, speed and memory.
+    power_w: watts of the device while it decodes, for an estimate where no counter can be read.
+    Raises MeasureError for what cannot be.
+    """
+
+    model: str = reference.EMBEDDED
+    corpus: str = "wiki"
+    protocol: str = "edgelab-512"
+    windows: int = 32
+    seed: int = 0
+    threads: int = 2
+    prompt_tokens: int = 128
+    power_w: float | None = None
+    only: str | None = None
+    force: bool = False
+    timeout_s: float = 3600
+
+    def __post_init__(self) -> None:
+        if min(self.windows, self.threads, self.prompt_tokens) < 1:
+            raise MeasureError("windows, threads and prompt_tokens are whole numbers from 1 on.")
+        if self.power_w is not None and not self.power_w > 0:
+            raise MeasureError(
+                f"power_w={self.power_w} is not positive; give the watts of the device, such as 5."
+            )
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row that is asked for: a recipe, a model, settings, and the measurements that `only` comes to.
+
+    beside: timed in turns with the baseline.
+    """
+
+    recipe: Recipe
+    source: Source
+    settings: Settings
+    measurements: tuple[Measurement, ...]
+    beside: bool = False
+
+    @property
+    def seed(self) -> int:
+        """Nothing is drawn for the reference as it is: one row answers for every seed."""
+        return self.settings.seed if self.recipe.techniques else Settings.seed
+
+    @property
+    def parts(self) -> set[str]:
+        """Parts of the row that are asked for, beside the size of the variant."""
+        return {one.part for one in self.measurements} - {"variant"}
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.recipe == NOTHING
+
+    @property
+    def gated(self) -> bool:
+        """Whether the outputs have to agree with PyTorch's before speed is ranked."""
+        return not self.recipe.deployment.in_torch
+
+    @property
+    def timed(self) -> bool:
+        return self.recipe.deployment.timed and bool(self.parts.intersection(TIMED))
+
+    def of(self, need: str) -> list[str]:
+        """Names of the measurements that need this."""
+        return [one.name for one in self.measurements if one.needs == need]
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """Versions of the project's own parts that decide the numbers: raise one, and the question is another."""
+        deployment = self.recipe.deployment
+        technique_versions = [technique.version for technique in self.recipe.techniques]
+        found = {"techniques": "+".join(map(str, technique_versions)), "export": deployment.version}
+        if self._scored:
+            found["protocol"] = protocols.protocol(self.settings.protocol).version
+        return found | {one.name: one.version for one in self.measurements if self._applies(one)}
+
+    @property
+    def _scored(self) -> bool:
+        return "quality" in self.parts
+
+    def _applies(self, one: Measurement) -> bool:
+        return self.recipe.deployment.timed or one.part not in TIMED
+
+    @property
+    def address(self) -> Path:
+        """The folder of the variant."""
+        return stages.address(self.recipe, self.source, self.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """Fields that a row with the answer holds, whatever was measured beside them."""
+        fields = {
+            "recipe": str(self.recipe),
+            "model_sha": self.source.sha,
+            "seed": self.seed,
+            "fast": assets.fast(),
+            "versions": ledger.versions(self.recipe.deployment.packages),
+        }
+        if self._scored:
+            fields |= {
+                "protocol": self.settings.protocol,
+                "corpus": corpora.identity(self.settings.corpus),
+                "windows": self.settings.windows,
+            }
+        if self.timed:
+            fields["threads"] = self.settings.threads
+            fields["host"] = ledger.machine()["host"]
+            if "speed" in self.parts:
+                fields["prefill_tokens"] = self.settings.prompt_tokens
+        return fields
+
+    def wanted(self) -> tuple[dict[str, Any], list[str]]:
+        """What a row must hold to answer this, and which of its fields must not be null."""
+        versions = {f"made_by.{name}": version for name, version in self.made_by.items()}
+        present = ["decode_ratio"] if self.beside and "speed" in self.parts else []
+        present += ["parity"] if self.gated and self.parts.intersection(("quality", "speed")) else []
+        return self.identity() | versions | {"status": "ok"}, present
+
+    def covers(self, other: Question) -> bool:
+        """Whether the answer to this one answers the other as well."""
+        mine, theirs = self.wanted(), other.wanted()
+        return theirs[0].items() <= mine[0].items() and set(theirs[1]) <= set(mine[1])
+
+    @property
+    def states(self) -> Path:
+        """Where the reference's final hidden states of these windows are kept."""
+        rules = protocols.protocol(self.settings.protocol)
+        corpus = corpora.identity(self.settings.corpus)
+        made_of = (self.source.sha, corpus, rules.name, rules.version, self.settings.windows)
+        return cache.place("states") / f"{key('states', *made_of)}.npy"
+
+    def asked(self, baseline: Row | None = None) -> dict[str, Any]:
+        """What measurements in another process have to know, as JSON."""
+        names = ("corpus", "protocol", "windows", "prompt_tokens", "power_w")
+        found = Asked(
+            **{name: getattr(self.settings, name) for name in names},
+            states=str(self.states) if self._scored else "",
+            baseline=None if baseline is None else vars(baseline),
+        )
+        return dataclasses.asdict(found)
+
+    def new_row(self) -> Row:
+        """A row that holds the question and where it was asked, and no answer yet."""
+        row = Row(
+            **self.identity()
+            | ledger.provenance(self.settings.threads, self.recipe.deployment.packages)
+            | {"family": self.recipe.family, "model": self.source.name, "runtime": self.recipe.runtime},
+        )
+        row.variant, row.made_by = self.address.name, json.dumps(self.made_by)
+        return row
+
+
+def ask(texts: list[str], settings: Settings, interleave: bool) -> list[Question]:
+    """A question for each recipe. Raises RecipeError and the like for what cannot be asked."""
+    source = reference.resolve(settings.model)
+    protocols.protocol(settings.protocol)
+    measured = tuple(chosen(settings.only))
+    found = []
+    for text in texts:
+        recipe = recipes.parse(text)
+        beside = interleave and recipe != NOTHING and recipe.deployment.timed
+        found.append(Question(recipe, source, settings, measured, beside))
+    return found
+
+
+def known(questions: list[Question]) -> list[Row | None]:
+    """The newest whole answer that the ledger has to each question; None where it has none, or `force` is set."""
+    rows = ledger.newest([one.wanted() for one in questions])
+    return [row if row and _holds(row, one) else None for row, one in zip(rows, questions, strict=True)]
+
+
+def _holds(row: Row, question: Question) -> bool:
+    power_w = question.settings.power_w
+    if question.settings.force:
+        return False
+    wants_energy = power_w and question.timed and "speed" in question.parts
+    return not wants_energy or energy.is_of(row.energy_basis, power_w)

@@ -1,0 +1,41 @@
+"""The ledger: all rows. One row is one measurement: flat, units in the names, null where nothing was measured."""
+
+from edgelab.ledger.provenance import machine, provenance, version, versions
+from edgelab.ledger.row import FIELDS, Field, Row, UndeclaredField, declare, every_field
+from edgelab.ledger.store import (
+    LedgerError,
+    add,
+    export,
+    find,
+    frame,
+    newest,
+    own,
+    path,
+    read,
+    reference,
+    verdict,
+)
+
+__all__ = [
+    "FIELDS",
+    "Field",
+    "LedgerError",
+    "Row",
+    "UndeclaredField",
+    "add",
+    "declare",
+    "every_field",
+    "export",
+    "find",
+    "frame",
+    "machine",
+    "newest",
+    "own",
+    "path",
+    "provenance",
+    "read",
+    "reference",
+    "verdict",
+    "version",
+    "versions",
+]

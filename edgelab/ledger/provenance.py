@@ -1,0 +1,81 @@
+"""Where a row comes from: machine, system, versions and time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+DECIDING = ("edgelab", "torch", "transformers", "numpy")  # packages whose versions decide every number
+
+
+def provenance(threads: int, packages: Iterable[str] = ()) -> dict[str, object]:
+    """Machine, versions (those of an engine's `packages` too) and time.
+
+    `host` is a hash, so that rows can be shared.
+    """
+    return machine() | {
+        "threads": threads,
+        "versions": versions(packages),
+        "git_sha": _git_sha(),
+        "started_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+
+
+@cache
+def machine() -> dict[str, object]:
+    """What of a row does not change while a process lives."""
+    return {
+        "host": hashlib.sha256(f"{platform.node()} {_cpu()}".encode()).hexdigest()[:10],
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "os": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions(packages: Iterable[str] = ()) -> str:
+    """Versions of what decides the numbers, an engine's `packages` among it, as JSON text; null: not installed."""
+    return json.dumps({name: version(name) for name in (*DECIDING, *packages)})
+
+
+@cache
+def version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+        if found:
+            return found
+    return platform.processor() or platform.machine()
+
+
+@cache
+def _git_sha() -> str | None:
+    """The commit of the checkout that holds the package, if it is one of this project; None for an installed one."""
+    top = Path(__file__).resolve().parent.parent.parent
+    if not (top / "pyproject.toml").is_file() or not (top / ".git").exists():
+        return None
+    command = ["git", "-C", str(top), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,330 @@
+"""The row: every field of a measurement, declared once, with its unit, its direction and what it means.
+
+The ledger's columns, the table of the command line, plots, the report and the list of fields in docs/ read these
+declarations. A measurement of a stranger brings declarations of its own, which are kept in one JSON column.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edgelab.errors import EdgeLabError
+
+
+class UndeclaredField(EdgeLabError):
+    """A value under a name that no field declares; it would be lost."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """What everybody has to know of a field.
+
+    better: which way is better, None for what is no measure of anything. within: "protocol" for values that compare
+    only where model, protocol and text agree, "machine" for those of one machine. heading: of its column in a
+    terminal, empty for none. form: how the report writes a value, empty for no column. ends: the two fields that hold
+    its interval. baseline: its value where nothing was changed.
+    """
+
+    label: str
+    group: str = "own"
+    unit: str = ""
+    better: Literal["lower", "higher"] | None = None
+    within: Literal["protocol", "machine"] | None = None
+    heading: str = ""
+    form: str = ""
+    ends: tuple[str, str] | None = None
+    baseline: float | None = None
+    meaning: str = ""
+
+    @property
+    def with_unit(self) -> str:
+        """The label as an axis has it: "Weights (MB)"."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    @property
+    def direction(self) -> str:
+        return f"{self.better} is better" if self.better else ""
+
+
+def declared(label: str, group: str, default: Any = None, **about: Any) -> Any:
+    """A dataclass field with its declaration."""
+    return field(default=default, metadata={"about": Field(label, group, **about)})
+
+
+LOWER: dict[str, Any] = {"better": "lower"}
+HIGHER: dict[str, Any] = {"better": "higher"}
+MB: dict[str, Any] = {"unit": "MB", "better": "lower"}
+RATE: dict[str, Any] = {"unit": "tokens/s", "better": "higher", "within": "machine"}
+
+
+@dataclass
+class Row:
+    """One measurement: flat, units in the names, null where nothing was measured. MB is 10^6 bytes, NLL in nats."""
+
+    recipe: str = field(
+        metadata={
+            "about": Field(
+                "Recipe",
+                "identity",
+                heading="recipe",
+                meaning="Techniques in order, and where the result runs.",
+            )
+        }
+    )
+    family: str = declared("Family", "identity", "baseline", meaning="Family of the last technique.")
+    model: str = declared("Model", "identity", "")
+    model_sha: str = declared(
+        "Fingerprint of the model", "identity", "", meaning="Over configuration, tokenizer and weights."
+    )
+    variant: str | None = declared("Address of the variant", "identity")
+    runtime: str = declared("Deployment", "identity", "torch", meaning="What the recipe names after the @.")
+    kernel: str | None = declared("Kernel", "identity", meaning="What multiplies.")
+    badge: str | None = declared(
+        "Badge", "identity", heading="badge", meaning="packed, runtime, simulated or analytic."
+    )
+    seed: int = declared("Seed", "identity", 0)
+    fast: bool = declared("Measured with EDGELAB_FAST", "identity", False)
+
+    protocol: str | None = declared("Protocol of perplexity", "quality")
+    corpus: str | None = declared("Text", "quality")
+    windows: int | None = declared("Windows asked for", "quality")
+    n_tokens: int | None = declared("Tokens scored", "quality")
+    nll_sum: float | None = declared("Sum of NLL", "quality", unit="nats", within="protocol")
+    ppl: float | None = declared(
+        "Perplexity", "quality", **LOWER, within="protocol", heading="ppl", form=",.2f",
+        meaning="How surprised the model is by the text, per token.",
+    )  # fmt: skip
+    bits_per_byte: float | None = declared(
+        "Bits per byte of text",
+        "quality",
+        **LOWER,
+        within="protocol",
+        meaning="Comparable across tokenizers.",
+    )
+    delta_nll: float | None = declared(
+        "NLL above the baseline", "quality", unit="nats per token", **LOWER, within="protocol", heading="ΔNLL",
+        form="+.4f", ends=("delta_nll_low", "delta_nll_high"), baseline=0.0,
+        meaning="Negative log-likelihood minus the baseline's on the same windows, with a 95 % interval. Where the "
+        "interval holds zero, this text does not tell the two apart.",
+    )  # fmt: skip
+    delta_nll_low: float | None = declared("Lower end of ΔNLL", "quality", unit="nats per token")
+    delta_nll_high: float | None = declared("Upper end of ΔNLL", "quality", unit="nats per token")
+    kld_mean: float | None = declared(
+        "KL divergence from the reference", "quality", unit="nats per token", **LOWER, within="protocol",
+        heading="KLD", form=".4f", baseline=0.0,
+        meaning="How far the next-token probabilities moved from the reference's; 0 is identical.",
+    )  # fmt: skip
+    top1_agreement: float | None = declared(
+        "Top-1 agreement with the reference", "quality", unit="share of tokens", **HIGHER, within="protocol",
+        heading="top-1", form=".1%", baseline=1.0,
+        meaning="Share of positions where the most likely token is the reference's.",
+    )  # fmt: skip
+    predicted_kld: float | None = declared(
+        "Predicted KL divergence", "quality", unit="nats per token", **LOWER,
+        meaning="What a technique that plans, such as quantize.mixed, expected before it was measured.",
+    )  # fmt: skip
+    window_nll: list[float] | None = declared(
+        "Mean NLL of each window", "quality", unit="nats per token", meaning="For paired differences."
+    )
+
+    last_word: float | None = declared(
+        "Last words predicted", "tasks", unit="share of sentences", **HIGHER, within="protocol", heading="last word",
+        form=".1%", meaning="Share of sentences in the scored windows whose last word is the most likely one.",
+    )  # fmt: skip
+    last_word_items: int | None = declared("Sentences asked for their last word", "tasks")
+    delta_last_word: float | None = declared(
+        "Last words, difference to the baseline", "tasks", unit="share of sentences", **HIGHER, within="protocol",
+        form="+.1%", ends=("delta_last_word_low", "delta_last_word_high"), baseline=0.0,
+        meaning="Paired, sentence by sentence, with a 95 % interval over windows.",
+    )  # fmt: skip
+    delta_last_word_low: float | None = declared("Lower end of the difference", "tasks")
+    delta_last_word_high: float | None = declared("Upper end of the difference", "tasks")
+    last_word_lost: int | None = declared(
+        "Last words that the baseline alone got", "tasks", meaning="With the next field, McNemar's counts."
+    )
+    last_word_won: int | None = declared("Last words that the baseline did not get", "tasks")
+    last_word_right: str | None = declared(
+        "Last words, item by item", "tasks", meaning="1 for right, 0 for wrong; a space between windows."
+    )
+    story_cloze: float | None = declared(
+        "Story cloze", "tasks", unit="share of items", **HIGHER, within="protocol", form=".1%",
+        meaning="Share of items where the true next sentence of a story beats three from other stories, by "
+        "log-probability per byte; chance is a quarter.",
+    )  # fmt: skip
+    story_cloze_items: int | None = declared("Items of the story cloze", "tasks")
+    delta_story_cloze: float | None = declared(
+        "Story cloze, difference to the baseline", "tasks", unit="share of items", **HIGHER, within="protocol",
+        ends=("delta_story_cloze_low", "delta_story_cloze_high"), baseline=0.0,
+        meaning="Paired, item by item, with a 95 % interval over stories.",
+    )  # fmt: skip
+    delta_story_cloze_low: float | None = declared("Lower end of the difference", "tasks")
+    delta_story_cloze_high: float | None = declared("Upper end of the difference", "tasks")
+    story_cloze_lost: int | None = declared("Items that the baseline alone got", "tasks")
+    story_cloze_won: int | None = declared("Items that the baseline did not get", "tasks")
+    story_cloze_right: str | None = declared(
+        "Story cloze, item by item", "tasks", meaning="1 for right, 0 for wrong; a space between stories."
+    )
+    sample: list[str] | None = declared(
+        "What the model writes", "tasks", meaning="Greedy continuations of three fixed prompts."
+    )
+
+    parameters: int | None = declared("Parameters", "size", **LOWER)
+    weights_mb: float | None = declared(
+        "Weights", "size", **MB, heading="MB", form=",.1f",
+        meaning="Stored weights with scales and embedding; MB is 10⁶ bytes.",
+    )  # fmt: skip
+    linear_mb: float | None = declared("Linear layers", "size", **MB)
+    embedding_mb: float | None = declared("Embedding", "size", **MB)
+    scales_mb: float | None = declared("Scales and zero-points", "size", **MB)
+    bits_per_weight: float | None = declared(
+        "Effective bits per weight", "size", **LOWER, heading="bits/w", form=".2f",
+        meaning="Stored bits of all weights over the number of weights.",
+    )  # fmt: skip
+    file_mb: float | None = declared("File", "size", **MB)
+    kv_cache_mb_per_1k: float | None = declared(
+        "KV cache", "size", unit="MB per 1,000 tokens", **LOWER, meaning="As the deployment keeps it."
+    )
+    peak_rss_mb: float | None = declared(
+        "Peak memory of the process", "size", **MB, heading="RSS MB", form=",.0f",
+        meaning="Peak of a fresh process that loads and generates, minus the peak of one that loads nothing.",
+    )  # fmt: skip
+
+    export_s: float | None = declared(
+        "Writing the engine's file", "speed", unit="s", **LOWER, within="machine",
+        meaning="Once for each variant.",
+    )  # fmt: skip
+    load_s: float | None = declared("Loading", "speed", unit="s", **LOWER, within="machine")
+    compile_s: float | None = declared(
+        "Compiling", "speed", unit="s", **LOWER, within="machine",
+        meaning="Less where compiled code of an earlier run is on disk.",
+    )  # fmt: skip
+    prefill_tokens: int | None = declared("Tokens of the timed prompt", "speed")
+    decode_tokens: int | None = declared("Tokens decoded for each timing", "speed")
+    ttft_ms_p50: float | None = declared(
+        "Time to first token", "speed", unit="ms", **LOWER, within="machine", heading="TTFT ms", form=",.1f",
+        meaning="Median time from prompt to first token.",
+    )  # fmt: skip
+    prefill_tok_s: float | None = declared("Prefill", "speed", **RATE)
+    tpot_ms_p50: float | None = declared(
+        "Time per output token", "speed", unit="ms", **LOWER, within="machine", ends=("tpot_ms_p50", "tpot_ms_p95")
+    )  # fmt: skip
+    tpot_ms_p95: float | None = declared(
+        "Time per output token, 95th percentile", "speed", unit="ms", **LOWER, within="machine"
+    )
+    decode_tok_s: float | None = declared(
+        "Decoding", "speed", **RATE, heading="tok/s", form=",.1f",
+        meaning="Tokens per second after the first, one sequence.",
+    )  # fmt: skip
+    iterations: int | None = declared("Timed turns", "speed")
+    prefill_ratio: float | None = declared(
+        "Prefill rate ÷ baseline's, same run", "speed", **HIGHER, within="machine", baseline=1.0
+    )
+    decode_ratio: float | None = declared(
+        "Decoding rate ÷ baseline's, same run", "speed", **HIGHER, within="machine", heading="× none", form=".2f",
+        ends=("decode_ratio_low", "decode_ratio_high"), baseline=1.0,
+        meaning="Decoding rate over the baseline's in interleaved runs, with its spread: the number to compare "
+        "speed by.",
+    )  # fmt: skip
+    decode_ratio_low: float | None = declared("Lower end of the ratio", "speed")
+    decode_ratio_high: float | None = declared("Upper end of the ratio", "speed")
+
+    apply_s: float | None = declared(
+        "Making the variant", "cost", unit="s", **LOWER, within="machine", meaning="All its stages together."
+    )
+    train_tokens: int | None = declared("Training tokens", "cost", **LOWER)
+    train_corpus: str | None = declared("Training text", "cost")
+    calibration_tokens: int | None = declared("Calibration tokens", "cost", **LOWER)
+    notes: str | None = declared("Notes", "cost", meaning="What a technique has to say about this run.")
+
+    energy_j_per_token: float | None = declared(
+        "Energy", "energy", unit="J per token", **LOWER, within="machine"
+    )
+    energy_basis: str | None = declared(
+        "Basis of the energy",
+        "energy",
+        meaning="RAPL's counters, or an estimate from a power that was given.",
+    )
+
+    parity: str | None = declared(
+        "Parity gate", "parity", meaning="passed, failed, or own weights; of the variant and its export."
+    )
+    parity_detail: str | None = declared("Numbers behind the gate", "parity")
+
+    host: str | None = declared("Machine", "provenance", meaning="A hash, so that rows can be shared.")
+    cpu: str | None = declared("Processor", "provenance")
+    cores: int | None = declared("Cores", "provenance")
+    threads: int | None = declared("Threads", "provenance")
+    ram_gb: float | None = declared("Memory of the machine", "provenance", unit="GB")
+    os: str | None = declared("System", "provenance")
+    python: str | None = declared("Python", "provenance")
+    versions: str | None = declared("Versions of packages", "provenance", meaning="JSON.")
+    made_by: str | None = declared(
+        "Versions of techniques, export and measurements", "provenance", meaning="JSON; part of the question."
+    )
+    git_sha: str | None = declared("Commit of the project", "provenance")
+    started_at: str | None = declared("Start", "provenance")
+    duration_s: float | None = declared("Duration", "provenance", unit="s")
+    row_id: str = field(
+        default_factory=lambda: uuid.uuid4().hex,
+        metadata={"about": Field("Identity of the row", "provenance")},
+    )
+    status: str = declared(
+        "Status", "provenance", "ok", heading="status", meaning="ok, error, oom or timeout."
+    )
+    error: str | None = declared("Reason of a failure", "provenance")
+    extra: dict[str, Any] = field(
+        default_factory=dict, metadata={"about": Field("Fields of further measurements", "provenance")}
+    )
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a field, also of one that a stranger's measurement declared."""
+        return self.extra.get(name) if name not in FIELDS else getattr(self, name)
+
+    def fill(self, values: dict[str, Any]) -> None:
+        """Set fields, in place. Raises UndeclaredField for a name that nobody has declared."""
+        for name, value in values.items():
+            if name in FIELDS and name != "extra":
+                setattr(self, name, value)
+            elif name in OTHERS:
+                self.extra[name] = value
+            else:
+                raise UndeclaredField(
+                    f"No field is called '{name}'; declare it in ledger/row.py, or with the measurement that fills it."
+                )
+
+    def flat(self) -> dict[str, Any]:
+        """One value for each field, those of strangers among them, without what is kept window by window."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("window_nll", "extra")}
+        return kept | self.extra
+
+
+FIELDS: dict[str, Field] = {one.name: one.metadata["about"] for one in dataclasses.fields(Row)}
+OTHERS: dict[str, Field] = {}  # declared by measurements from elsewhere
+
+
+def declare(fields: dict[str, Field]) -> None:
+    """Enter fields of a measurement that is no part of edgelab. Raises UndeclaredField for a name that is taken."""
+    for name, about in fields.items():
+        if name in FIELDS:
+            raise UndeclaredField(f"'{name}' is a field of every row already; give yours another name.")
+        OTHERS[name] = about
+
+
+def every_field() -> dict[str, Field]:
+    """All declarations by name."""
+    return FIELDS | OTHERS
+
+
+def value_types() -> dict[str, type]:
+    """The type of the values of each field of Row: str, int, float, bool, list or dict."""
+    hints = typing.get_type_hints(Row)
+    found = {}
+    for name in FIELDS:
+        kind = next((one for one in typing.get_args(hints[name]) if one is not type(None)), None)
+        kind = hints[name] if kind is None or typing.get_origin(hints[name]) in (list, dict) else kind
+        found[name] = typing.get_origin(kind) or kind
+    return found

@@ -1,0 +1,66 @@
+"""Size: bytes of the stored weights by part, and what they come to in bits per weight.
+
+In PyTorch they are counted from the tensors of the variant; for an engine from the file that it loads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgelab.measure import Subject, measurement
+
+if TYPE_CHECKING:
+    from edgelab.storage.description import Description
+
+
+@measurement(
+    "size",
+    part="variant",
+    needs="variant",
+    fields=(
+        "parameters",
+        "weights_mb",
+        "linear_mb",
+        "embedding_mb",
+        "scales_mb",
+        "file_mb",
+        "bits_per_weight",
+        "kv_cache_mb_per_1k",
+    ),
+)
+def size(subject: Subject) -> dict[str, Any]:
+    """Parts are those of the variant; an engine's file is not taken apart."""
+    parts, export = subject.about["size"], subject.export
+    if export is None:
+        stored = sum(count for name, count in parts.items() if name.endswith("_bytes"))
+        found = {f"{part}_mb": parts[f"{part}_bytes"] / 1e6 for part in ("linear", "embedding", "scales")}
+        found |= {
+            "weights_mb": stored / 1e6,
+            "file_mb": (subject.folder / "model.safetensors").stat().st_size / 1e6,
+        }
+    else:
+        found = {"weights_mb": export.weights_bytes / 1e6, "file_mb": export.file_bytes / 1e6}
+    return found | {
+        "parameters": parts["parameters"],
+        "bits_per_weight": 8e6 * found["weights_mb"] / parts["parameters"],
+        "kv_cache_mb_per_1k": kv_cache_mb_per_1k(subject.description, subject.cache_bytes),
+    }
+
+
+def kv_cache_mb_per_1k(description: Description, bytes_per_value: float = 4) -> float:
+    """MB of keys and values of 1,000 tokens: layers x KV heads x head size x 2 x bytes.
+
+    Where they are quantized, those of the packed cache, scales and recent tokens included.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**description.config)
+    if description.marks.cache is not None:
+        return description.marks.cache.nbytes(config, 1000, bytes_per_value) / 1e6
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values = config.num_hidden_layers * heads * head_dim * 2
+    for name, (out_features, *_) in description.shapes.items():  # layers with fewer heads than the others
+        if name.endswith((".k_proj", ".v_proj")):
+            values += out_features - heads * head_dim
+    return values * bytes_per_value * 1000 / 1e6

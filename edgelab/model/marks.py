@@ -1,0 +1,51 @@
+"""What belongs to a model and is no tensor, and what tells one model from another."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from edgelab.storage.kv_cache import CacheGrid
+
+ATTRIBUTE = "edgelab_marks"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """cache: the grid on which keys and values are kept. native: the width asked of an engine's own quantizer."""
+
+    cache: CacheGrid | None = None
+    native: str | None = None
+
+
+def marks_of(model: PreTrainedModel) -> Marks:
+    """The marks of a model; a plain one has none set."""
+    return getattr(model, ATTRIBUTE, Marks())
+
+
+def marked(model: PreTrainedModel, **marks: object) -> PreTrainedModel:
+    """The same model with further marks, in a copy that shares its parameters: nothing changes them."""
+    twin = copy.copy(model)
+    setattr(twin, ATTRIBUTE, replace(marks_of(model), **marks))
+    return twin
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash of configuration, marks, names, shapes and values of all tensors, for a model without an address."""
+    import torch
+
+    config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
+    digest = hashlib.sha256(repr((sorted(config.items(), key=str), marks_of(model))).encode())
+    tensors = model.state_dict()
+    for name, layer in model.named_modules():  # packed layers keep their matrices outside the state dict
+        if hasattr(layer, "tensor"):
+            tensors |= {f"{name}.{part}": tensor for part, tensor in layer.tensor.stored()[0].items()}
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:20]

@@ -1,0 +1,245 @@
+"""Questions to tables of rows: which of them compare, which nothing beats, and what a budget buys.
+
+A table is `ledger.frame()`, or some rows of it; what is returned has the same columns and index. Without torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from edgelab import assets
+from edgelab.errors import EdgeLabError
+from edgelab.ledger import Field, every_field
+from edgelab.measure import Asked, intervals
+from edgelab.measure.intervals import Interval, PairingError
+
+PROTOCOL = ["model", "protocol", "corpus", "n_tokens"]  # quality compares only where these agree
+BASELINE = "none"
+ROUNDED = r"^(?P<method>quantize\.\w+):bits=(?P<bits>[\d.]+),group_size=(?P<group_size>\d+)$"
+# What a row knows of all its windows together, and what it knows of each
+OF_ALL = ["bits_per_byte", "kld_mean", "top1_agreement"]
+CUT = ["window_nll", "n_tokens", "nll_sum", "ppl", "delta_nll", "delta_nll_low", "delta_nll_high"]
+CUT_WORDS = [name for name in every_field() if name.startswith(("last_word", "delta_last_word"))]
+
+
+class UnknownMetric(EdgeLabError):
+    """A name of no field that is better low or high."""
+
+
+class NotMeasured(EdgeLabError):
+    """The rows hold no value that a question needs; the message says what to measure first."""
+
+
+class Recommendation(NamedTuple):
+    """What to use within a budget: the row, None where nothing fits, and the reason in words."""
+
+    row: pd.Series | None
+    sentence: str
+
+
+def find_metric(name: str) -> Field:
+    """The declaration of a field that is better low or high. Raises UnknownMetric, naming all of them."""
+    known = {field: about for field, about in every_field().items() if about.better}
+    if name not in known:
+        raise UnknownMetric(f"no metric is called {name!r}; there are {', '.join(known)}")
+    return known[name]
+
+
+def newest(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:
+    """Of rows that agree in the columns `same` the newest, the reader's before the project's."""
+    ordered = rows.assign(reader=rows["source"] != "reference", place=range(len(rows)))
+    ordered = ordered.sort_values(["reader", "started_at"], kind="stable")
+    return rows.iloc[ordered.drop_duplicates(same, keep="last")["place"].sort_values()]
+
+
+def interval_ends(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """Lower and upper end of a field in each row, (rows, 2), NaN where no interval was measured.
+
+    Where the interval is one of the difference to the baseline, the baseline's value counts as known: the end is the
+    row's own value moved by as much as the end of the difference is from the difference. Perplexity is exp of NLL.
+    """
+    declared = every_field()
+    if ends := declared[name].ends:
+        return rows[list(ends)].to_numpy(float)
+    delta = "delta_nll" if name == "ppl" else f"delta_{name}"
+    if delta not in declared:
+        return np.full((len(rows), 2), math.nan)
+    value, difference = rows[[name]].to_numpy(float), rows[[delta]].to_numpy(float)
+    reach = rows[list(declared[delta].ends)].to_numpy(float) - difference
+    return value * np.exp(reach) if name == "ppl" else value + reach
+
+
+def pareto_front(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """The rows that no other row beats: none is at least as good in `x` and `y` and better in one of them.
+
+    What is good says the field. Rows without both values are not on the front. Sorted by x, then y.
+    """
+    signs = [_sign(name) for name in (x, y)]
+    rows = rows[np.isfinite(rows[[x, y]].astype(float)).all(axis=1)]
+    cost = rows[[x, y]].to_numpy(float) * signs  # (rows, 2), lower is better
+    as_good = (cost[:, None] <= cost[None]).all(axis=2)  # (rows, rows): is row i as good as row j?
+    better = (cost[:, None] < cost[None]).any(axis=2)
+    return rows[~(as_good & better).any(axis=0)].sort_values([x, y])
+
+
+def _sign(name: str) -> int:
+    """What makes lower better."""
+    return 1 if find_metric(name).better == "lower" else -1
+
+
+def comparable(rows: pd.DataFrame) -> pd.DataFrame:
+    """The successful rows of one model, protocol, text and number of tokens: those for which most recipes have a speed.
+
+    Rows of quality alone, as notebooks leave many on a few windows, decide only where that is a tie.
+    Raises NotMeasured where no row has perplexity and size.
+    """
+    rows = rows[(rows["status"] == "ok") & rows["ppl"].notna() & rows["weights_mb"].notna()]
+    if rows.empty:
+        raise NotMeasured('no row has ppl and weights_mb: measure first, for instance el.measure("none")')
+    timed = rows["recipe"].where(rows["decode_tok_s"].notna())
+    sets = rows.assign(timed=timed).groupby(PROTOCOL, dropna=False)[["timed", "recipe"]].nunique()
+    chosen = sets.sort_values(["timed", "recipe"], kind="stable").index[-1]
+    return rows[(rows[PROTOCOL] == list(chosen)).all(axis=1)]
+
+
+def paired(rows: pd.DataFrame, recipe: str, baseline: str = BASELINE) -> Interval:
+    """NLL of a recipe minus that of another on the same windows, in nats per token, with its 95 % interval.
+
+    It is taken from the newest two rows that agree in model, protocol, text and tokens. Raises PairingError where the
+    table holds no such two.
+    """
+    kept = rows[(rows["status"] == "ok") & rows["window_nll"].notna()]
+    mine, others = (newest(kept[kept["recipe"] == name], PROTOCOL) for name in (recipe, baseline))
+    pairs = mine.sort_values("started_at").merge(others, on=PROTOCOL, suffixes=("", "_other"))
+    if pairs.empty:
+        raise PairingError(
+            f"No two rows of '{recipe}' and '{baseline}' read the same windows; measure both in one comparison."
+        )
+    last = pairs.iloc[-1]
+    return difference(last["window_nll"], last["window_nll_other"])
+
+
+def difference(nll: list[float], other: list[float]) -> Interval:
+    """Mean difference of two rows in the mean NLL of each window, where all windows score as many tokens."""
+    return intervals.paired(nll, other, np.ones(len(nll)))
+
+
+def first_windows(rows: pd.DataFrame, windows: int) -> pd.DataFrame:
+    """Rows of the embedded model on `wiki`, with their quality over the first `windows` windows only.
+
+    A row of 32 windows holds the NLL and the last words of each, so that it also answers for 4. Differences to the
+    baseline and their intervals are computed anew where the table holds the baseline.
+    """
+    asked = {"model": assets.EMBEDDED_NAME, "protocol": Asked.protocol, "corpus": Asked.corpus}
+    rows = rows[rows["fast"].eq(False) | assets.fast()]  # rows of fast mode stay out of full mode
+    long_enough = rows["window_nll"].map(lambda nll: isinstance(nll, list) and len(nll) >= windows)
+    rows = rows[long_enough & (rows["status"] == "ok") & (rows[list(asked)] == asked).all(axis=1)]
+    baseline = next((row for _, row in rows[rows["recipe"] == BASELINE].tail(1).iterrows()), None)
+    cut = [_cut(row, baseline, windows) for _, row in rows.iterrows()]
+    cut = pd.DataFrame(cut, rows.index, columns=[*CUT, *CUT_WORDS])
+    return rows.drop(columns=[*OF_ALL, *cut], errors="ignore").join(cut)
+
+
+def _cut(row: pd.Series, baseline: pd.Series | None, windows: int) -> dict[str, object]:
+    """The fields of a row that change with its windows."""
+    nll = row["window_nll"][:windows]
+    tokens = row["n_tokens"] / len(row["window_nll"]) * windows  # every window scores as many
+    mean = math.fsum(nll) / windows
+    found = {"window_nll": nll, "n_tokens": tokens, "nll_sum": mean * tokens, "ppl": math.exp(mean)}
+    compared = baseline is not None and row["recipe"] != BASELINE
+    if compared:
+        found |= difference(nll, baseline["window_nll"][:windows]).fields("delta_nll")
+    words = _words(row, windows)
+    if words is not None:
+        right = [[answer == "1" for answer in window] for window in words]
+        theirs = _words(baseline, windows) if compared else None
+        same = theirs is not None and [*map(len, theirs)] == [*map(len, words)]  # sentences in each window
+        found |= intervals.accuracy("last_word", right, " ".join(theirs) if same else None)
+    return found
+
+
+def _words(row: pd.Series, windows: int) -> list[str] | None:
+    """Answers on the last words of the first windows, one text a window."""
+    right = row.get("last_word_right")
+    return right.split(" ")[:windows] if isinstance(right, str) else None
+
+
+def best_within(
+    rows: pd.DataFrame, budget_mb: float, of: str = "weights_mb", by: str = "ppl"
+) -> pd.Series | None:
+    """The best row `by` a field of quality whose `of` is at most `budget_mb`; None where none is.
+
+    Simulated rows keep dense floats in memory whatever they store, so that they are never within a budget.
+    """
+    within = _stored(rows, by)[lambda known: known[of] <= budget_mb]
+    return None if within.empty else within.iloc[(_sign(by) * within[by]).argmin()]
+
+
+def _stored(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    return rows[(rows["badge"] != "simulated") & rows[by].notna()]
+
+
+def recommend(
+    rows: pd.DataFrame, budget_mb: float, of: str = "weights_mb", by: str = "ppl"
+) -> Recommendation:
+    """What to use on a device with `budget_mb` for `of`, weights or process: the best row `by` a field of quality.
+
+    The sentence says the interval, a smaller recipe that these windows do not tell from it, and what the next better
+    one would need. Only rows that `comparable` keeps have an order. Raises NotMeasured as it does.
+    """
+    rows = comparable(rows)
+    known = _stored(rows, by).dropna(subset=of)
+    if known.empty:
+        raise NotMeasured(f"no row has {of} and {by} and stores what it says: measure both first")
+    room = f"{budget_mb:,.0f} MB ({find_metric(of).label.lower()})"
+    best = best_within(known, budget_mb, of, by)
+    if best is None:
+        small = known.iloc[known[of].argmin()]
+        return Recommendation(
+            None, f"Nothing measured fits {room}; the smallest is {small['recipe']} with {small[of]:,.1f} MB."
+        )
+    text = f"If the device has {room}, use {best['recipe']}: {best[of]:,.1f} MB, {_said(best, by)}."
+    untold = [by == "ppl" and row[of] < best[of] and _untold(row, best) for _, row in known.iterrows()]
+    alike = known[np.array(untold)]
+    if len(alike):
+        small = alike.iloc[alike[of].argmin()]
+        text += f" These windows do not tell it from {small['recipe']} with {small[of]:,.1f} MB."
+    better = known[_sign(by) * known[by] < _sign(by) * best[by]]
+    if better.empty:
+        return Recommendation(best, f"{text} Nothing measured is better.")
+    following = better.iloc[better[of].argmin()]
+    needs = f"The next better one needs {following[of]:,.1f} MB"
+    return Recommendation(best, f"{text} {needs} ({following['recipe']}, {_said(following, by)}).")
+
+
+def _said(row: pd.Series, name: str) -> str:
+    """A value with its name and interval: "perplexity 26.66 [26.30, 27.03]"."""
+    about = find_metric(name)
+    low, high = interval_ends(row.to_frame().T, name)[0]
+    form = about.form or ".3g"
+    interval = f" [{low:{form}}, {high:{form}}]" if math.isfinite(low) else ""
+    return f"{about.label.lower()} {row[name]:{form}}{interval}"
+
+
+def _untold(row: pd.Series, other: pd.Series) -> bool:
+    """Whether the paired interval of two rows of the same windows holds zero."""
+    windows = row.get("window_nll"), other.get("window_nll")
+    if not all(isinstance(one, list) for one in windows) or len(windows[0]) != len(windows[1]):
+        return False
+    found = difference(*windows)
+    return found.low <= 0 <= found.high
+
+
+def by_method(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one method with bits and group_size and all else at its default: with columns method, bits, group_size.
+
+    They are read from the canonical text, which names both. Of several rows of a recipe the last counts.
+    """
+    rows = rows.drop_duplicates("recipe", keep="last")
+    settings = rows["recipe"].str.extract(ROUNDED)
+    found = rows.join(settings).dropna(subset="method")
+    return found.assign(**found[["bits", "group_size"]].apply(pd.to_numeric))

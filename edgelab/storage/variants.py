@@ -1,0 +1,294 @@
+"""Variants: what a recipe makes of a reference, saved once, packed, in a content-addressed cache.
+
+A variant is a folder: `model.safetensors` with plain tensors and, for each packed layer, the parts of its matrix;
+`config.json` and tokenizer of the model; `variant.json`, which says how layers are stored, which shapes the
+configuration does not give, and what the variant was made from; and below `exports`, what engines made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edgelab import assets
+from edgelab.model.marks import ATTRIBUTE, marks_of
+from edgelab.model.shapes import give_shapes, odd_shapes, skeleton
+from edgelab.recipes import Context, Recipe, Record
+from edgelab.reference import Source, load_model, load_tokenizer
+from edgelab.storage import cache, matrix
+from edgelab.storage.description import Description, from_json
+from edgelab.storage.layers import ActivationGrid, PackedEmbedding, PackedLinear, packed_layers
+from edgelab.storage.matrix import Matrix
+from edgelab.storage.stages import (
+    FORMAT,
+    VariantError,
+    address,
+    is_whole,
+    kept_stages,
+    read_about,
+    stage_keys,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+INPUT_PARTS = ("input_scale", "input_zero_point")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of the stored tensors, by part, and the parameters they stand for."""
+
+    parameters: int
+    linear_bytes: int
+    embedding_bytes: int
+    scales_bytes: int  # scales and zero-points, wherever they belong
+    other_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.linear_bytes + self.embedding_bytes + self.scales_bytes + self.other_bytes
+
+
+def build(recipe: Recipe, source: Source, seed: int, progress: Callable[[int, int], None]) -> Path:
+    """Make a recipe's variant from its longest kept stage, unless it is there already; returns its folder.
+
+    A second process that wants the same variant waits for the first one to finish it.
+    """
+    folder = address(recipe, source, seed)
+    if not is_whole(folder):
+        with cache.locked(folder):
+            if not is_whole(folder):
+                _make(recipe, source, seed, progress, folder)
+        cache.trim(keep=folder)
+    cache.touch(folder)
+    return folder
+
+
+def _make(
+    recipe: Recipe, source: Source, seed: int, progress: Callable[[int, int], None], folder: Path
+) -> None:
+    keys, tokenizer = stage_keys(recipe, source, seed), load_tokenizer(source)
+    reference = load_model(source)
+    before = max((done for done in kept_stages(recipe)[:-1]), default=0)
+    model, record, spent = reference, Record(), 0.0
+    if before:
+        parent = build(recipe.prefix(before), source, seed, progress)
+        about = read_about(parent)
+        model, record, spent = load(parent), Record(**about["record"]), about["apply_s"]
+    for place, technique in enumerate(recipe.techniques[before:], before):
+        context = Context(seed, progress, tokenizer, record, reference, keys[place])
+        torch.manual_seed(seed)
+        started = time.perf_counter()
+        model = technique.apply(model, context)
+        spent += time.perf_counter() - started
+    origin = {
+        "recipe": recipe.weights,
+        "model": source.name,
+        "model_sha": source.sha,
+        "parent": keys[before] if before else None,
+        "apply_s": spent if recipe.techniques else None,
+        "record": asdict(record),
+    }
+    save(model, folder, origin, tokenizer)
+
+
+# Saving
+
+
+def save(
+    model: PreTrainedModel,
+    folder: Path,
+    origin: dict[str, object],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a model, packed, into a folder that appears whole or not at all; with its tokenizer, which engines want.
+
+    Raises an EdgeLabError with one sentence where the place is read-only or the disk is full.
+    """
+    tensors, matrices = stored_tensors(model)
+    about = {
+        "format": FORMAT,
+        **origin,
+        **describe(model, matrices).as_json(),
+        "size": asdict(measure_size(model, tensors, matrices)),
+    }
+    with assets.staged(folder) as draft:
+        draft.mkdir()
+        try:
+            save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # its message holds the reason of the system, such as a full disk
+            raise assets.unwritable(folder.parent, error) from None
+        model.config.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        (draft / "variant.json").write_text(json.dumps(about, indent=1))
+
+
+def describe(model: PreTrainedModel, matrices: dict[str, dict] | None = None) -> Description:
+    """What a runtime has to know of a model; `matrices` as `stored_tensors` gives them, found here where left out."""
+    if matrices is None:
+        _, matrices = stored_tensors(model)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Description(dtype, matrices, marks_of(model), odd_shapes(model), model.config.to_dict())
+
+
+def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """Tensors as they are stored, each once, and for every packed layer how to read it back."""
+    tensors: dict[str, Tensor] = {}
+    matrices: dict[str, dict] = {}
+    first_name: dict[int, str] = {}
+    for name, layer in packed_layers(model).items():
+        stored = layer.tensor
+        if id(stored) in first_name:
+            parts, how = {}, {"same_as": first_name[id(stored)]}
+        else:
+            parts, how = stored.stored()
+            how = {"format": stored.format, **how}
+        first_name.setdefault(id(stored), name)
+        if isinstance(layer, PackedEmbedding):
+            how |= {"kind": "embedding", "multiplier": layer.multiplier}
+        else:
+            how["kind"] = "linear"
+            if layer.activation is not None:
+                how["activation"] = "token" if layer.activation.scale is None else "tensor"
+                if layer.activation.scale is not None:
+                    grid = (layer.activation.scale, layer.activation.zero_point)
+                    parts |= dict(zip(INPUT_PARTS, grid, strict=True))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        matrices[name] = how
+    seen: set[int] = set()
+    # Tied weights are one object here; buffers hold rotary frequencies, which no state dict has.
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach().contiguous()
+    return tensors, matrices
+
+
+def measure_size(model: PreTrainedModel, tensors: dict[str, Tensor], matrices: dict[str, dict]) -> Size:
+    """Count the bytes of stored weights by part. The embedding part holds the embedding and an untied head.
+
+    Buffers (rotary frequencies, a few hundred bytes) are stored, but they are no weights.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {name for name, module in model.named_modules() if module in ends}
+    sides = {name: layer.tensor.side | {*INPUT_PARTS} for name, layer in packed_layers(model).items()}
+    parts = dict.fromkeys(("linear", "embedding", "scales", "other"), 0)
+    parameters = sum(how["shape"][0] * how["shape"][1] for how in matrices.values() if "shape" in how)
+    for name in tensors.keys() - buffers:
+        tensor = tensors[name]
+        layer, _, kind = name.rpartition(".")
+        if layer in matrices and kind in sides[layer]:
+            part = "scales"
+        elif layer in embeddings:
+            part = "embedding"
+        else:
+            part = "linear" if tensor.dim() == 2 or (layer in matrices and kind != "bias") else "other"
+        parts[part] += tensor.nbytes
+        if layer not in matrices or kind == "bias":
+            parameters += tensor.numel()
+    return Size(parameters, *(parts[part] for part in ("linear", "embedding", "scales", "other")))
+
+
+# Loading
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """Read a variant back: a model with PackedLinear and PackedEmbedding layers where it is packed."""
+    about = read_description(folder)
+    try:
+        config = load_config(folder)
+        tensors = _read_tensors(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(folder, str(error).split("\n")[0]) from None
+    dtype = getattr(torch, about.dtype)
+    model = skeleton(config, dtype)
+    give_shapes(model, about.shapes)
+    matrices: dict[str, Matrix] = {}
+    for name, how in about.matrices.items():
+        parts = {
+            place.rpartition(".")[2]: tensors[place] for place in tensors if place.rpartition(".")[0] == name
+        }
+        try:
+            if "same_as" not in how:
+                matrices[name] = matrix.restored(parts, how)
+            layer = _read_layer(matrices[how.get("same_as", name)], parts, how, dtype)
+        except KeyError as lost:
+            raise _lacking(folder, f"{name}.{lost.args[0]}") from None
+        model.set_submodule(name, layer)
+        for part in parts.keys() - {"bias"}:
+            del tensors[f"{name}.{part}"]
+    model.load_state_dict(tensors, strict=False, assign=True)
+    for name, buffer in list(model.named_buffers()):  # rotary frequencies and the like
+        if buffer.is_meta:
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(last, tensors.get(name, buffer), persistent=False)
+    if not about.matrices or not isinstance(model.get_output_embeddings(), PackedLinear):
+        model.tie_weights()
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise _lacking(folder, left[0])
+    setattr(model, ATTRIBUTE, about.marks)
+    return model.eval()
+
+
+def _damaged(folder: Path, reason: str) -> VariantError:
+    return VariantError(f"The variant in {folder} is damaged ({reason}); `edgelab cache clear` removes it.")
+
+
+def _lacking(folder: Path, name: str) -> VariantError:
+    return VariantError(f"The variant in {folder} lacks {name}; `edgelab cache clear` removes it.")
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Copies of all tensors of a file.
+
+    A tensor that stays mapped is read from disk in the middle of a measurement; and the mapping is opened anew for
+    each, since the pages of one mapping count as memory of the process beside the copies, until it is closed.
+    """
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    tensors = {}
+    for name in names:
+        with safe_open(file, "pt") as opened:
+            tensors[name] = opened.get_tensor(name).clone()
+    return tensors
+
+
+def _read_layer(
+    stored: Matrix, parts: dict[str, Tensor], how: dict, dtype: torch.dtype
+) -> PackedLinear | PackedEmbedding:
+    if how["kind"] == "embedding":
+        return PackedEmbedding(stored, dtype, how["multiplier"])
+    bias = nn.Parameter(parts["bias"], requires_grad=False) if "bias" in parts else None
+    activation = {"token": ActivationGrid(), None: None}.get(how.get("activation"))
+    if how.get("activation") == "tensor":
+        activation = ActivationGrid(*(parts[name] for name in INPUT_PARTS))
+    return PackedLinear(stored, bias, activation)
+
+
+def read_description(folder: Path) -> Description:
+    """What a runtime has to know of a saved variant. Raises VariantError where it is damaged."""
+    about = read_about(folder)
+    try:
+        return from_json(about, json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, str(error).split("\n")[0]) from None
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The model configuration of a variant."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
