@@ -22,6 +22,7 @@ Kind = Literal["int", "float", "bool", "str", "choice", "recipe"]
 
 _QUOTED = r'"(?:\\.|[^"\\])*"'
 _MARKS = re.compile(_QUOTED + r'|\d[eE]\+\d|[+@,()"]', re.DOTALL)  # the plus of 1e+20 joins nothing
+_WHOLE = re.compile(_QUOTED, re.DOTALL)
 _SPECIAL = re.compile(r'[+@,()"=]')
 
 
@@ -254,7 +255,7 @@ def _quote(text: str) -> str:
 
 
 def _unquote(text: str, name: str) -> str:
-    if re.fullmatch(_QUOTED, text, re.DOTALL):
+    if _WHOLE.fullmatch(text):
         return re.sub(r'\\(["\\])', r"\1", text[1:-1])
     if '"' in text:
         raise RecipeError(f"{name} should have its quotes around the whole value, not {text}.")

@@ -12,24 +12,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import json
 import re
-import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_type_hints
 
-from edgelab import assets, notation, plugins
-from edgelab.keys import key
+from edgelab import notation, plugins, sources
 from edgelab.notation import DEFAULT_DEPLOYMENT, Call, Catalogue, Method, Plain, RecipeError, Setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_LOADED_NS = time.time_ns()
 _FACTS = (
     "version",
     "shown",
@@ -308,16 +303,10 @@ def catalogue() -> Catalogue:
     return Catalogue(*(dict(methods) for methods in _REGISTERED))
 
 
-# The catalogue on disk: recipes of rows that are known already are read without importing torch.
-
-
 def saved_catalogue() -> Catalogue | None:
-    """What `save_catalogue` wrote, or None where a source file has changed since."""
-    try:
-        saved = json.loads(_catalogue_file().read_text())
-    except (OSError, ValueError):
-        return None
-    if saved.get("stamp") != _stamp(_sources()):
+    """The catalogue that an earlier process kept, or None where a source file has changed since."""
+    saved = sources.recall("recipes")
+    if saved is None:
         return None
     return Catalogue(
         *({name: _method(one) for name, one in saved[kind].items()} for kind in Catalogue._fields)
@@ -325,33 +314,19 @@ def saved_catalogue() -> Catalogue | None:
 
 
 def save_catalogue() -> None:
-    """Write the catalogue for processes to come, unless a source file is newer than what this process imported."""
-    sources = _sources()
-    if max(path.stat().st_mtime_ns for path in sources) < _LOADED_NS:
-        methods = {
+    """Keep the catalogue for processes to come."""
+    sources.keep(
+        "recipes",
+        {
             kind: {name: dataclasses.asdict(one) for name, one in found.items()}
             for kind, found in catalogue()._asdict().items()
-        }
-        with assets.staged(_catalogue_file()) as draft:
-            draft.write_text(json.dumps({"stamp": _stamp(sources), **methods}))
+        },
+    )
 
 
 def canonical(text: str, known: Catalogue) -> Plain:
     """A recipe as `parse` reads it, without constructing its techniques: they may refuse, or settle on other values."""
     return notation.read(text, known)
-
-
-def _catalogue_file() -> Path:
-    return assets.home() / "catalogue.json"
-
-
-def _sources() -> list[Path]:
-    return [*sorted(Path(__file__).parent.rglob("*.py")), *plugins.files()]
-
-
-def _stamp(sources: list[Path]) -> str:
-    states = ((str(path), path.stat()) for path in sources)
-    return key("catalogue", *([path, stat.st_size, stat.st_mtime_ns] for path, stat in states))
 
 
 def _method(saved: dict[str, Any]) -> Method:

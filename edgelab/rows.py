@@ -13,7 +13,7 @@ import pandas as pd
 
 from edgelab import assets
 from edgelab.errors import EdgeLabError
-from edgelab.ledger import Field, every_field
+from edgelab.ledger import FIELDS, Field, every_field
 from edgelab.measure import Asked, intervals
 from edgelab.measure.intervals import Interval, PairingError
 
@@ -23,7 +23,7 @@ ROUNDED = r"^(?P<method>quantize\.\w+):bits=(?P<bits>[\d.]+),group_size=(?P<grou
 # What a row knows of all its windows together, and what it knows of each
 OF_ALL = ["bits_per_byte", "kld_mean", "top1_agreement"]
 CUT = ["window_nll", "n_tokens", "nll_sum", "ppl", "delta_nll", "delta_nll_low", "delta_nll_high"]
-CUT_WORDS = [name for name in every_field() if name.startswith(("last_word", "delta_last_word"))]
+CUT_WORDS = [name for name in FIELDS if name.startswith(("last_word", "delta_last_word"))]
 
 
 class UnknownMetric(EdgeLabError):

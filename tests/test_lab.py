@@ -261,7 +261,8 @@ def test_speed_alone_waits_for_the_verdict_of_the_gate_and_carries_it(settings):
 
 def planned(recipes, **settings):
     return [
-        (str(step.recipe), step.stage, step.is_known, step.asked) for step in lab.planned(recipes, **settings)
+        (str(step.recipe), step.stage, step.is_known, step.place is not None)
+        for step in lab.planned(recipes, **settings)
     ]
 
 
@@ -312,11 +313,11 @@ def test_a_raised_version_asks_again_and_alone(settings, monkeypatch, raised):
         monkeypatch.setitem(protocols.PROTOCOLS, "edgelab-512", raised_one)
         asked_again = {"none", recipe, other}
     else:
-        raised_one = replace(MEASUREMENTS["last word"], version=99)
-        monkeypatch.setitem(MEASUREMENTS, "last word", raised_one)
+        raised_one = replace(MEASUREMENTS["last_word"], version=99)
+        monkeypatch.setitem(MEASUREMENTS, "last_word", raised_one)
         asked_again = {"none", recipe, other}
     steps = lab.planned(["none", recipe, other], only="quality", **settings)
-    assert {str(step.recipe) for step in steps if step.asked and not step.is_known} == asked_again
+    assert {str(step.recipe) for step in steps if step.place is not None and not step.is_known} == asked_again
 
 
 def test_a_changed_config_or_tokenizer_is_another_model(settings, tiny, tmp_path):

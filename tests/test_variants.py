@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 
-from edgelab import assets, reference
+from edgelab import assets, recipes, reference
 from edgelab.errors import EdgeLabError
 from edgelab.recipes import Context, parse
-from edgelab.storage import cache, variants
+from edgelab.storage import cache, stages, variants
 from edgelab.storage.variants import VariantError
 
 RECIPES = (
@@ -23,9 +24,9 @@ RECIPES = (
     "quantize.bf16",
     "quantize.rtn:bits=4,group_size=64",
     "quantize.rtn:bits=3,group_size=32,symmetric=true",
-    "quantize.rtn:bits=4,group_size=64,embedding_bits=8",
-    "quantize.rtn:bits=8,group_size=0,embedding_bits=5,symmetric=true",
-    "quantize.bf16 + quantize.rtn:bits=4,group_size=32,embedding_bits=4",
+    "quantize.rtn:bits=4,group_size=64 + quantize.embedding:symmetric=false",
+    "quantize.rtn:bits=8,group_size=0,symmetric=true + quantize.embedding:bits=5",
+    "quantize.bf16 + quantize.rtn:bits=4,group_size=32 + quantize.embedding:bits=4,symmetric=false",
 )
 IDS = torch.arange(2, 66)[None]  # (1, time)
 
@@ -105,7 +106,12 @@ TINY_LAYER = {
         # 3/8 of a byte each; 3,072 groups of 32
         ("quantize.rtn:bits=3,group_size=32", 36_864, 3_072 * 2 + 1_152, 300 * 64 * 4),
         # one group for each of the 2 x 640 rows, and for each of the 300 rows of the tied embedding
-        ("quantize.rtn:bits=8,group_size=0,embedding_bits=8", 98_304, (1_280 + 300) * 3, 300 * 64),
+        (
+            "quantize.rtn:bits=8,group_size=0 + quantize.embedding:symmetric=false",
+            98_304,
+            (1_280 + 300) * 3,
+            300 * 64,
+        ),
     ],
 )
 def test_size_of_the_tiny_model_by_hand(text, linear, scales, embedding, tiny_reference, tmp_path):
@@ -156,7 +162,7 @@ def test_address_depends_on_all_that_makes_the_weights(source, monkeypatch):
     ]
     monkeypatch.setattr(type(recipe.techniques[0]), "version", 99)
     others.append(variants.address(recipe, source, 0))
-    monkeypatch.setattr(variants, "FORMAT", variants.FORMAT + 1)
+    monkeypatch.setattr(stages, "FORMAT", stages.FORMAT + 1)
     others.append(variants.address(recipe, source, 0))
     assert len({address, *others}) == 7
     assert variants.address(parse("none"), source, 0) == variants.address(parse("none"), source, 1)
@@ -171,6 +177,37 @@ def test_build_saves_once_and_reuses(source, monkeypatch):
     monkeypatch.setattr(variants, "load_model", lambda source: pytest.fail("the variant was there already"))
     assert variants.build(recipe, source, 0, ignore) == folder
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
+
+
+def test_layers_of_other_widths_are_saved_and_loaded(new_model, tmp_path):
+    """One layer narrower than the configuration says, another packed."""
+    model = new_model("llama")
+    mlp = model.model.layers[1].mlp
+    for name, rows in (("gate_proj", 128), ("up_proj", 128)):
+        layer = getattr(mlp, name)
+        layer.weight, layer.out_features = nn.Parameter(layer.weight[:rows].detach()), rows
+    mlp.down_proj.weight, mlp.down_proj.in_features = (
+        nn.Parameter(mlp.down_proj.weight[:, :128].detach()),
+        128,
+    )
+    for text in ("none", "quantize.rtn:bits=4,group_size=64"):
+        changed = apply(text, model)
+        variants.save(changed, tmp_path / text, {})
+        again = variants.load(tmp_path / text)
+        assert torch.equal(logits(again), logits(changed))
+        shapes = variants.read_description(tmp_path / text).shapes
+        assert shapes["model.layers.1.mlp.down_proj"] == [64, 128] and len(shapes) == 3
+
+
+def test_a_stage_says_which_it_was_made_from(source, monkeypatch):
+    monkeypatch.setattr(recipes.techniques()["quantize.bf16"], "kept", True)
+    first, second = parse("quantize.bf16"), parse("quantize.bf16 + quantize.rtn:bits=4,group_size=32")
+    folder = variants.build(second, source, 0, ignore)
+    about = variants.read_about(folder)
+    assert about["parent"] == variants.address(first, source, 0).name
+    assert (folder.parent / about["parent"] / "variant.json").is_file()
+    monkeypatch.setattr(recipes.techniques()["quantize.bf16"], "apply", lambda *_: pytest.fail("it was kept"))
+    variants.build(parse("quantize.bf16 + quantize.rtn:bits=3,group_size=32"), source, 0, ignore)
 
 
 def test_build_of_none_costs_nothing_to_make(source):
@@ -353,7 +390,7 @@ LAYER = {
     ("text", "bits", "group_size", "embedding_bits"),
     [
         ("quantize.rtn:bits=4,group_size=64", 4, 64, 0),
-        ("quantize.rtn:bits=4,group_size=64,embedding_bits=8", 4, 64, 8),
+        ("quantize.rtn:bits=4,group_size=64 + quantize.embedding:symmetric=false", 4, 64, 8),
         ("quantize.rtn:bits=8,group_size=0", 8, 0, 0),
     ],
 )
@@ -365,7 +402,7 @@ def test_size_of_the_embedded_model_by_hand(text, bits, group_size, embedding_bi
     if embedding_bits:
         embedding, of_rows = sum_by_hand({"embedding": (49_152, 576)}, embedding_bits, 0)
         scales += of_rows
-    monkeypatch.setattr(variants, "cache_dir", lambda: tmp_path / "variants")
+    monkeypatch.setattr(cache, "place", lambda kind: tmp_path / kind)
     folder = variants.build(parse(text), reference.resolve(), 0, ignore)
     try:
         size = variants.Size(**variants.read_about(folder)["size"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from edgelab import ledger
@@ -27,13 +28,14 @@ MAKING_S = {False: 3.0, True: 90.0}  # a technique whose stage is kept, or not, 
 class Step:
     """One thing to do, or one that is known. stage: how many techniques of the recipe to apply, for a stage alone.
 
-    asked: whether the reader asked for this row. estimate_s: seconds it is likely to take.
+    place: of the row among those that the reader asked for, None where it is only needed for one of them.
+    estimate_s: seconds it is likely to take.
     """
 
     question: Question
     stage: int | None = None
     row: Row | None = None
-    asked: bool = False
+    place: int | None = None
     estimate_s: float = 0.0
 
     @property
@@ -56,7 +58,7 @@ class Step:
             "step": "row" if self.stage is None else "stage",
             "recipe": str(self.recipe),
             "measures": parts,
-            "for": "you" if self.asked else "what follows",
+            "for": "what follows" if self.place is None else "you",
             "state": "known" if self.is_known else "to do",
             "seconds": 0 if self.is_known else round(self.estimate_s),
         }
@@ -67,37 +69,42 @@ def plan(questions: list[Question]) -> list[Step]:
     answers = dict(zip(map(id, questions), known(questions), strict=True))
     seconds = _Seconds()
     steps: list[Step] = []
+    rows: dict[str, list[Step]] = {}  # of a recipe, among the steps
+    asked_of: dict[str, list[Question]] = {}
+    for question in questions:
+        asked_of.setdefault(question.name, []).append(question)
 
-    def add(question: Question, asked: bool) -> None:
+    def add(question: Question, place: int | None) -> None:
         row = answers[id(question)] if id(question) in answers else known([question])[0]
         lost = (
-            not asked
+            place is None
             and question.is_baseline
             and "quality" in question.parts
             and not question.states.exists()
         )
         row = None if lost else row  # divergence needs the reference's hidden states, too
-        for step in steps:
-            if step.stage is None and step.question.covers(question):
-                step.asked |= asked
+        for step in rows.get(question.name, ()):
+            if step.question.covers(question):
+                step.place = place if step.place is None else step.place
                 step.row = None if lost else step.row
                 return
         if row is None:
             for needed in prerequisites(question):
                 # A row that is asked for anyway serves as well, and is then made first.
-                wider = next((one for one in questions if one.covers(needed)), needed)
-                add(wider, False)
+                wider = next((one for one in asked_of.get(needed.name, ()) if one.covers(needed)), needed)
+                add(wider, None)
             for stage in stages.kept_stages(question.recipe):
                 add_stage(question, stage)
-        steps.append(Step(question, None, row, asked, seconds.of(question)))
+        steps.append(Step(question, None, row, place, 0.0 if row else seconds.of(question)))
+        rows.setdefault(question.name, []).append(steps[-1])
 
     def add_stage(question: Question, stage: int) -> None:
         step = Step(question, stage, estimate_s=seconds.making(question.recipe.prefix(stage), question))
         if all(other.stage is None or other.folder != step.folder for other in steps):
             steps.append(step)
 
-    for question in questions:
-        add(question, True)
+    for place, question in enumerate(questions):
+        add(question, place)
     return steps
 
 
@@ -118,11 +125,14 @@ def prerequisites(question: Question) -> Iterable[Question]:
 class _Seconds:
     """Estimates of time from rows that were measured before, the reader's and the project's."""
 
-    def __init__(self) -> None:
-        self.made: dict[str, list[float]] = {}
+    @cached_property
+    def made(self) -> dict[str, list[float]]:
+        """Seconds of making the weights of a recipe."""
+        found: dict[str, list[float]] = {}
         for row in (*ledger.reference(), *ledger.own(last=500)):
             if row.apply_s is not None:
-                self.made.setdefault(row.recipe.partition(" @ ")[0], []).append(row.apply_s)
+                found.setdefault(row.recipe.partition(" @ ")[0], []).append(row.apply_s)
+        return found
 
     def making(self, recipe: Recipe, question: Question) -> float:
         if recipe.weights in self.made:

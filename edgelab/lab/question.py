@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,16 @@ from edgelab import assets, corpora, ledger, recipes, reference
 from edgelab.errors import EdgeLabError
 from edgelab.keys import key
 from edgelab.ledger import Row
-from edgelab.measure import Asked, Measurement, chosen, energy, protocols
-from edgelab.recipes import Recipe
+from edgelab.measure import (
+    Asked,
+    Measurement,
+    chosen,
+    energy,
+    protocols,
+    save_measurements,
+    saved_measurements,
+)
+from edgelab.recipes import Plain, Recipe
 from edgelab.reference import Source
 from edgelab.storage import cache, stages
 
@@ -62,11 +72,16 @@ class Question:
     beside: timed in turns with the baseline.
     """
 
-    recipe: Recipe
+    recipe: Recipe | Plain
     source: Source
     settings: Settings
     measurements: tuple[Measurement, ...]
     beside: bool = False
+
+    @cached_property
+    def name(self) -> str:
+        """The canonical text of the recipe."""
+        return str(self.recipe)
 
     @property
     def seed(self) -> int:
@@ -80,7 +95,7 @@ class Question:
 
     @property
     def is_baseline(self) -> bool:
-        return self.recipe == NOTHING
+        return self.name == "none"
 
     @property
     def gated(self) -> bool:
@@ -120,7 +135,7 @@ class Question:
     def identity(self) -> dict[str, Any]:
         """Fields that a row with the answer holds, whatever was measured beside them."""
         fields = {
-            "recipe": str(self.recipe),
+            "recipe": self.name,
             "model_sha": self.source.sha,
             "seed": self.seed,
             "fast": assets.fast(),
@@ -139,6 +154,7 @@ class Question:
                 fields["prefill_tokens"] = self.settings.prompt_tokens
         return fields
 
+    @cached_property
     def wanted(self) -> tuple[dict[str, Any], list[str]]:
         """What a row must hold to answer this, and which of its fields must not be null."""
         versions = {f"made_by.{name}": version for name, version in self.made_by.items()}
@@ -148,8 +164,12 @@ class Question:
 
     def covers(self, other: Question) -> bool:
         """Whether the answer to this one answers the other as well."""
-        mine, theirs = self.wanted(), other.wanted()
-        return theirs[0].items() <= mine[0].items() and set(theirs[1]) <= set(mine[1])
+        mine, theirs = self.wanted, other.wanted
+        return (
+            self.name == other.name
+            and theirs[0].items() <= mine[0].items()
+            and set(theirs[1]) <= set(mine[1])
+        )
 
     @property
     def states(self) -> Path:
@@ -182,20 +202,46 @@ class Question:
 
 def ask(texts: list[str], settings: Settings, interleave: bool) -> list[Question]:
     """A question for each recipe. Raises RecipeError and the like for what cannot be asked."""
+    found = _ask(texts, settings, interleave, recipes.parse, chosen(settings.only))
+    if recipes.saved_catalogue() is None:
+        recipes.save_catalogue()
+        save_measurements()
+    return found
+
+
+def quick(texts: list[str], settings: Settings, interleave: bool) -> list[Question] | None:
+    """As `ask`, from what earlier processes noted of techniques and measurements, without importing any.
+
+    Good for looking up answers alone. None where nothing was noted, or a source file has changed since.
+    """
+    catalogue, described = recipes.saved_catalogue(), saved_measurements()
+    if catalogue is None or described is None:
+        return None
+    read = partial(recipes.canonical, known=catalogue)
+    return _ask(texts, settings, interleave, read, chosen(settings.only, described))
+
+
+def _ask(
+    texts: list[str],
+    settings: Settings,
+    interleave: bool,
+    read: Callable[[str], Recipe | Plain],
+    measured: list[Measurement],
+) -> list[Question]:
     source = reference.resolve(settings.model)
     protocols.protocol(settings.protocol)
-    measured = tuple(chosen(settings.only))
     found = []
     for text in texts:
-        recipe = recipes.parse(text)
-        beside = interleave and recipe != NOTHING and recipe.deployment.timed
-        found.append(Question(recipe, source, settings, measured, beside))
+        recipe = read(text)
+        question = Question(recipe, source, settings, tuple(measured))
+        beside = interleave and recipe.deployment.timed and not question.is_baseline
+        found.append(replace(question, beside=beside))
     return found
 
 
 def known(questions: list[Question]) -> list[Row | None]:
     """The newest whole answer that the ledger has to each question; None where it has none, or `force` is set."""
-    rows = ledger.newest([one.wanted() for one in questions])
+    rows = ledger.newest([one.wanted for one in questions])
     return [row if row and _holds(row, one) else None for row, one in zip(rows, questions, strict=True)]
 
 

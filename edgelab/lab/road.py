@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 
 from edgelab import assets, ledger
 from edgelab.lab.plan import Step, plan
-from edgelab.lab.question import NOTHING, MeasureError, Question, Settings, ask
+from edgelab.lab.question import NOTHING, MeasureError, Question, Settings, ask, known, quick
 from edgelab.ledger import Row
 from edgelab.measure import MEASUREMENTS, Asked
-from edgelab.measure.isolation import Isolated, IsolatedError
+from edgelab.measure.isolation import Isolated, IsolatedError, get_ready
 from edgelab.measure.turn import timing_lock
-from edgelab.recipes import Recipe, parse
+from edgelab.recipes import Recipe, RecipeError
 from edgelab.reference import EMBEDDED
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ def compare(
 
     A recipe that fails becomes a row with status and reason, and the comparison goes on. Settings as in `measure`.
     """
-    recipes = list(recipes)
-    rows = {row.recipe: row for row in stream(recipes, model=model, **settings)}
-    return ledger.frame(rows[name] for name in dict.fromkeys(str(parse(text)) for text in recipes))
+    steps = planned(recipes, model=model, **settings)
+    return ledger.frame(row for _, row in sorted(_go(steps), key=lambda pair: pair[0].place))
 
 
 def stream(
@@ -70,7 +69,12 @@ def stream(
 
     A row that others are compared with comes before them.
     """
-    steps = planned(recipes, model=model, interleave=interleave, **settings)
+    for _, row in _go(planned(recipes, model=model, interleave=interleave, **settings)):
+        yield row
+
+
+def _go(steps: list[Step]) -> Iterator[tuple[Step, Row]]:
+    """The rows that were asked for, each as soon as it is there."""
     to_do = [step.question for step in steps if not step.is_known and "quality" in step.question.parts]
     for question in to_do[:1]:
         with _bench(question) as bench:
@@ -78,8 +82,8 @@ def stream(
     with _Road() as road:
         for step in steps:
             row = road.go(step)
-            if step.asked:
-                yield row
+            if step.place is not None:
+                yield step, row
 
 
 def planned(
@@ -89,7 +93,24 @@ def planned(
     texts = list(recipes)
     if not texts:
         raise MeasureError("There is nothing to measure; name at least one recipe, such as 'none'.")
-    return plan(ask(texts, _settings(model, settings), interleave))
+    chosen = _settings(model, settings)
+    if known := _all_known(texts, chosen, interleave):
+        return known
+    get_ready(chosen.threads)
+    return plan(ask(texts, chosen, interleave))
+
+
+def _all_known(texts: list[str], settings: Settings, interleave: bool) -> list[Step] | None:
+    """The steps where the ledger has every answer, found without torch; None where something is to do or in doubt."""
+    try:
+        questions = quick(texts, settings, interleave)
+    except RecipeError:  # the whole grammar may know better
+        return None
+    rows = known(questions) if questions else []
+    if not rows or None in rows:
+        return None
+    pairs = zip(questions, rows, strict=True)
+    return [Step(question, None, row, place) for place, (question, row) in enumerate(pairs)]
 
 
 def sample(recipe: str, prompt: str, tokens: int = 40, *, model: str = EMBEDDED, seed: int = 0) -> str:

@@ -12,6 +12,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from edgelab import plugins
 from edgelab.errors import EdgeLabError
 
 
@@ -315,7 +316,8 @@ def declare(fields: dict[str, Field]) -> None:
 
 
 def every_field() -> dict[str, Field]:
-    """All declarations by name."""
+    """All declarations by name, those of plugins among them."""
+    plugins.load()
     return FIELDS | OTHERS
 
 

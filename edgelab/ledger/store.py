@@ -9,6 +9,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 COLUMNS = {int: "INTEGER", bool: "INTEGER", float: "REAL"}  # everything else is text
 TYPES = value_types()
 AS_JSON = [name for name, kind in TYPES.items() if kind in (list, dict)]
+NAMES = ", ".join(f'"{name}"' for name in TYPES)
 NUMBERS = [name for name, kind in TYPES.items() if kind in (int, float)]
 
 
@@ -74,7 +76,7 @@ def add(row: Row) -> Row:
     marks = ", ".join("?" * len(FIELDS))
     with _open(writing=True) as connection:
         connection.execute(
-            f"INSERT OR REPLACE INTO rows ({_names()}) VALUES ({marks})", [values[name] for name in FIELDS]
+            f"INSERT OR REPLACE INTO rows ({NAMES}) VALUES ({marks})", [values[name] for name in FIELDS]
         )
         if row.parity and row.variant:
             connection.execute(
@@ -83,10 +85,6 @@ def add(row: Row) -> Row:
                 (row.parity, row.parity_detail, row.variant, row.runtime, _export(row)),
             )
     return row
-
-
-def _names() -> str:
-    return ", ".join(f'"{name}"' for name in FIELDS)
 
 
 def _as_json(value: Any) -> str | None:
@@ -103,7 +101,7 @@ def own(last: int | None = None) -> list[Row]:
         return []
     with _open() as connection:
         found = connection.execute(
-            f"SELECT {_names()} FROM rows ORDER BY started_at DESC, rowid DESC LIMIT ?",
+            f"SELECT {NAMES} FROM rows ORDER BY started_at DESC, rowid DESC LIMIT ?",
             (-1 if last is None else last,),
         ).fetchall()
     return [_decoded(values) for values in reversed(found)]
@@ -135,15 +133,17 @@ def newest(questions: Iterable[tuple[dict[str, Any], Iterable[str]]]) -> list[Ro
 
 
 def _newest(connection: sqlite3.Connection, wanted: dict[str, Any], present: Iterable[str]) -> Row | None:
+    found = connection.execute(_asking(tuple(wanted), tuple(present)), list(wanted.values())).fetchone()
+    return None if found is None else _decoded(found)
+
+
+@cache
+def _asking(wanted: tuple[str, ...], present: tuple[str, ...]) -> str:
     conditions = [
         *(f"{_place(name)} IS ?" for name in wanted),
         *(f"{_place(name)} IS NOT NULL" for name in present),
     ]
-    found = connection.execute(
-        f"SELECT {_names()} FROM rows WHERE {' AND '.join(conditions)} ORDER BY started_at DESC, rowid DESC LIMIT 1",
-        list(wanted.values()),
-    ).fetchone()
-    return None if found is None else _decoded(found)
+    return f"SELECT {NAMES} FROM rows WHERE {' AND '.join(conditions)} ORDER BY started_at DESC, rowid DESC LIMIT 1"
 
 
 def _place(name: str) -> str:

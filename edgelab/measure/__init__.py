@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from edgelab import plugins
+from edgelab import plugins, sources
 from edgelab.errors import EdgeLabError
 from edgelab.ledger.row import FIELDS, Field, UndeclaredField, declare
 
@@ -114,7 +114,7 @@ class Measurement:
     needs: Need
     fields: tuple[str, ...]
     version: int
-    run: Callable[..., Any]
+    run: Callable[..., Any] | None
 
 
 MEASUREMENTS: dict[str, Measurement] = {}
@@ -155,12 +155,29 @@ def measurements() -> dict[str, Measurement]:
     return MEASUREMENTS
 
 
-def chosen(only: str | None) -> list[Measurement]:
+def saved_measurements() -> dict[str, Measurement] | None:
+    """Their descriptions without the functions, as an earlier process kept them; None where a source has changed."""
+    saved = sources.recall("measurements")
+    if saved is None:
+        return None
+    return {one["name"]: Measurement(**one | {"fields": tuple(one["fields"])}, run=None) for one in saved}
+
+
+def save_measurements() -> None:
+    """Keep the descriptions for processes to come."""
+    described = [{**vars(one)} for one in measurements().values()]
+    for one in described:
+        del one["run"]
+    sources.keep("measurements", described)
+
+
+def chosen(only: str | None, known: dict[str, Measurement] | None = None) -> list[Measurement]:
     """The measurements of the parts that `only` names, joined by commas; of PARTS where it names none.
 
-    What needs the variant alone is always among them. Raises UnknownMeasurement naming the parts there are.
+    What needs the variant alone is always among them. known: where they are looked up, all there are by default.
+    Raises UnknownMeasurement naming the parts there are.
     """
-    known = measurements()
+    known = measurements() if known is None else known
     parts = {one.part for one in known.values()} - {"variant"}
     asked = PARTS if only is None else tuple(part.strip() for part in only.split(","))
     if unknown := [part for part in asked if part not in parts]:

@@ -200,7 +200,7 @@ class Eager(Session):
         self.vocabulary = self.model.config.vocab_size
         self.kernel = self._prepare()
         if "bf" in self.kernel:  # what is summed in another order is rounded to 8 significant bits
-            self.tolerance = 0.1
+            self.tolerance = 0.05
         self._cache = TorchCache(self.model)
         if self._cache.grid is not None:
             self.kernel += f" + int{self._cache.grid.bits} cache"

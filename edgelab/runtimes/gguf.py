@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
 from edgelab import assets
 from edgelab.runtimes import RuntimeRefused, refusals
@@ -95,6 +95,8 @@ def _foreign_model(about: Description) -> str | None:
         return reason
     if config["hidden_act"] not in ("silu", "swish"):
         return f"llama.cpp computes {kind} models with silu, and this one has {config['hidden_act']}; run it on torch."
+    if kind != "llama" and config.get("attention_bias"):
+        return f"llama.cpp has no place for the attention biases of a {kind} model; run it on torch."
     uneven = refusals.differing(about)
     if kind == "llama":  # as `deci`, whose layers have widths of their own
         uneven = [name for name in uneven if not OF_A_BLOCK.search(name)]
@@ -109,24 +111,23 @@ def write(variant: Path, file: Path) -> int:
     The variant is one that `refusal` has nothing against. Raises RuntimeRefused for numbers beyond float16.
     """
     about = variants.read_about(variant)
-    has_tokenizer = (variant / "tokenizer.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(variant) if has_tokenizer else None
     return write_model(
-        variants.load(variant), tokenizer, file, str(about.get("model")), str(about.get("recipe"))
+        variants.load(variant), variant, file, str(about.get("model")), str(about.get("recipe"))
     )
 
 
-def write_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, file: Path, name: str, recipe: str
-) -> int:
-    """Write a model, whose layers may be packed, as a GGUF file; returns the bytes of its weights."""
+def write_model(model: PreTrainedModel, folder: Path, file: Path, name: str, recipe: str) -> int:
+    """Write a model, whose layers may be packed, as a GGUF file; returns the bytes of its weights.
+
+    folder: where its tokenizer is, if it has one.
+    """
     architecture = find_architecture(model)
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     try:
         writer.add_name(name)
         writer.add_description(f"edgelab: {recipe}")
         add_shape(writer, model)
-        add_tokenizer(writer, tokenizer, model.config.vocab_size, name)
+        add_tokenizer(writer, folder, model.config.vocab_size, name)
         weights, matrices = 0, Counter[str]()
         for place, values, stored in tensors(model, architecture):
             writer.add_tensor(place, values, raw_dtype=stored)
@@ -279,17 +280,17 @@ def encode_float(values: Tensor) -> tuple[np.ndarray, Type]:
     return (values.view(torch.uint8) if kind == Type.BF16 else values).numpy(), kind
 
 
-def add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, model: str
-) -> None:
+def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, model: str) -> None:
     """Tokens, merges, special tokens and chat template.
 
     Only byte-level BPE is written. Beside any other tokenizer the file has none: it runs on token ids, as here.
     """
-    described = {} if tokenizer is None else json.loads(tokenizer.backend_tokenizer.to_str())
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if described.get("model", {}).get("type") != "BPE" or described["model"].get("byte_fallback"):
         writer.add_tokenizer_model("none")
         return
+    # The package's own list of tokens, BpeVocab, calls special ones normal and knows no vocabulary with gaps.
     texts = [f"[PAD{index}]" for index in range(vocabulary)]
     types = [gguf.TokenType.UNUSED] * vocabulary
     for text, index in described["model"]["vocab"].items():
@@ -302,21 +303,15 @@ def add_tokenizer(
     writer.add_tokenizer_pre(pre_tokenizer(described["pre_tokenizer"], model))
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    writer.add_token_merges(
-        [pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]]
-    )
-    for add, token in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-    ):
-        if token is not None and token < vocabulary:
-            add(token)
-    writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+    # Asked of the tokenizer: the package guesses it from a template, and knows none without one.
+    special.add_special_token = {"bos": tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id}
+    template, special.chat_template = special.chat_template, None  # comes last, as in files of this version
+    special.add_to_gguf(writer, quiet=True)
     writer.add_add_space_prefix(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def pre_tokenizer(described: dict | None, model: str) -> str:

@@ -24,7 +24,7 @@ ACTIVATIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 class LlamaCpp(Session):
     """A variant in llama.cpp on the CPU. Greedy decoding; keys and values in float16, which is llama.cpp's default."""
 
-    tolerance = 0.02  # keys and values are float16, and int8 inputs round differently after them
+    tolerance = 0.1  # one token runs on other kernels than many, which round inputs to int8 elsewhere
     cache_bits = 16
 
     @classmethod
@@ -62,6 +62,7 @@ class LlamaCpp(Session):
         self._open(CONTEXT)
         self.prefill([0, 0])  # warm-up: weights are read, buffers allocated
         self.decode(0)
+        self._start()
 
     def _kernel(self) -> str:
         answer = ctypes.create_string_buffer(256)

@@ -39,9 +39,7 @@ except ImportError:
 class OnnxRuntime(TwoGraphs):
     """The graphs of `onnx_export` on the CPU: the generation library writes, the scoring graph reads whole texts."""
 
-    tolerance = (
-        0.02  # activations are rounded to int8 in blocks, on grids that float32 sums in another order move
-    )
+    tolerance = 0.02  # float32 sums in another order move the int8 grids of activations
     cache_bits = 32
     provider = "CPUExecutionProvider"
 

@@ -6,6 +6,8 @@ import re
 
 from edgelab.storage.description import Description
 
+TRACEABLE = ("linear", "llama3", "yarn")  # scaling of rotary frequencies that does not change with the length
+
 
 def foreign_layout(about: Description, layouts: tuple[str, ...], engine: str) -> str | None:
     """Another layout than these, or one whose attention forgets what is far back."""
@@ -23,7 +25,7 @@ def own_shape(about: Description, engine: str) -> str | None:
     name, shape = next(iter(about.shapes.items()))
     return (
         f"{engine} gives every layer the shape that the configuration says, and {name} is "
-        f"{' x '.join(map(str, shape))}; use 'torch' or 'llamacpp'."
+        f"{' x '.join(map(str, shape))}; use 'torch'."
     )
 
 

@@ -44,8 +44,9 @@ class Session(ABC):
 
     model: the PyTorch model; None for an engine, which is loaded from its export: `Engine(folder, threads)`.
     vocabulary: how many tokens there are. ids: the sequence so far.
-    tolerance: by how much a logit may change, in standard deviations of the logits, when a sequence is read in other
-    pieces. cache_bits: of a key or value that an engine keeps. spare: files of an export that running does not need.
+    tolerance: root-mean-square change of the logits, in their standard deviations, when a sequence is read in other
+    pieces; about what they are off from PyTorch's anyway. cache_bits: of a key or value that an engine keeps.
+    spare: files of an export that running does not need.
     """
 
     badge = "runtime"
