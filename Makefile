@@ -10,7 +10,7 @@ TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch lab compare test phone browser compiler notebooks reference lint format bench engines peers lock clean
+.PHONY: help setup fetch lab compare test phone browser compiler docs notebooks reference lint format bench engines peers lock clean
 
 help:
 	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
@@ -18,6 +18,7 @@ help:
 	@echo "make lab        open JupyterLab on notebook 00"
 	@echo "make setup      create the environment only"
 	@echo "make notebooks  run every notebook from a clean kernel and keep its outputs"
+	@echo "make docs       write what docs/ says of recipes, fields and engines, from the registries"
 	@echo "make lint       format, lint, import and notebook checks;  make format mends what it can"
 	@echo "make reference  measure the rows of data/reference anew, and the picture of the README"
 	@echo "make bench      measure the measuring: against a plain loop and against lm-eval"
@@ -103,8 +104,11 @@ compiler:
 # Each phone engine in a process of its own, as in a measurement: after LiteRT's converter, ExecuTorch's fails at times.
 test: phone browser compiler
 	$(BIN)/python -m pytest
-	$(PHONE)/bin/python -m pytest tests/test_executorch.py
-	$(PHONE)/bin/python -m pytest tests/test_litert.py
+	$(PHONE)/bin/python -m pytest tests/test_executorch.py tests/test_sessions.py tests/test_uneven.py -k executorch
+	$(PHONE)/bin/python -m pytest tests/test_litert.py tests/test_sessions.py tests/test_uneven.py -k litert
+
+docs: setup
+	$(BIN)/python docs/build.py
 
 notebooks: fetch
 	$(BIN)/python notebooks/build.py run $(NAMES)
@@ -114,7 +118,7 @@ notebooks: fetch
 # Over an hour on two quiet cores, most of it training; a call that is interrupted goes on at the next.
 # Remove results/reference first to begin anew.
 MEASURED := none quantize.bf16 quantize.rtn:bits=8,group_size=0 quantize.rtn:bits=4 quantize.rtn:bits=3 \
-	quantize.rtn:bits=4,group_size=32 quantize.rtn:bits=4,embedding_bits=8 quantize.dynamic
+	quantize.rtn:bits=4,group_size=32 "quantize.rtn:bits=4 + quantize.embedding" quantize.dynamic
 # Their kernels are those of the rows above, or none: only their quality is new.
 SCORED := quantize.hqq:bits=4 quantize.hqq:bits=3 quantize.gptq:bits=4 quantize.gptq:bits=3 \
 	quantize.gptq:bits=4,range=mse quantize.gptq:bits=3,range=mse quantize.awq:bits=4 quantize.awq:bits=3 \
@@ -124,8 +128,8 @@ SCORED := quantize.hqq:bits=4 quantize.hqq:bits=3 quantize.gptq:bits=4 quantize.
 	quantize.static quantize.static:range=percentile quantize.static:range=mse quantize.smooth \
 	quantize.mixed:bits=4 quantize.mixed:bits=3 quantize.kv:bits=8 quantize.kv:bits=4 \
 	qat:bits=4,minutes=4.6 qat:bits=3,minutes=4.6 qat:bits=3,minutes=10 qat:bits=1.58,minutes=10,learning_rate=0.001
-COMPILED := none "none @ compiled" quantize.rtn:bits=4,embedding_bits=8 \
-	"quantize.rtn:bits=4,embedding_bits=8 @ compiled"
+COMPILED := none "none @ compiled" "quantize.rtn:bits=4 + quantize.embedding" \
+	"quantize.rtn:bits=4 + quantize.embedding @ compiled"
 # The same integers on every engine, floats and 8 bits beside them, and the engines' own quantizers.
 INT4 := quantize.gptq:bits=4 + quantize.embedding
 INT8 := quantize.rtn:bits=8,group_size=0,symmetric=true + quantize.embedding
@@ -155,6 +159,7 @@ lint: setup
 	$(BIN)/ruff check
 	$(BIN)/lint-imports
 	$(BIN)/python notebooks/build.py check
+	$(BIN)/python docs/build.py --check
 
 format: setup
 	$(BIN)/ruff format

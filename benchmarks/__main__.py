@@ -6,12 +6,12 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks import evaluation, road
+from benchmarks import evaluation, processes, road, sessions
 from edgelab import ledger
 
 
 def main() -> None:
-    rows = [*evaluation.rows(), *road.rows()]
+    rows = [*evaluation.rows(), *processes.rows(), *sessions.rows(), *road.rows()]
     machine = ledger.provenance(threads=2)
     versions = ", ".join(f"{name} {number}" for name, number in json.loads(machine["versions"]).items())
     lines = [

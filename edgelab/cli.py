@@ -297,11 +297,11 @@ def _listing(what: str) -> list[dict[str, Any]]:
 
         return [
             {
-                "technique": method,
-                "settings": ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(kind)),
-                "what": (kind.__doc__ or "").partition("\n")[0],
+                "technique": name,
+                "settings": ",".join(f"{one.name}={one.default}" for one in method.settings),
+                "what": method.what,
             }
-            for method, kind in sorted(recipes.techniques().items())
+            for name, method in sorted(recipes.catalogue().techniques.items())
         ]
     if what in ("measurements", "fields"):
         from edgelab.ledger import every_field

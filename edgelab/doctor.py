@@ -86,7 +86,8 @@ def _engines() -> Iterator[tuple[str, str, str, str]]:
 
     for name, kind in deployments().items():
         if missing := absent(name):
-            yield f"runtime {name}", "note", f"{', '.join(missing)} not installed", to_install(kind.extra)
+            mend = to_install(kind.extra) if kind.extra else f"pip install {' '.join(missing)}"
+            yield f"runtime {name}", "note", f"{', '.join(missing)} not installed", mend
 
 
 def _subshell_check() -> tuple[str, str, str, str]:

@@ -54,7 +54,7 @@ def test_measure_prints_one_json_object_per_row_and_nothing_else(place):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr
     assert [row["recipe"] for row in rows] == ["none", "quantize.rtn:bits=4,group_size=64"]
-    assert set(rows[0]) == set(ledger.FIELDS) - {"window_nll"}
+    assert set(rows[0]) == set(ledger.FIELDS) - {"window_nll", "extra"}
     assert rows[1]["delta_nll"] is not None and rows[1]["decode_tok_s"] is None
 
 
@@ -123,10 +123,23 @@ def test_list_and_cache_and_ledger_answer_in_json(place):
     assert any("quantize.bf16" in one["what"] for one in cached)
     rows = [json.loads(line) for line in edgelab("ledger", "show", "--json").stdout.splitlines()]
     assert [row["recipe"] for row in rows] == ["none", "quantize.bf16"]
-    assert (
-        edgelab("cache", "clear").returncode == 0
-        and len(edgelab("cache", "show", "--json").stdout.splitlines()) == 1
-    )
+    assert edgelab("cache", "clear").returncode == 0 and edgelab("cache", "show", "--json").stdout == ""
+    listed = [json.loads(line) for line in edgelab("list", "measurements", "--json").stdout.splitlines()]
+    assert {"perplexity", "latency", "story_cloze"} <= {one["measurement"] for one in listed}
+    listed = [json.loads(line) for line in edgelab("list", "fields", "--json").stdout.splitlines()]
+    assert [one["field"] for one in listed] == list(ledger.FIELDS)
+
+
+def test_a_dry_run_prints_the_plan_and_does_nothing(place):
+    done = edgelab("compare", "quantize.bf16", "--only", "quality", "--dry-run", "--json", *place)
+    steps = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(one["step"], one["recipe"], one["for"], one["state"]) for one in steps] == [
+        ("stage", "none", "what follows", "to do"),
+        ("row", "none", "what follows", "to do"),
+        ("stage", "quantize.bf16", "what follows", "to do"),
+        ("row", "quantize.bf16", "you", "to do"),
+    ]
+    assert ledger.own() == []
 
 
 def test_doctor_says_how_to_mend_what_is_missing():

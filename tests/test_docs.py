@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgelab import cli, lab, ledger, plots, recipes, runtimes
+from edgelab import cli, lab, ledger, plots, recipes, report, runtimes
 from edgelab.devices import catalogue, tables
 from edgelab.ledger.row import OTHERS
 from edgelab.measure import measurements
@@ -102,9 +102,11 @@ def test_a_stranger_s_files_are_measured_like_our_own(followed, settings, tmp_pa
     assert numpy.ppl == pytest.approx(four.ppl, rel=1e-4)
     assert [row.parity for row in ledger.own() if row.runtime == "unpacked"] == [None]
 
-    # A plot and the command line read the declaration of the field.
+    # A plot, the report and the command line read the declaration of the field.
     figure = plots.tradeoff(table, x="weights_mb", y="entropy")
     assert figure.axes[0].get_ylabel() == "Entropy of the next token (nats), lower is better"
+    page = report.write(table, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Entropy of the next token" in page and f"{four.entropy:.3f}" in page
     shown = command("ledger", "show")
     assert "entropy" in shown and "repeats" in shown and f"{four.entropy:.4g}" in shown
 

@@ -3,6 +3,7 @@
 import pytest
 
 from edgelab import ledger
+from edgelab.lab.question import Settings, ask
 from edgelab.ledger import FIELDS, Field, Row, UndeclaredField
 from edgelab.ledger.row import OTHERS, value_types
 from edgelab.measure import MEASUREMENTS, UnknownMeasurement, chosen, measurement, measurements
@@ -65,3 +66,24 @@ def test_only_names_parts(entropy):
         UnknownMeasurement, match=r"only=size is none of entropy, memory, quality, speed, tasks\."
     ):
         chosen("size")
+
+
+def test_another_text_is_another_question_for_whatever_reads_it(tiny, tmp_path):
+    """Whatever part of a row a measurement calls its own."""
+    field = Field("Surprise", better="lower")
+    try:
+        measurement("surprise", part="surprise", needs="logits", fields={"surprise": field})(
+            lambda subject: None
+        )
+        measurement("pause", part="pause", needs="process", fields={"pause": field})(lambda subject: None)
+        few, many = (
+            ask(["none"], Settings(model=str(tiny), windows=windows, only="surprise"), False)[0]
+            for windows in (8, 32)
+        )
+        assert not few.covers(many) and few.wanted[0]["windows"] == 8 and not few.timed
+        (timed,) = ask(["none"], Settings(model=str(tiny), only="pause"), False)
+        assert timed.timed and timed.wanted[0]["threads"] == 2 and "windows" not in timed.wanted[0]
+    finally:
+        for name in ("surprise", "pause"):
+            MEASUREMENTS.pop(name, None)
+            OTHERS.pop(name, None)

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from transformers import AutoConfig, DynamicCache
 
-from edgelab.lab.bench import Bench
-from edgelab.measure import perplexity
-from edgelab.measure.memory import kv_cache_mb_per_1k
+from edgelab import lab
 from edgelab.measure.perplexity import Protocol, evaluate
+from edgelab.measure.size import kv_cache_mb_per_1k
+from edgelab.model import logits as model_logits
 from edgelab.model.logits import last_hidden_states
+from edgelab.model.marks import marked, marks_of
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.runtimes.eager import Eager, Simulated
 from edgelab.storage import variants
@@ -181,16 +182,16 @@ def test_bytes_by_hand(config):
 @pytest.mark.parametrize("bits", BITS)
 def test_bytes_counted_are_those_of_a_real_cache(bits, tokens, layout, new_model):
     model = apply(f"quantize.kv:bits={bits},residual=24,group_size=8", new_model(layout))
-    cache = model.cache_grid.new_cache(model.config)
+    cache = marks_of(model).cache.new_cache(model.config)
     with torch.inference_mode():
         model.base_model(torch.arange(tokens)[None] % 300, past_key_values=cache, use_cache=True)
-    assert cache.nbytes == model.cache_grid.nbytes(model.config, tokens)
+    assert cache.nbytes == marks_of(model).cache.nbytes(model.config, tokens)
     storages = {
         tensor.untyped_storage().nbytes() for layer in cache.layers for tensor in (layer.keys, layer.values)
     }
     if tokens > 31:  # no view of a larger tensor is kept
         assert storages == {cache.layers[0].keys.nbytes}
-        assert kv_cache_mb_per_1k(model.config, 4, model.cache_grid) == cache.nbytes / 1e6
+        assert kv_cache_mb_per_1k(variants.describe(model), 4) == cache.nbytes / 1e6
 
 
 def test_a_residual_longer_than_the_text_is_the_exact_cache(layout, new_model):
@@ -209,7 +210,7 @@ def test_chunks_through_an_exact_cache_equal_one_pass(tiny_reference, story):
 
     model, rules = copy.deepcopy(tiny_reference.model), Protocol("short", window=100)
     whole = evaluate(model, tiny_reference.tokenizer, story, rules, limit=3)
-    model.cache_grid = Exact()
+    model = marked(model, cache=Exact())
     chunked = evaluate(model, tiny_reference.tokenizer, story, rules, limit=3)
     assert chunked.nll_per_window == pytest.approx(whole.nll_per_window, rel=1e-5)
 
@@ -218,10 +219,10 @@ def test_chunks_see_a_rounded_past_as_decoding_does(tiny_reference, monkeypatch)
     """With chunks of one token the states are those of decoding token by token, and far from the exact ones."""
     marked = apply("quantize.kv:bits=2,group_size=8,residual=0", tiny_reference.model)
     ids = torch.randint(2, 300, (1, 60), generator=torch.Generator().manual_seed(0))
-    cache = marked.cache_grid.new_cache(marked.config)
+    cache = marks_of(marked).cache.new_cache(marked.config)
     with torch.inference_mode():
         steps = [marked.base_model(ids[:, [i]], past_key_values=cache).last_hidden_state for i in range(60)]
-    monkeypatch.setattr(perplexity, "CHUNK", 1)
+    monkeypatch.setattr(model_logits, "CHUNK", 1)
     found, exact = final_states(marked, ids), final_states(tiny_reference.model, ids)
     assert torch.equal(found, torch.cat(steps, 1))
     torch.testing.assert_close(found[:, :8], exact[:, :8], rtol=1e-5, atol=1e-5)
@@ -242,7 +243,7 @@ def test_generation_reads_the_packed_cache(runtime, layout, new_model, tmp_path)
     assert engine._cache.get_seq_length() == 30 + 11
     assert {layer.packed_values.packed.shape[2] for layer in engine._cache.layers} == {32}
 
-    cache, wanted, new = model.cache_grid.new_cache(model.config), [], prompt
+    cache, wanted, new = marks_of(model).cache.new_cache(model.config), [], prompt
     with torch.inference_mode():
         for _ in tokens:
             logits = model(torch.tensor([new]), past_key_values=cache, use_cache=True).logits
@@ -255,11 +256,11 @@ def test_generation_reads_the_packed_cache(runtime, layout, new_model, tmp_path)
 def test_generate_of_transformers_takes_the_cache(new_model):
     model = apply("quantize.kv:bits=8,group_size=8,residual=8", new_model("llama"))
     prompt = torch.arange(2, 42)[None]
-    cache = model.cache_grid.new_cache(model.config)
+    cache = marks_of(model).cache.new_cache(model.config)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     found = model.generate(prompt, past_key_values=cache, **options)
     assert cache.get_seq_length() == 47 and found.shape == (1, 48)
-    cache = model.cache_grid.new_cache(model.config)
+    cache = marks_of(model).cache.new_cache(model.config)
     assert model.generate(prompt, past_key_values=cache, num_beams=3, **options).shape == (1, 48)
 
 
@@ -298,18 +299,15 @@ def test_variant_round_trip(text, new_model, tmp_path):
     model = apply(text, new_model("qwen3"))
     variants.save(model, tmp_path / "variant", {})
     loaded = variants.load(tmp_path / "variant")
-    assert loaded.cache_grid == model.cache_grid
-    assert variants.read_cache_grid(variants.read_about(tmp_path / "variant")) == model.cache_grid
+    assert marks_of(loaded) == marks_of(model) == variants.read_description(tmp_path / "variant").marks
     ids = torch.arange(2, 120)[None]
     assert torch.equal(final_states(loaded, ids), final_states(model, ids))
 
 
 def test_a_variant_without_quantized_cache_has_none(new_model, tmp_path):
     variants.save(new_model("llama"), tmp_path / "variant", {})
-    about = variants.read_about(tmp_path / "variant")
-    assert about["cache"] is None and not hasattr(variants.load(tmp_path / "variant"), "cache_grid")
-    del about["cache"]  # as variants were written before there was a quantized cache
-    assert variants.read_cache_grid(about) is None
+    assert marks_of(variants.load(tmp_path / "variant")).cache is None
+    assert variants.read_description(tmp_path / "variant").marks.cache is None
 
 
 @pytest.mark.parametrize(
@@ -318,9 +316,9 @@ def test_a_variant_without_quantized_cache_has_none(new_model, tmp_path):
 def test_combines_with_quantized_weights(order, new_model):
     model = new_model("llama")
     both = apply(order, model)
-    assert both.cache_grid == CacheGrid(4, 32, 32)
+    assert marks_of(both).cache == CacheGrid(4, 32, 32)
     assert sum(isinstance(module, PackedLinear) for module in both.modules()) == 14
-    assert not hasattr(model, "cache_grid")
+    assert marks_of(model).cache is None
     rounded, ids = apply("quantize.rtn:group_size=32", model), torch.arange(2, 130)[None]
     found, alone = final_states(both, ids), final_states(rounded, ids)
     torch.testing.assert_close(found[:, :64], alone[:, :64], rtol=1e-5, atol=1e-5)
@@ -337,12 +335,9 @@ def test_what_a_row_says(tiny, tmp_path, story):
     """Divergence grows with fewer bits, and the bytes in the row are those of the cache."""
     file = tmp_path / "story.txt"
     file.write_text(story.text, encoding="utf-8")
-    states_file = str(tmp_path / "states.npy")
-    chosen = {"corpus": str(file), "protocol": "edgelab-512", "windows": 1, "states": states_file}
-    rows = []
-    for recipe in ("none", "quantize.kv:bits=8", "quantize.kv:bits=2"):
-        bench = Bench(recipe, str(tiny), seed=0)
-        rows.append(bench.build() | bench.quality(**chosen, record=recipe == "none"))
+    chosen = {"model": str(tiny), "corpus": str(file), "windows": 1, "only": "quality"}
+    names = ("none", "quantize.kv:bits=8", "quantize.kv:bits=2")
+    rows = [vars(row) for row in lab.stream(names, **chosen)]
     none, eight, two = rows
     assert [row["kernel"] for row in rows] == [
         "float32 linear" + end for end in ("", " + int8 cache", " + int2 cache")
@@ -384,7 +379,7 @@ def test_groups_that_do_not_fit_a_head(new_model):
         GroupSizeError, match=r"group_size=32 does not divide the 48 channels .* use 8, 16, 24, 48"
     ):
         apply("quantize.kv", model)
-    assert apply("quantize.kv:group_size=24", model).cache_grid.group_size == 24
+    assert marks_of(apply("quantize.kv:group_size=24", model)).cache.group_size == 24
     with pytest.raises(GroupSizeError, match="a model with a head size that 8 divides"):
         apply("quantize.kv", new_model("gemma", head_dim=12))
 

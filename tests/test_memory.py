@@ -10,7 +10,9 @@ from transformers import AutoConfig, DynamicCache
 from edgelab import reference
 from edgelab.measure import memory
 from edgelab.measure.isolation import Isolated
-from edgelab.measure.memory import kv_cache_mb_per_1k, peak_rss_mb
+from edgelab.measure.memory import peak_rss_mb
+from edgelab.measure.size import kv_cache_mb_per_1k
+from edgelab.storage.description import Description
 
 SUBJECT = """
 from edgelab.measure.memory import peak_rss_mb
@@ -50,15 +52,29 @@ def test_fallback_without_proc(monkeypatch):
     assert peak_rss_mb() == 0.25
 
 
+def described(layout: str, shapes: dict | None = None, **config: int) -> Description:
+    return Description(
+        "float32", shapes=shapes or {}, config=AutoConfig.for_model(layout, **config).to_dict()
+    )
+
+
 def test_kv_cache_by_hand():
     # The embedded model: 30 layers x 3 heads x 64 numbers x keys and values x 4 bytes = 46,080 bytes a token.
-    embedded = SimpleNamespace(
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576
-    )
+    sizes = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    embedded = described("llama", **sizes)
     assert kv_cache_mb_per_1k(embedded) == pytest.approx(46.08)
     assert kv_cache_mb_per_1k(embedded, bytes_per_value=2) == pytest.approx(23.04)
-    plain = SimpleNamespace(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096)  # Llama-2-7B
-    assert kv_cache_mb_per_1k(plain, 2) == pytest.approx(524.288)
+    sizes = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}  # Llama-2-7B
+    assert kv_cache_mb_per_1k(described("llama", **sizes), 2) == pytest.approx(524.288)
+
+
+def test_a_layer_with_fewer_heads_keeps_fewer_keys_and_values():
+    sizes = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    narrow = {
+        f"model.layers.4.self_attn.{part}": [64, 576] for part in ("k_proj", "v_proj")
+    }  # 1 head instead of 3
+    saved = 2 * 2 * 64 * 4 * 1000 / 1e6
+    assert kv_cache_mb_per_1k(described("llama", narrow, **sizes)) == pytest.approx(46.08 - saved)
 
 
 def test_kv_cache_equals_the_bytes_of_a_real_one(layout, folder_of):
@@ -69,5 +85,5 @@ def test_kv_cache_equals_the_bytes_of_a_real_one(layout, folder_of):
             torch.zeros(1, 1000, dtype=torch.int64), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert kv_cache_mb_per_1k(model.config) == pytest.approx(held / 1e6)
-    assert kv_cache_mb_per_1k(AutoConfig.from_pretrained(folder_of(layout))) == pytest.approx(held / 1e6)
+    about = Description("float32", config=model.config.to_dict())
+    assert kv_cache_mb_per_1k(about) == pytest.approx(held / 1e6)

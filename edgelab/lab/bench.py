@@ -65,7 +65,7 @@ class Bench:
 
     @cached_property
     def export(self) -> runtimes.Export | None:
-        return runtimes.exported(self.recipe.runtime, self.folder)
+        return runtimes.exported(self.recipe.deployment, self.folder)
 
     @property
     def cache_bytes(self) -> float:
@@ -76,7 +76,7 @@ class Bench:
 
     @cached_property
     def session(self) -> Session:
-        return runtimes.load(self.recipe.runtime, self.folder)
+        return runtimes.load(self.recipe.deployment, self.folder)
 
     @cached_property
     def rules(self) -> protocols.Protocol:

@@ -110,13 +110,12 @@ def plan(questions: list[Question]) -> list[Step]:
 
 def prerequisites(question: Question) -> Iterable[Question]:
     """Questions whose rows this one's is compared with."""
-    scored = tuple(one for one in question.measurements if one.part in ("quality", "tasks", "variant"))
     here = replace(question.settings, force=False)
-    if len(scored) > len(question.of("variant")) and not question.is_baseline:
-        yield Question(NOTHING, question.source, here, scored)
+    if question.outputs and not question.is_baseline:
+        yield Question(NOTHING, question.source, here, question.outputs)
     if question.gated and question.recipe.family != "native":
         if "quality" in question.parts:
-            yield Question(question.recipe.on("torch"), question.source, here, scored)
+            yield Question(question.recipe.on("torch"), question.source, here, question.outputs)
         elif question.timed:
             few = replace(here, windows=min(here.windows, GATE_WINDOWS), only="quality")
             yield Question(question.recipe, question.source, few, tuple(chosen("quality")))

@@ -23,12 +23,14 @@ from edgelab.measure import (
     save_measurements,
     saved_measurements,
 )
+from edgelab.notation import DEFAULT_DEPLOYMENT, split
 from edgelab.recipes import Plain, Recipe
 from edgelab.reference import Source
 from edgelab.storage import cache, stages
 
 NOTHING = Recipe()
-TIMED = ("speed", "memory")  # parts that depend on the machine and its threads
+TIMED = ("turns", "process")  # needs of what depends on the machine and its threads
+OUTPUTS = ("logits", "session")  # needs of what reads outputs, and is compared with the baseline
 
 
 class MeasureError(EdgeLabError):
@@ -84,6 +86,11 @@ class Question:
         return str(self.recipe)
 
     @property
+    def runtime(self) -> str:
+        """The deployment with its settings, as it is written after the @."""
+        return next(iter(split(self.name, "@")[1:]), DEFAULT_DEPLOYMENT)
+
+    @property
     def seed(self) -> int:
         """Nothing is drawn for the reference as it is: one row answers for every seed."""
         return self.settings.seed if self.recipe.techniques else Settings.seed
@@ -104,7 +111,13 @@ class Question:
 
     @property
     def timed(self) -> bool:
-        return self.recipe.deployment.timed and bool(self.parts.intersection(TIMED))
+        return self.recipe.deployment.timed and any(one.needs in TIMED for one in self.measurements)
+
+    @property
+    def outputs(self) -> tuple[Measurement, ...]:
+        """The measurements of outputs, and of the variant behind them; none where only the others are asked for."""
+        read = any(one.needs in OUTPUTS for one in self.measurements)
+        return tuple(one for one in self.measurements if read and one.needs in (*OUTPUTS, "variant"))
 
     def of(self, need: str) -> list[str]:
         """Names of the measurements that need this."""
@@ -116,16 +129,16 @@ class Question:
         deployment = self.recipe.deployment
         technique_versions = [technique.version for technique in self.recipe.techniques]
         found = {"techniques": "+".join(map(str, technique_versions)), "export": deployment.version}
-        if self._scored:
+        if self._reads_text:
             found["protocol"] = protocols.protocol(self.settings.protocol).version
         return found | {one.name: one.version for one in self.measurements if self._applies(one)}
 
     @property
-    def _scored(self) -> bool:
-        return "quality" in self.parts
+    def _reads_text(self) -> bool:
+        return any(one.text for one in self.measurements)
 
     def _applies(self, one: Measurement) -> bool:
-        return self.recipe.deployment.timed or one.part not in TIMED
+        return self.recipe.deployment.timed or one.needs not in TIMED
 
     @property
     def address(self) -> Path:
@@ -141,7 +154,7 @@ class Question:
             "fast": assets.fast(),
             "versions": ledger.versions(self.recipe.deployment.packages),
         }
-        if self._scored:
+        if self._reads_text:
             fields |= {
                 "protocol": self.settings.protocol,
                 "corpus": corpora.identity(self.settings.corpus),
@@ -184,7 +197,7 @@ class Question:
         names = ("corpus", "protocol", "windows", "prompt_tokens", "power_w")
         found = Asked(
             **{name: getattr(self.settings, name) for name in names},
-            states=str(self.states) if self._scored else "",
+            states=str(self.states) if self._reads_text else "",
             baseline=None if baseline is None else vars(baseline),
         )
         return dataclasses.asdict(found)
@@ -194,7 +207,7 @@ class Question:
         row = Row(
             **self.identity()
             | ledger.provenance(self.settings.threads, self.recipe.deployment.packages)
-            | {"family": self.recipe.family, "model": self.source.name, "runtime": self.recipe.runtime},
+            | {"family": self.recipe.family, "model": self.source.name, "runtime": self.runtime},
         )
         row.variant, row.made_by = self.address.name, json.dumps(self.made_by)
         return row

@@ -192,7 +192,7 @@ class _Road:
 
     def _baseline(self, question: Question) -> Row | None:
         """The baseline's row, for what is compared with it; None where nothing is, or this is the baseline."""
-        if question.is_baseline or not question.parts.intersection(("quality", "tasks")):
+        if question.is_baseline or not question.outputs:
             return None
         row = self._answer(question.source.sha, NOTHING, question)
         if row.status != "ok":
@@ -201,12 +201,12 @@ class _Road:
 
     def _answer(self, sha: str, recipe: Recipe, like: Question) -> Row:
         """The row of another recipe with the same windows, which the plan put before this one."""
-        parts = like.parts.intersection(("quality", "tasks"))
+        wanted = {one.name for one in like.outputs}
         return next(
             row
             for question, row in reversed(self.done)
             if (question.recipe, question.source.sha) == (recipe, sha)
-            and parts <= question.parts
+            and wanted <= {one.name for one in question.measurements}
             and question.settings.windows == like.settings.windows
         )
 

@@ -106,7 +106,8 @@ class Total(Protocol):
 class Measurement:
     """A quantity: its name, the part of a row it belongs to (what `only` names), what it needs, the fields it fills.
 
-    version: raise it when the same model gives other numbers.
+    version: raise it when the same model gives other numbers. text: whether it reads the text of the question, so that
+    another text, protocol or number of windows is another question.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Measurement:
     needs: Need
     fields: tuple[str, ...]
     version: int
+    text: bool
     run: Callable[..., Any] | None
 
 
@@ -127,11 +129,14 @@ def measurement(
     needs: Need,
     fields: tuple[str, ...] | dict[str, Field],
     version: int = 1,
+    text: bool | None = None,
 ) -> Callable[[Callable], Callable]:
     """Enter a function as a measurement. Raises UndeclaredField for a field that nobody declares.
 
-    fields: names of fields of Row; one that is no part of edgelab gives a dictionary of names and declarations.
+    fields: names of fields of Row; one that is no part of edgelab gives a dictionary of names and declarations. text:
+    as it needs logits, where left out.
     """
+    reads = needs == "logits" if text is None else text
     if isinstance(fields, dict):
         declare(fields)
     elif unknown := [field for field in fields if field not in FIELDS]:
@@ -140,7 +145,7 @@ def measurement(
         )
 
     def enter(run: Callable) -> Callable:
-        MEASUREMENTS[name] = Measurement(name, part, needs, tuple(fields), version, run)
+        MEASUREMENTS[name] = Measurement(name, part, needs, tuple(fields), version, reads, run)
         return run
 
     return enter
@@ -152,7 +157,7 @@ def measurements() -> dict[str, Measurement]:
         if module.name not in INSIDE:
             importlib.import_module(f"{__name__}.{module.name}")
     plugins.load()
-    return MEASUREMENTS
+    return dict(sorted(MEASUREMENTS.items()))  # in one order, whichever module was imported first
 
 
 def saved_measurements() -> dict[str, Measurement] | None:

@@ -1,14 +1,14 @@
 """Story cloze: which of four sentences is the true next one of a story, by log-probability per byte.
 
 A story is read once: at each sentence the false ones are scored after what was read and taken back, and the true one
-is scored and stays. Scores
-are divided by the bytes of the sentence because a plain sum favours the shortest of the four, whatever it says
-(arXiv:2404.10136), and by bytes rather than tokens because a tokenizer has nothing to do with the question.
+is scored and stays. Scores are divided by the bytes of the sentence because a plain sum favours the shortest of the
+four, whatever it says (arXiv:2404.10136), and by bytes rather than tokens because a tokenizer has nothing to do with
+the question.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from edgelab import corpora, tasks
 from edgelab.measure import Subject, measurement
 from edgelab.measure.intervals import accuracy
 from edgelab.model.logits import SLICE, prepacked
+from edgelab.storage.layers import dequantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +48,10 @@ def story_cloze(subject: Subject) -> dict[str, Any]:
     """Accuracy of a variant on the story cloze, and the paired difference to the baseline's, story by story."""
     stories = tasks.story_cloze("".join(corpora.load(CORPUS)["text"]))
     session, right = subject.session, []
-    with nullcontext() if session.model is None else prepacked(session.model, SLICE):
+    with ExitStack() as stack:
+        if session.model is not None:
+            stack.enter_context(dequantized(session.model))
+            stack.enter_context(prepacked(session.model, SLICE))
         for story in stories:
             right.append(list(answers(session, subject.tokenizer, story)))
             subject.report(len(right), len(stories))

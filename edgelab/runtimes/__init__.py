@@ -7,10 +7,13 @@ comes out a session (`session.py`).
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +21,15 @@ import torch
 
 from edgelab import assets, recipes
 from edgelab.errors import EdgeLabError, to_install
+from edgelab.keys import key
 from edgelab.storage import cache, variants
 
 if TYPE_CHECKING:
+    from edgelab.recipes import Deployment
     from edgelab.runtimes.session import Session
+
+
+NOTE = "export.json"
 
 
 class RuntimeRefused(EdgeLabError):
@@ -53,40 +61,58 @@ def find(runtime: str) -> type[Session]:
     return getattr(importlib.import_module(module), name)
 
 
-def exported(runtime: str, variant: Path) -> Export | None:
+def exported(where: Deployment | str, variant: Path) -> Export | None:
     """What an engine loads, made now unless it is there already; None for PyTorch, which loads the variant itself.
 
-    A second process that wants the same export waits for the first one to finish it.
+    where: a deployment, or its text. Each setting of one has an export of its own. A second process that wants the
+    same export waits for the first one to finish it.
     Raises RuntimeRefused where the engine cannot run the variant, EngineMissing where it is not installed.
     """
-    kind, deployment = find(runtime), recipes.deployments()[runtime]
+    deployment, kind = _both(where)
     if reason := kind.refusal(variants.read_description(variant)):
         raise RuntimeRefused(reason)
     if deployment.in_torch:
         return None
-    folder = variant / "exports" / f"{runtime}-{deployment.version}"
-    note = folder / "export.json"
+    settings = _settings(deployment)
+    folder = (
+        variant
+        / "exports"
+        / "-".join([deployment.name, str(deployment.version), *([key(repr(deployment))] if settings else [])])
+    )
+    note = folder / NOTE
     if not note.is_file():
         with cache.locked(variant):
             if not note.is_file():
-                _export(kind, variant, folder, note.name)
+                _export(partial(kind.export, **settings), kind.spare, variant, folder)
         cache.trim(keep=variant)
     return Export(folder, **json.loads(note.read_text()))
 
 
-def _export(kind: type[Session], variant: Path, folder: Path, note: str) -> None:
+def _export(write: Callable[[Path, Path], int], spare: tuple[str, ...], variant: Path, folder: Path) -> None:
     with assets.staged(folder) as draft:
         draft.mkdir()
         started = time.perf_counter()
-        weights = kind.export(variant, draft)
+        weights = write(variant, draft)
         spent = time.perf_counter() - started
-        files = cache.tree_bytes(draft) - sum((draft / name).stat().st_size for name in kind.spare)
+        files = cache.tree_bytes(draft) - sum((draft / name).stat().st_size for name in spare)
         found = {"weights_bytes": weights, "file_bytes": files, "seconds": spent}
-        (draft / note).write_text(json.dumps(found))
+        (draft / NOTE).write_text(json.dumps(found))
 
 
-def load(runtime: str, variant: Path) -> Session:
-    """Load a variant's folder into a runtime, on as many threads as torch uses."""
-    found = exported(runtime, variant)
-    kind = find(runtime)
-    return kind(variant) if found is None else kind(found.folder, torch.get_num_threads())
+def load(where: Deployment | str, variant: Path) -> Session:
+    """Load a variant's folder as a deployment, or its text, says, on as many threads as torch uses."""
+    deployment, kind = _both(where)
+    found, settings = exported(deployment, variant), _settings(deployment)
+    if found is None:
+        return kind(variant, **settings)
+    return kind(found.folder, torch.get_num_threads(), **settings)
+
+
+def _both(where: Deployment | str) -> tuple[Deployment, type[Session]]:
+    deployment = recipes.parse(f"none @ {where}").deployment if isinstance(where, str) else where
+    return deployment, find(deployment.name)
+
+
+def _settings(deployment: Deployment) -> dict[str, Deployment]:
+    """What a session and its export are given besides: the deployment, where it has settings."""
+    return {"deployment": deployment} if dataclasses.fields(deployment) else {}

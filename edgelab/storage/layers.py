@@ -6,8 +6,10 @@ The layers here are the definition: they dequantize and multiply. A runtime repl
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -145,3 +147,27 @@ def unpacked(model: PreTrainedModel, progress: Callable[[int, int], None] | None
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model
+
+
+@contextmanager
+def dequantized(model: PreTrainedModel) -> Iterator[None]:
+    """Keep layers that dequantize whenever they are used as dense ones for as long as this lasts: the same numbers.
+
+    For many short inputs, which would dequantize for each. Takes the memory of dense layers, once.
+    """
+    packed = {name: layer for name, layer in packed_layers(model).items() if isinstance(layer, PackedLinear)}
+    try:
+        for name, layer in packed.items():
+            weight = nn.Parameter(layer.tensor.dequantize(model.dtype), requires_grad=False)
+            dense = dense_linear(weight, layer.bias)
+            if layer.activation is not None:
+                dense.register_forward_pre_hook(partial(_round_inputs, layer.activation))
+            model.set_submodule(name, dense)
+        yield
+    finally:
+        for name, layer in packed.items():
+            model.set_submodule(name, layer)
+
+
+def _round_inputs(grid: ActivationGrid, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    return grid.round(inputs[0])
