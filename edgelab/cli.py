@@ -17,6 +17,10 @@ from rich.table import Table
 
 from edgelab.errors import EdgeLabError
 
+Listed = Literal[
+    "techniques", "runtimes", "measurements", "fields", "protocols", "corpora", "models", "devices"
+]
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -68,11 +72,6 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be done and how long it may take, and do nothing.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Measure again although the ledger has the row.")]
-
-
-Listed = Literal[
-    "techniques", "runtimes", "measurements", "fields", "protocols", "corpora", "models", "devices"
-]
 
 
 @app.callback()
@@ -171,7 +170,9 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List what a recipe, an option or a plot can name; of runtimes, which recipe runs on which, and why not."""
-    rows = _listing(what)
+    from edgelab.listing import listing
+
+    rows = listing(what)
     if what == "runtimes" and not as_json:
         _print_support(rows)
     else:
@@ -184,7 +185,8 @@ def _print_support(rows: list[dict[str, Any]]) -> None:
     table: dict[str, dict[str, Any]] = {}
     for row in rows:
         mark = str(reasons.index(row["reason"]) + 1) if row["reason"] else "✓"
-        table.setdefault(row["recipe"], {"recipe": row["recipe"]})[row["runtime"]] = mark
+        name = ", ".join(filter(None, (row["recipe"], row["alike"])))
+        table.setdefault(name, {"recipe": name})[row["runtime"]] = mark
     _print(list(table.values()), False)
     for number, reason in enumerate(reasons, 1):
         out.print(f"{number:>3}  {reason}", highlight=False, soft_wrap=True)
@@ -272,71 +274,6 @@ def doctor(as_json: AsJson = False) -> None:
                 soft_wrap=True,
             )
     raise typer.Exit(1 if any(state == "broken" for _, state, _, _ in checks) else 0)
-
-
-def _listing(what: str) -> list[dict[str, Any]]:
-    import dataclasses
-
-    if what == "runtimes":
-        from edgelab.doctor import absent
-        from edgelab.recipes import deployments
-        from edgelab.runtimes import support
-
-        here = {name: not absent(name) for name in deployments()}
-        return [
-            {"recipe": answer.recipe, "runtime": answer.runtime, "runs": answer.reason is None}
-            | {"reason": answer.reason, "alike": answer.alike, "installed": here[answer.runtime]}
-            for answer in support.table()
-        ]
-    if what == "protocols":
-        from edgelab.measure import protocols
-
-        return [dataclasses.asdict(one) for one in protocols.PROTOCOLS.values()]
-    if what == "techniques":
-        from edgelab import recipes
-
-        return [
-            {
-                "technique": name,
-                "settings": ",".join(f"{one.name}={one.default}" for one in method.settings),
-                "what": method.what,
-            }
-            for name, method in sorted(recipes.catalogue().techniques.items())
-        ]
-    if what in ("measurements", "fields"):
-        from edgelab.ledger import every_field
-        from edgelab.measure import measurements
-
-        known = measurements()
-        if what == "measurements":
-            return [
-                {
-                    "measurement": one.name,
-                    "part": one.part,
-                    "needs": one.needs,
-                    "fields": ", ".join(one.fields),
-                }
-                for one in known.values()
-            ]
-        return [
-            {
-                "field": name,
-                "group": one.group,
-                "label": one.with_unit,
-                "better": one.better,
-                "meaning": one.meaning,
-            }
-            for name, one in every_field().items()
-        ]
-    if what == "corpora":
-        from edgelab import corpora
-
-        splits = [{"corpus": name, "split": split} for name, split in sorted(corpora.SPLITS)]
-        return [*splits, *({"corpus": name, "split": "any (needs the network once)"} for name in corpora.HUB)]
-    from edgelab import devices
-
-    found = devices.models().values() if what == "models" else devices.catalogue()
-    return [dataclasses.asdict(one) for one in found]
 
 
 NO_SETTINGS = ("recipes", "report", "dry_run", "as_json")

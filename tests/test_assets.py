@@ -201,10 +201,12 @@ def test_a_full_disk_while_unpacking_leaves_nothing(index, home, monkeypatch):
 def test_staged_folder_appears_whole(tmp_path):
     target = tmp_path / "place" / "thing"
     with assets.staged(target) as folder:
+        folder.mkdir()
         (folder / "one").write_text("1")
         assert not target.exists()
     assert files_below(tmp_path) == {"place/thing/one"}
     with assets.staged(target) as folder:
+        folder.mkdir()
         (folder / "two").write_text("2")
     assert files_below(tmp_path) == {"place/thing/two"}
 
@@ -212,6 +214,7 @@ def test_staged_folder_appears_whole(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
 def test_staged_folder_disappears_when_something_fails(error, tmp_path):
     with pytest.raises(error), assets.staged(tmp_path / "thing") as folder:
+        folder.mkdir()
         (folder / "one").write_text("1")
         raise error
     assert list(tmp_path.glob("*thing*")) == []

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from edgelab import cli, lab, ledger, plots, recipes, report, runtimes
 from edgelab.devices import catalogue, tables
 from edgelab.ledger.row import OTHERS
-from edgelab.measure import measurements
+from edgelab.measure import MEASUREMENTS, measurements
 from edgelab.runtimes import support
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -43,7 +43,8 @@ def followed(tmp_path, monkeypatch):
         if path.startswith("plugins/"):
             (tmp_path / path).parent.mkdir(exist_ok=True)
             (tmp_path / path).write_text(code, encoding="utf-8")
-    registries = recipes.techniques(), recipes.deployments(), measurements(), OTHERS
+    measurements()
+    registries = recipes.techniques(), recipes.deployments(), MEASUREMENTS, OTHERS
     before = [dict(one) for one in registries]
     monkeypatch.setenv("EDGELAB_PLUGINS", str(tmp_path / "plugins"))
     yield tmp_path

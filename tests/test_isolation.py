@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,7 +17,7 @@ from edgelab.measure.isolation import Isolated, IsolatedError, report
 from edgelab.measure.turn import timing_lock
 
 SUBJECT = """
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, tempfile, time
 import torch
 from edgelab.errors import EdgeLabError
 from edgelab.measure.isolation import report
@@ -40,8 +42,8 @@ class Subject:
         self.kept[::1024] = b"x" * len(self.kept[::1024])
         return peak_rss_mb() - before
 
-    def environment(self, name):
-        return os.environ.get(name)
+    def surroundings(self):
+        return [os.environ.get("EDGELAB_TEST"), os.getcwd(), sys.path[0], tempfile.gettempdir()]
 
     def threads(self):
         return [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]]
@@ -98,6 +100,7 @@ def place(tmp_path_factory):
         yield "isolated_subject:Subject"
 
 
+FORKING = pytest.mark.skipif(not forking.SUPPORTED, reason="processes are not forked here")
 WAYS = pytest.mark.parametrize("way", [pytest.param(False, id="spawned"), pytest.param(True, id="forked")])
 
 
@@ -140,20 +143,93 @@ def test_the_peak_of_memory_is_what_the_process_itself_took(shared):
     assert shared.call("grow", megabytes=300) == pytest.approx(300, abs=15)
 
 
-def test_a_process_has_the_environment_of_the_moment(place, monkeypatch):
-    """Although the server that forks it was started in another."""
+@WAYS
+def test_a_process_has_the_surroundings_of_the_moment(place, way, monkeypatch, tmp_path):
+    """Although the server that forks it was started in others."""
+    monkeypatch.setattr(forking, "SUPPORTED", way and forking.SUPPORTED)
     for value in ("one", "two"):
+        folder = tmp_path / value
+        folder.mkdir()
         monkeypatch.setenv("EDGELAB_TEST", value)
+        monkeypatch.setenv("TMPDIR", str(folder))
+        monkeypatch.chdir(folder)
         with Isolated(place, threads=1, timeout_s=60) as process:
-            assert process.call("environment", name="EDGELAB_TEST") == value
+            assert process.call("surroundings") == [value, str(folder), str(folder), str(folder)]
 
 
+def mapped_mb(pid: int) -> float:
+    """Memory that a process has of the files it maps, libraries above all."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) * 1024 / 1e6
+
+
+@FORKING
+def test_a_forked_process_has_the_libraries_in_memory_that_its_server_has(place):
+    """Else they would be charged to what it measures."""
+    with Isolated(place, threads=1, timeout_s=60) as process:
+        process.wait()
+        server = psutil.Process(process.pid).ppid()
+        assert mapped_mb(process.pid) == pytest.approx(mapped_mb(server), rel=0.1)
+
+
+class Interrupt(Exception):
+    pass
+
+
+@FORKING
+def test_an_answer_that_an_interrupt_kept_from_its_reader_is_not_taken_for_another(place):
+    def interrupt(*_):
+        raise Interrupt
+
+    usual = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with Isolated(place, threads=1, timeout_s=60) as process:
+            process.wait()
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            with pytest.raises(Interrupt):
+                process._process.wait()  # for the end of a process that goes on
+    finally:
+        signal.signal(signal.SIGALRM, usual)
+    assert not alive(process.pid)
+    with Isolated(place, threads=1, timeout_s=60) as process:
+        assert process.call("echo", value=1) == 1
+
+
+@FORKING
+def test_several_threads_may_ask_at_once(place):
+    def pid(_):
+        with Isolated(place, threads=1, timeout_s=60) as process:
+            return process.call("whoami")["pid"]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(pid, range(8)))) == 8
+
+
+@FORKING
+def test_a_copy_of_this_process_has_a_server_of_its_own(place):
+    """Otherwise the copy would hold the socket, and take answers that are not its own."""
+    script = f"""
+import os, psutil
+from edgelab.measure.isolation import Isolated
+def server():
+    with Isolated({place!r}, threads=1) as process:
+        process.wait()
+        return psutil.Process(process.pid).ppid()
+first = server()
+if (copy := os.fork()) == 0:
+    other = server()
+    os._exit(0 if other != first and psutil.Process(other).ppid() == os.getpid() else 1)
+assert os.waitpid(copy, 0)[1] == 0
+assert server() == first
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@FORKING
 def test_a_server_that_has_died_is_replaced(place):
     with Isolated(place, threads=1, timeout_s=60) as process:
-        server = psutil.Process(process.pid).parent()
-        if server.pid == os.getpid():
-            pytest.skip("processes are not forked here")
-        server.kill()
+        psutil.Process(process.pid).parent().kill()
         wait_for_the_end_of([process.pid])
         with pytest.raises(IsolatedError):
             process.call("echo", value=1)

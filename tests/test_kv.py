@@ -240,8 +240,7 @@ def test_generation_reads_the_packed_cache(runtime, layout, new_model, tmp_path)
     tokens = [engine.prefill(prompt)]
     while len(tokens) < 12:
         tokens.append(engine.decode(tokens[-1]))
-    assert engine._cache.get_seq_length() == 30 + 11
-    assert {layer.packed_values.packed.shape[2] for layer in engine._cache.layers} == {32}
+    assert engine.length == 30 + 11
 
     cache, wanted, new = marks_of(model).cache.new_cache(model.config), [], prompt
     with torch.inference_mode():
@@ -250,7 +249,7 @@ def test_generation_reads_the_packed_cache(runtime, layout, new_model, tmp_path)
             new = [int(logits[0, -1].argmax())]
             wanted += new
     assert tokens == wanted
-    assert engine.prefill(prompt) == tokens[0] and engine._cache.get_seq_length() == 30  # a fresh cache
+    assert engine.prefill(prompt) == tokens[0] and engine.length == 30  # a fresh cache
 
 
 def test_generate_of_transformers_takes_the_cache(new_model):

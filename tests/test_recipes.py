@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from edgelab import recipes
+from edgelab import recipes, sources
 from edgelab.recipes import Context, Recipe, RecipeError, canonical, catalogue, parse
 from edgelab.techniques.quantization.floats import BFloat16
 from edgelab.techniques.quantization.rtn import RoundEmbedding, RoundToNearest
@@ -359,7 +359,7 @@ def home(tmp_path, monkeypatch):
     """A home of one's own, whose sources all are older than this process."""
     monkeypatch.setenv("EDGELAB_HOME", str(tmp_path))
     monkeypatch.delenv("EDGELAB_PLUGINS", raising=False)
-    monkeypatch.setattr(recipes, "_LOADED_NS", sys.maxsize)
+    monkeypatch.setattr(sources, "_LOADED_NS", sys.maxsize)
     return tmp_path
 
 
@@ -381,13 +381,13 @@ def test_a_stale_catalogue_is_not_read(home, damage):
     recipes.save_catalogue()
     assert recipes.saved_catalogue() is not None
     if damage == "half a file":
-        (home / "catalogue.json").write_text((home / "catalogue.json").read_text()[:1000])
+        (home / "sources" / "recipes.json").write_text("{")
     else:
         (home / "plugins" / ("one.py" if damage == "a changed plugin" else "two.py")).write_text("one = 12\n")
     assert recipes.saved_catalogue() is None
 
 
 def test_a_catalogue_older_than_the_sources_is_not_saved(home, monkeypatch):
-    monkeypatch.setattr(recipes, "_LOADED_NS", 0)
+    monkeypatch.setattr(sources, "_LOADED_NS", 0)
     recipes.save_catalogue()
     assert recipes.saved_catalogue() is None

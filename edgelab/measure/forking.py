@@ -2,8 +2,9 @@
 
 A fresh interpreter spends seconds on importing torch and transformers before it measures anything. The server is such
 an interpreter, with the same pinned threads, that imports them once and then does nothing else: no parallel region has
-run in it and no tokenizer, since OpenMP and tokenizers hang in a process that is forked after them. What it forks has
-the memory of the imports and nothing more, threads of its own, and the environment of the moment.
+run in it and no tokenizer, since OpenMP and tokenizers hang in a process that is forked after them. (The threads that
+OpenBLAS and pyarrow's allocator start at import stop for a fork and start again.) What it forks has the memory of the
+imports and nothing more, threads of its own, and the environment, folder and search path of the moment.
 
 The server ends with the process that started it, however that one ends: its socket is closed then, and it kills what
 it has forked. What it has forked ends with the server: the kernel sees to it.
@@ -17,11 +18,13 @@ import ctypes
 import gc
 import importlib
 import json
+import mmap
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -33,9 +36,13 @@ IMPORTS = (
     "transformers.models.llama.modeling_llama",
     "edgelab.lab.bench",
 )
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_")  # variables
+READ_AT_IMPORT = (  # beginnings of variables that a running process does not read again
+    *("HF_", "TRANSFORMERS_", "TORCH", "ATEN_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_"),
+    *("DNNL_", "ONEDNN_", "LD_", "MALLOC_", "GLIBC_"),
+)
 MESSAGE = 1 << 18  # bytes, more than an environment has
 PR_SET_PDEATHSIG = 1
+MADV_POPULATE_READ = 22
 SUPPORTED = sys.platform == "linux"
 
 
@@ -48,6 +55,7 @@ class Server:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._lock = threading.Lock()
+        self._asked = 0
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -76,17 +84,24 @@ class Server:
     def _ask(self, request: dict[str, Any], descriptors: list[int] | None = None) -> dict[str, Any]:
         with self._lock:
             try:
-                socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors or [])
-                answer = self._socket.recv(MESSAGE)
+                self._asked += 1
+                message = json.dumps(request | {"number": self._asked}).encode()
+                socket.send_fds(self._socket, [message], descriptors or [])
+                while data := self._socket.recv(MESSAGE):
+                    answer = json.loads(data)
+                    if answer["number"] == self._asked:  # not what Ctrl-C kept an earlier caller from reading
+                        return answer
             except OSError as error:
                 raise ServerGone(str(error)) from None
-        if not answer:
-            raise ServerGone("it has ended")
-        return json.loads(answer)
+        raise ServerGone("it has ended")
+
+    def leave(self) -> None:
+        """Let go of it, without ending it."""
+        self._socket.close()
 
     def close(self) -> None:
         """End it, and what it has forked."""
-        self._socket.close()
+        self.leave()
         self._process.kill()
         self._process.wait()
 
@@ -95,24 +110,37 @@ _servers: dict[tuple, Server] = {}
 _starting = threading.Lock()
 
 
-def server(pinned: dict[str, str], fresh: bool = False) -> Server:
-    """The server of this process for such an environment, started where there is none; `fresh`: the old one is gone."""
+def server(pinned: dict[str, str], gone: Server | None = None) -> Server:
+    """The server of this process for such an environment, started where there is none but one that is gone."""
     environment = os.environ | pinned
-    decides = sorted((name, value) for name, value in environment.items() if name.startswith(READ_AT_IMPORT))
-    place = (os.getpid(), *decides)  # a process that somebody forked from this one starts its own
+    decides = tuple(
+        sorted((name, value) for name, value in environment.items() if name.startswith(READ_AT_IMPORT))
+    )
     with _starting:
-        if fresh and place in _servers:
-            _servers.pop(place).close()
-        if place not in _servers:
-            _servers[place] = Server(environment)
-        return _servers[place]
+        if gone is not None and _servers.get(decides) is gone:  # else another thread has replaced it
+            _servers.pop(decides).close()
+        if decides not in _servers:
+            _servers[decides] = Server(environment)
+        return _servers[decides]
 
 
 @atexit.register
 def _close_all() -> None:
-    for (pid, *_), one in _servers.items():
-        if pid == os.getpid():
-            one.close()
+    for one in _servers.values():
+        one.close()
+
+
+def _leave_all() -> None:
+    """In a process that somebody forked from this one: its servers are not ours, and it may outlive this one."""
+    global _starting
+    _starting = threading.Lock()
+    for one in _servers.values():
+        one.leave()
+    _servers.clear()
+
+
+if SUPPORTED:
+    os.register_at_fork(after_in_child=_leave_all)
 
 
 # The other end
@@ -120,41 +148,77 @@ def _close_all() -> None:
 
 def serve(connection: socket.socket) -> None:
     """Import, then fork and reap as asked, until the other end of the socket is closed."""
+    own_path = [place for place in sys.path if place not in _places()]
     for name in IMPORTS:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the collector of a child would touch, and so copy, all of it
-    children: set[int] = set()
+    resident = _resident()
+    here = os.getpid()
+    codes: dict[int, int | None] = {}  # of what was forked; None: it may be running
     while True:
         data, descriptors, *_ = socket.recv_fds(connection, MESSAGE, 3)
         if not data:
             break
         request = json.loads(data)
-        if "reap" in request:
-            _, status = os.waitpid(request["reap"], 0)
-            children.discard(request["reap"])
-            connection.send(json.dumps({"code": os.waitstatus_to_exitcode(status)}).encode())
-            continue
-        here = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            connection.close()
-            _become(request, descriptors, here)
-        children.add(pid)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        connection.send(json.dumps({"pid": pid}).encode())
-    for pid in children:
+        if pid := request.get("reap"):
+            if codes[pid] is None:
+                codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            answer = {"code": codes[pid]}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                connection.close()
+                _become(request, descriptors, here, own_path, resident)
+            codes[pid] = None
+            for descriptor in descriptors:
+                os.close(descriptor)
+            answer = {"pid": pid}
+        connection.send(json.dumps(answer | {"number": request["number"]}).encode())
+    for pid in (pid for pid, code in codes.items() if code is None):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _become(request: dict[str, Any], descriptors: list[int], parent: int) -> None:
+def _places() -> list[str]:
+    """What an interpreter that starts here with -m puts before the libraries when it looks for a module."""
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [str(Path.cwd() / place) for place in ("", *filter(None, named))]
+
+
+def _resident() -> list[tuple[int, int]]:
+    """Address and bytes of what this process has in memory of the files it has mapped, libraries above all."""
+    import numpy as np
+
+    page, found = mmap.PAGESIZE, []
+    with Path("/proc/self/pagemap").open(
+        "rb", buffering=0
+    ) as pages:  # eight bytes each, the highest bit: present
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            place, *_, name = line.split(maxsplit=5)
+            if not name.startswith("/"):
+                continue
+            start, end = (int(address, 16) for address in place.split("-"))
+            pages.seek(start // page * 8)
+            present = np.frombuffer(pages.read((end - start) // page * 8), "<i8") < 0
+            edges = np.flatnonzero(np.diff(present, prepend=False, append=False)).reshape(-1, 2).tolist()
+            found += [(start + page * first, page * (last - first)) for first, last in edges]
+    return found
+
+
+def _become(
+    request: dict[str, Any],
+    descriptors: list[int],
+    parent: int,
+    own_path: list[str],
+    resident: list[tuple[int, int]],
+) -> None:
     """Turn a forked process into a measured one; does not return."""
     code = 1
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        system = ctypes.CDLL(None)
+        system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended in between
             return
         os.setsid()
@@ -165,7 +229,12 @@ def _become(request: dict[str, Any], descriptors: list[int], parent: int) -> Non
         os.environ.clear()
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
-        sys.path[:0] = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+        sys.path[:] = _places() + own_path
+        tempfile.tempdir = None  # looked up again, in this environment
+        # A fork does not take over pages of mapped files. The process would get them one by one as it goes, and what
+        # it measures would be charged with libraries that a fresh interpreter has in memory before it.
+        for address, size in resident:
+            system.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), MADV_POPULATE_READ)
         from edgelab.measure import isolation
 
         isolation.serve()

@@ -51,7 +51,8 @@ def pinned(threads: int) -> dict[str, str]:
 def get_ready(threads: int) -> None:
     """Let the server import while the caller does something else."""
     if forking.SUPPORTED:
-        forking.server(pinned(threads))
+        with suppress(OSError):  # said again, and dealt with, when a process is wanted
+            forking.server(pinned(threads))
 
 
 class _Forked:
@@ -66,9 +67,9 @@ class _Forked:
             try:
                 self.pid = self._server.fork(os.environ | variables, [theirs_in, theirs_out, log])
             except forking.ServerGone:
-                self._server = forking.server(variables, fresh=True)
+                self._server = forking.server(variables, gone=self._server)
                 self.pid = self._server.fork(os.environ | variables, [theirs_in, theirs_out, log])
-        except OSError:
+        except BaseException:  # Ctrl-C too
             self.close()
             raise
         finally:
