@@ -208,21 +208,41 @@ def test_several_threads_may_ask_at_once(place):
 @FORKING
 def test_a_copy_of_this_process_has_a_server_of_its_own(place):
     """Otherwise the copy would hold the socket, and take answers that are not its own."""
-    script = f"""
-import os, psutil
-from edgelab.measure.isolation import Isolated
-def server():
-    with Isolated({place!r}, threads=1) as process:
-        process.wait()
-        return psutil.Process(process.pid).ppid()
-first = server()
+    finish(
+        place,
+        """
 if (copy := os.fork()) == 0:
     other = server()
     os._exit(0 if other != first and psutil.Process(other).ppid() == os.getpid() else 1)
 assert os.waitpid(copy, 0)[1] == 0
 assert server() == first
+""",
+    )
+
+
+@FORKING
+def test_a_server_that_starts_before_its_caller_imports_torch_is_the_one_that_forks(place):
+    """Libraries set variables when they are imported; none of them may ask for another server."""
+    finish(
+        place, "import edgelab.lab.bench, edgelab.lab.road, torch._inductor.config\nassert server() == first"
+    )
+
+
+SERVERS = """
+import os, psutil, sys
+from edgelab.measure.isolation import Isolated
+def server():
+    with Isolated(sys.argv[1], threads=1) as process:
+        process.wait()
+        return psutil.Process(process.pid).ppid()
+first = server()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+
+
+def finish(place: str, script: str) -> None:
+    command = [sys.executable, "-c", SERVERS + script, place]
+    fresh = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
+    done = subprocess.run(command, env=fresh, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

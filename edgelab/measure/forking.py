@@ -40,6 +40,7 @@ READ_AT_IMPORT = (  # beginnings of variables that a running process does not re
     *("HF_", "TRANSFORMERS_", "TORCH", "ATEN_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_"),
     *("DNNL_", "ONEDNN_", "LD_", "MALLOC_", "GLIBC_"),
 )
+READ_LATER = "TORCHINDUCTOR_CACHE_DIR"  # which torch sets when it is imported, here in the caller
 MESSAGE = 1 << 18  # bytes, more than an environment has
 PR_SET_PDEATHSIG = 1
 MADV_POPULATE_READ = 22
@@ -114,7 +115,9 @@ def server(pinned: dict[str, str], gone: Server | None = None) -> Server:
     """The server of this process for such an environment, started where there is none but one that is gone."""
     environment = os.environ | pinned
     decides = tuple(
-        sorted((name, value) for name, value in environment.items() if name.startswith(READ_AT_IMPORT))
+        (name, value)
+        for name, value in sorted(environment.items())
+        if name.startswith(READ_AT_IMPORT) and name != READ_LATER
     )
     with _starting:
         if gone is not None and _servers.get(decides) is gone:  # else another thread has replaced it
