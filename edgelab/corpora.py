@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+CHARACTERS, SPARE = 6, 256  # of a token, more than most have; tokens that a cut may have changed
 EMBEDDED = ("wiki", "web", "code", "stories", "technical", "multilingual")
 HUB = {"wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
 
@@ -64,12 +65,22 @@ def load(corpus: str, split: str = "evaluation") -> Dataset:
     corpus: an embedded name, "wikitext-2" (needs the network once) or the path of a UTF-8 text file, which is for
     evaluation only. Raises CorpusError naming what there is.
     """
+    return _lines(*_range(corpus, split))
+
+
+def read(corpus: str, split: str = "evaluation") -> str:
+    """A split of a corpus as one text; see `load`."""
+    return _range(corpus, split)[0]
+
+
+def _range(corpus: str, split: str) -> tuple[str, int]:
+    """The text of a split, and where it begins in the whole."""
     if corpus in HUB:
-        return _from_hub(corpus, split)
+        return _from_hub(corpus, split), 0
     if (corpus, split) in SPLITS:
         text = _embedded_text(corpus)
         begin, end = (_position(mark, len(text)) for mark in SPLITS[corpus, split])
-        return _lines(text[begin:end], begin)
+        return text[begin:end], begin
     if corpus in EMBEDDED:
         others = ", ".join(f"{name} ({which})" for name, which in SPLITS if which == split)
         raise CorpusError(
@@ -78,7 +89,7 @@ def load(corpus: str, split: str = "evaluation") -> Dataset:
     path = Path(corpus).expanduser()
     if path.is_file() and split == "evaluation":
         try:
-            return _lines(path.read_text(encoding="utf-8"), 0)
+            return path.read_text(encoding="utf-8"), 0
         except UnicodeDecodeError:
             raise CorpusError(f"{path} is not UTF-8 text; save it as UTF-8 first.") from None
     names = ", ".join((*EMBEDDED, *HUB))
@@ -87,9 +98,21 @@ def load(corpus: str, split: str = "evaluation") -> Dataset:
     )
 
 
-def tokenize(corpus: str, tokenizer: PreTrainedTokenizerBase, split: str = "evaluation") -> TokenizedText:
-    """A split as one text and its tokens, without special tokens. Needs a fast tokenizer (for character offsets)."""
-    return tokenize_text("".join(load(corpus, split)["text"]), tokenizer, identity(corpus))
+def tokenize(
+    corpus: str, tokenizer: PreTrainedTokenizerBase, split: str = "evaluation", tokens: int | None = None
+) -> TokenizedText:
+    """A split as one text and its tokens, without special tokens. Needs a fast tokenizer (for character offsets).
+
+    tokens: how many are needed at least; a long text then ends at a line some way behind them. All by default.
+    """
+    text, name = read(corpus, split), identity(corpus)
+    if tokens is not None:
+        beginning = text[: text.find("\n", CHARACTERS * (tokens + SPARE)) + 1]
+        if beginning:
+            found = tokenize_text(beginning, tokenizer, name)
+            if len(found.ids) >= tokens + SPARE:
+                return found
+    return tokenize_text(text, tokenizer, name)
 
 
 def identity(corpus: str) -> str:
@@ -130,7 +153,7 @@ def _lines(text: str, begin: int) -> Dataset:
     return Dataset.from_dict({"text": lines, "start": starts})
 
 
-def _from_hub(corpus: str, split: str) -> Dataset:
+def _from_hub(corpus: str, split: str) -> str:
     from datasets import load_dataset
 
     try:
@@ -139,4 +162,4 @@ def _from_hub(corpus: str, split: str) -> Dataset:
         raise CorpusError(
             f"'{corpus}' comes from the Hub, which cannot be reached now; use one of {', '.join(EMBEDDED)} offline."
         ) from None
-    return _lines("".join(rows["text"]), 0)
+    return "".join(rows["text"])

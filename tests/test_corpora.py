@@ -208,3 +208,14 @@ def test_ranges_of_the_real_texts_do_not_overlap(corpus):
             last = rows["start"][0] + len(text)
             assert whole[rows["start"][0] : last] == text
     assert last == len(whole)
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize(("corpus", "tokens"), [("wiki", 16 * 512), ("stories", 2048), ("code", 4096), ("wiki", 10**9)])
+def test_the_beginning_of_a_text_has_the_tokens_of_the_whole(corpus, tokens):
+    tokenizer = reference.load_tokenizer(reference.resolve())
+    whole, beginning = corpora.tokenize(corpus, tokenizer), corpora.tokenize(corpus, tokenizer, tokens=tokens)
+    count = min(tokens, len(whole.ids))
+    assert torch.equal(beginning.ids[:count], whole.ids[:count])
+    assert torch.equal(beginning.ends[:count], whole.ends[:count])
+    assert whole.text.startswith(beginning.text) and (len(beginning.ids) < len(whole.ids)) == (tokens < 10**9)

@@ -84,7 +84,8 @@ class Bench:
 
     @cached_property
     def text(self) -> TokenizedText:
-        return corpora.tokenize(self.asked.corpus, self.tokenizer)
+        needed = max(self.asked.windows * self.rules.window, self.asked.prompt_tokens)
+        return corpora.tokenize(self.asked.corpus, self.tokenizer, tokens=needed)
 
     @cached_property
     def cut(self) -> list[perplexity.Window]:
@@ -122,7 +123,7 @@ class Bench:
 
     def answers(self) -> list[parity.Answer]:
         """What the deployment answers to the prompts of the parity gate, taken from the text."""
-        asked = parity.prompts(self.text.ids)
+        asked = parity.prompts(corpora.tokenize(self.asked.corpus, self.tokenizer).ids)
         found = []
         for answer in parity.answers(self.session, asked):
             found.append(answer)

@@ -46,7 +46,7 @@ CORPUS = "stories"
 )
 def story_cloze(subject: Subject) -> dict[str, Any]:
     """Accuracy of a variant on the story cloze, and the paired difference to the baseline's, story by story."""
-    stories = tasks.story_cloze("".join(corpora.load(CORPUS)["text"]))
+    stories = tasks.story_cloze(corpora.read(CORPUS))
     session, right = subject.session, []
     with ExitStack() as stack:
         if session.model is not None:

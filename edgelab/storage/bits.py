@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:
-    """Store integers below 2**bits in bits/8 bytes each, across the whole tensor.
+    """Store integers below 2**bits in bits/8 bytes each, across the whole tensor: eight of them in `bits` bytes.
 
     integers: any shape, uint8. Returns (ceil(count * bits / 8),) uint8.
     """
+    flat = integers.reshape(-1)
     if bits == 8:
-        return integers.reshape(-1).contiguous()
-    flat = integers.reshape(-1, 1).numpy()
-    planes = np.unpackbits(flat, axis=1, count=bits, bitorder="little")  # (count, bits)
-    return torch.from_numpy(np.packbits(planes, bitorder="little"))
+        return flat.contiguous()
+    n_bytes = -(-len(flat) * bits // 8)
+    eights = functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8).long()
+    words = (eights << torch.arange(0, 8 * bits, bits)).sum(-1, keepdim=True)
+    return (words >> torch.arange(0, 8 * bits, 8) & 255).to(torch.uint8).view(-1)[:n_bytes]
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `pack`: uint8 integers of the given shape."""
     if bits == 8:
         return packed.reshape(shape)
-    count = int(np.prod(shape))
-    planes = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    return torch.from_numpy(np.packbits(planes, axis=1, bitorder="little")).reshape(shape)
+    if 8 % bits == 0:  # none across two bytes
+        return unpack_last(packed, bits)[: math.prod(shape)].reshape(shape)
+    groups = functional.pad(packed, (0, -len(packed) % bits)).view(-1, bits).long()
+    words = (groups << torch.arange(0, 8 * bits, 8)).sum(-1, keepdim=True)
+    integers = (words >> torch.arange(0, 8 * bits, bits) & 2**bits - 1).to(torch.uint8)
+    return integers.view(-1)[: math.prod(shape)].reshape(shape)
 
 
 def pack_last(integers: Tensor, bits: int) -> Tensor:
