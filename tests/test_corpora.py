@@ -211,7 +211,9 @@ def test_ranges_of_the_real_texts_do_not_overlap(corpus):
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize(("corpus", "tokens"), [("wiki", 16 * 512), ("stories", 2048), ("code", 4096), ("wiki", 10**9)])
+@pytest.mark.parametrize(
+    ("corpus", "tokens"), [("wiki", 16 * 512), ("stories", 2048), ("code", 4096), ("wiki", 10**9)]
+)
 def test_the_beginning_of_a_text_has_the_tokens_of_the_whole(corpus, tokens):
     tokenizer = reference.load_tokenizer(reference.resolve())
     whole, beginning = corpora.tokenize(corpus, tokenizer), corpora.tokenize(corpus, tokenizer, tokens=tokens)

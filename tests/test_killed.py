@@ -91,7 +91,8 @@ def test_killed_at_twenty_moments_it_ends_with_every_row_once(comparison):
     assert len({row.recipe for row in rows}) == len(rows)
     wait_until_alone()
     run = comparison("quantize.fp16")  # a new variant tidies up behind the killed ones
-    assert run.wait(300) == 0
+    run.communicate(timeout=300)
+    assert run.returncode == 0
     assert list(cache.drafts()) == [] and not list(assets.home().rglob("*.part"))
 
 

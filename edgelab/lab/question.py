@@ -225,8 +225,11 @@ def ask(texts: list[str], settings: Settings, interleave: bool) -> list[Question
 def quick(texts: list[str], settings: Settings, interleave: bool) -> list[Question] | None:
     """As `ask`, from what earlier processes noted of techniques and measurements, without importing any.
 
-    Good for looking up answers alone. None where nothing was noted, or a source file has changed since.
+    Good for looking up answers alone. None where nothing was noted, or a source file has changed since, or where this
+    process has imported techniques itself: what it knows may be newer than any file.
     """
+    if recipes.TECHNIQUES:
+        return None
     catalogue, described = recipes.saved_catalogue(), saved_measurements()
     if catalogue is None or described is None:
         return None

@@ -94,7 +94,8 @@ class AutoRound(Calibrated):
     """Learn the rounding of every linear layer but the head, block after block, with signed gradients.
 
     A block learns to give, from what the rounded blocks before it hand on, what the float block would have given.
-    iterations: steps for each block. batch: samples a step. Cheng et al. 2023, arXiv:2309.05516.
+    bits: 2 to 8. group_size: inputs that share a scale, 0 for a whole row. iterations: steps for each block. batch:
+    samples a step. Cheng et al. 2023, arXiv:2309.05516.
     """
 
     bits: int = 4

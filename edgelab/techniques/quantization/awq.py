@@ -57,9 +57,12 @@ class AWQ(Calibrated):
     """Activation-aware scales for every group of layers that read the same input, clipped ranges, then rounding.
 
     Scales are folded into what makes the input, a norm or a linear layer; where nothing can take them, only clipping
-    is left. clip: search the share of each range that makes the squared error of the weights least, each counted by the
-    mean square of its input. scales_only: fold the scales and
-    leave the weights in float, for another technique to round: quantize.awq:scales_only=true + quantize.gptq.
+    is left.
+
+    bits: 2 to 8. group_size: inputs that share a scale, 0 for a whole row. symmetric: zero in the middle of the grid.
+    clip: search the share of each range that makes the squared error of the weights least, each counted by the mean
+    square of its input. scales_only: fold the scales and leave the weights in float, for another technique to round:
+    quantize.awq:scales_only=true + quantize.gptq.
     """
 
     bits: int = 4

@@ -144,8 +144,10 @@ def input_products(inputs: Tensor) -> tuple[Tensor, int]:
 class GPTQ(Calibrated):
     """Round every linear layer but the head with GPTQ, block after block, on the inputs that rounded blocks give.
 
-    bits: 2 to 8. group_size: inputs that share a scale, 0 for a whole row. true_sequential: within a block, a layer
-    sees its inputs after the layers before it have been rounded. range: how each group's grid is found.
+    bits: 2 to 8. group_size: inputs that share a scale, 0 for a whole row. symmetric: zero in the middle of the grid.
+    range: how each group's grid is found. activation_order: the columns with the largest inputs first. static_groups:
+    grids are found before the first column is rounded. true_sequential: within a block, a layer sees its inputs after
+    the layers before it have been rounded. damping: added to the diagonal of the Hessian, as a share of its mean.
     """
 
     bits: int = 4
