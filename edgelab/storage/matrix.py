@@ -59,9 +59,3 @@ def restored(tensors: dict[str, Tensor], how: dict) -> Matrix:
     if how["format"] not in FORMATS:
         importlib.import_module(f"edgelab.storage.{how['format']}")  # a format has the name of its file
     return FORMATS[how["format"]].restored(tensors, how)
-
-
-def side_bytes(matrix: Matrix) -> int:
-    """Bytes of what is stored beside the weights themselves: scales, zero-points, tables of values."""
-    tensors, _ = matrix.stored()
-    return sum(tensor.nbytes for name, tensor in tensors.items() if name in matrix.side)
