@@ -179,11 +179,6 @@ def status() -> dict[str, bool]:
     return found | {"model/model.safetensors": _whole(assets, _model_files(assets))}
 
 
-def recorded_sha256(file: str) -> str:
-    """The hash that the manifest holds for a file below `home()/assets`."""
-    return _manifest(home() / "assets")[file]
-
-
 def _manifest(assets: Path) -> dict[str, str]:
     try:
         return json.loads((assets / "manifest.json").read_text())
