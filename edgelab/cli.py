@@ -155,11 +155,12 @@ def report(
 ) -> None:
     """Write an HTML report, or the trade-off plot, of the project's reference rows and your own."""
     from edgelab import ledger, plots
+    from edgelab.rows import small_embedding
 
     rows = ledger.frame(ledger.reference(), "reference") if reference else ledger.frame()
     if path.suffix == ".png":
         path.parent.mkdir(parents=True, exist_ok=True)
-        plots.tradeoff(rows).savefig(path, dpi=120)
+        plots.tradeoff(small_embedding(rows)).savefig(path, dpi=120)
     else:
         _report(rows, path, model)
 

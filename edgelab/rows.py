@@ -20,6 +20,7 @@ from edgelab.measure.intervals import Interval, PairingError
 PROTOCOL = ["model", "protocol", "corpus", "n_tokens"]  # quality compares only where these agree
 BASELINE = "none"
 ROUNDED = r"^(?P<method>quantize\.\w+):bits=(?P<bits>[\d.]+),group_size=(?P<group_size>\d+)$"
+EMBEDDING = r" \+ quantize\.embedding:[^ ]+$"
 # What a row knows of all its windows together, and what it knows of each
 OF_ALL = ["bits_per_byte", "kld_mean", "top1_agreement"]
 CUT = ["window_nll", "n_tokens", "nll_sum", "ppl", "delta_nll", "delta_nll_low", "delta_nll_high"]
@@ -104,6 +105,20 @@ def comparable(rows: pd.DataFrame) -> pd.DataFrame:
     sets = rows.assign(timed=timed).groupby(PROTOCOL, dropna=False)[["timed", "recipe"]].nunique()
     chosen = sets.sort_values(["timed", "recipe"], kind="stable").index[-1]
     return rows[(rows[PROTOCOL] == list(chosen)).all(axis=1)]
+
+
+def small_embedding(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows without those whose recipe is there with `+ quantize.embedding`, too.
+
+    Layers of 4 bits under a float embedding take twice the bytes of the same layers under an 8-bit one, so that a
+    picture of both hides what the bits of the layers buy.
+    """
+    recipes = rows["recipe"].str.partition(" @ ")
+    places = recipes[2].where(recipes[1] != "", "torch")
+    bare = recipes[0].str.replace(EMBEDDING, "", regex=True)
+    smaller = set(zip(bare[bare != recipes[0]], places[bare != recipes[0]], strict=True))
+    twice = [pair in smaller for pair in zip(recipes[0], places, strict=True)]
+    return rows[~np.array(twice, bool)]
 
 
 def paired(rows: pd.DataFrame, recipe: str, baseline: str = BASELINE) -> Interval:

@@ -104,6 +104,15 @@ def test_missing_values_are_dashes_not_zeros(tmp_path):
     assert page.text.count("–") == 2
 
 
+def test_quality_and_cost_are_tables_of_their_own(tmp_path):
+    timed = make_row("quantize.timed", ppl=None, delta_nll=None, kld_mean=None, top1_agreement=None)
+    page = read(report.write([make_row(), timed], tmp_path / "report.html"))
+    quality, costs = page.text.split("Size and speed")[0], page.text.split("Size and speed")[1]
+    assert "Perplexity" in quality and "Decoding" not in quality and "quantize.timed" not in quality
+    assert "Decoding" in costs and "quantize.timed" in costs
+    assert "wbr" not in page.text  # it is a tag, not text
+
+
 def test_tasks_and_what_the_model_writes_are_shown_where_rows_have_them(tmp_path):
     tasked = make_row(last_word=0.421, sample=["a cat < dog\nand more"])
     page = read(report.write([make_row(), tasked], tmp_path / "report.html"))

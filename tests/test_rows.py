@@ -121,6 +121,14 @@ def test_of_equal_measurements_the_newest_counts_and_the_reader_s_before_the_pro
 # Pairs
 
 
+def test_of_a_recipe_with_and_without_a_small_embedding_the_smaller_is_kept():
+    small = " + quantize.embedding:bits=8"
+    recipes = ["none", "quantize.rtn:bits=4", "quantize.rtn:bits=4" + small, "quantize.hqq:bits=4",
+               "quantize.hqq:bits=4" + small + " @ llamacpp"]  # fmt: skip
+    kept = rows.small_embedding(pd.DataFrame({"recipe": recipes}))
+    assert kept["recipe"].tolist() == [recipes[0], *recipes[2:]]
+
+
 def test_two_rows_are_compared_window_by_window():
     table = ledger.frame(
         [row("none", [2.0, 4.0, 3.0], started_at="1"), row(RTN4, [2.1, 4.3, 3.2], started_at="2")]

@@ -1,6 +1,7 @@
 """Labels beside points: each at the first of forty places where it touches nothing."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -36,10 +37,7 @@ def label_marks(axes: Axes, marks: Iterable[Mark], lines: Iterable[np.ndarray] =
     marks = sorted(marks, key=lambda mark: mark.rank)
     anchors = axes.transData.transform([(mark.x, mark.y) for mark in marks])
     taken = [Bbox.from_bounds(*(anchor - 5 * pixel), 10 * pixel, 10 * pixel) for anchor in anchors]
-    for line in lines:
-        corners = axes.transData.transform(line)
-        starts, ends = np.minimum(corners[:-1], corners[1:]), np.maximum(corners[:-1], corners[1:])
-        taken += [Bbox([start, end]) for start, end in zip(starts, ends, strict=True)]
+    taken += [Bbox([place, place + 1]) for line in lines for place in _along(axes, line, 4 * pixel)]
     written = set()
     for mark, anchor in zip(marks, anchors, strict=True):
         if mark.text in written:
@@ -67,6 +65,16 @@ def label_marks(axes: Axes, marks: Iterable[Mark], lines: Iterable[np.ndarray] =
         text.set_in_layout(False)
         taken.append(Bbox.from_bounds(*corner, *size))
         written.add(mark.text)
+
+
+def _along(axes: Axes, line: np.ndarray, step: float) -> np.ndarray:
+    """Places along a line of corners (corners, 2) in data units, in pixels, at most `step` apart."""
+    corners = axes.transData.transform(line)
+    places = [corners[-1:]]
+    for start, end in pairwise(corners):
+        shares = np.linspace(0, 1, int(np.linalg.norm(end - start) / step) + 2)[:, None]
+        places.append(start + shares * (end - start))
+    return np.concatenate(places)
 
 
 def _free_place(

@@ -28,7 +28,7 @@ def method_lines(points: pd.DataFrame, baseline: float | None = None, highlight:
     axes = figure.subplots()
     scale_axis(axes, "y", points["ppl"] if baseline is None else pd.Series([*points["ppl"], baseline]))
     axes.margins(0.1)
-    marks = []
+    marks, lines = [], []
     for (method, size), line in points.groupby(["method", "group_size"], sort=False):
         tint = METHOD_COLOURS[methods.index(method) % len(METHOD_COLOURS)]
         dash = GROUP_LINES[sizes.index(size) % len(GROUP_LINES)]
@@ -36,6 +36,7 @@ def method_lines(points: pd.DataFrame, baseline: float | None = None, highlight:
         axes.plot(
             line["bits"], line["ppl"], color=tint, linestyle=dash, linewidth=1.4, marker="o", markersize=5
         )
+        lines.append(line[["bits", "ppl"]].to_numpy())
         name = f"{method.rpartition('.')[2]}, {f'g{size}' if size else 'per row'}"
         first = line.iloc[0]
         marks.append(Mark(first["bits"], first["ppl"], name, tint))
@@ -51,5 +52,5 @@ def method_lines(points: pd.DataFrame, baseline: float | None = None, highlight:
     axes.set_ylabel("Perplexity, lower is better", fontsize=9.5)
     style_axes(axes, "Perplexity over bits, by method and group size")
     stamp(figure, points)
-    label_marks(axes, marks)
+    label_marks(axes, marks, lines)
     return figure

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from edgelab.assets import fast
 from edgelab.measure.intervals import mean_interval
+from edgelab.plots.choosing import named, within_sense
 from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.style import (
     BADGE_SIGNS,
@@ -38,6 +39,7 @@ from edgelab.plots.style import (
     draw_bar,
     draw_point,
     drawable,
+    inner,
     label,
     legend_handles,
     new_chart,
@@ -46,11 +48,15 @@ from edgelab.plots.style import (
     stamp,
     style_axes,
 )
-from edgelab.rows import PROTOCOL, find_metric, interval_ends, pareto_front
+from edgelab.rows import BASELINE, PROTOCOL, find_metric, interval_ends, pareto_front
 
 if TYPE_CHECKING:  # measuring imports torch, drawing does not need it
     from edgelab.measure.perplexity import Perplexity
     from edgelab.measure.protocols import Protocol
+
+STALL = (
+    1.6  # of the slowest median: a whisker ends there, or one stall of the machine would squeeze all others
+)
 
 
 def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str | None = None) -> Figure:
@@ -64,11 +70,12 @@ def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str |
     horizontal, vertical = find_metric(x), find_metric(y)
     metrics = horizontal, vertical
     timed = "speed" in {metric.group for metric in metrics}
-    drawn, notes = drawable(frame, [x, y], "quality and latency" if timed else "quality and size")
-    drawn["ring"] = (drawn["recipe"] == highlight) | (drawn["row_id"] == highlight)
-    drawn = drawn.sort_values(["reader", "ring"], kind="stable")  # the reader's rows come over the others
-    if highlight and not drawn["ring"].any():
+    measured, notes = drawable(frame, [x, y], "quality and latency" if timed else "quality and size")
+    measured["ring"] = (measured["recipe"] == highlight) | (measured["row_id"] == highlight)
+    if highlight and not measured["ring"].any():
         notes.append(f"Nothing measured yet for {highlight}.")
+    drawn, left_out = within_sense(measured, x, y)
+    drawn = drawn.sort_values(["reader", "ring"], kind="stable")  # the reader's rows come over the others
 
     figure = new_chart()
     axes = figure.subplots()
@@ -76,23 +83,29 @@ def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str |
     scale_axis(axes, "y", drawn[y])
     axes.margins(0.08)
     lines = []  # what labels keep away from, each (corners, 2)
+    marks = []
     within = {metric.within for metric in metrics}
     machine_bound = "machine" in within
     keys = [*(PROTOCOL if "protocol" in within else ["model"]), *(["host"] if machine_bound else [])]
     drawn["front"] = False
-    for _, group in drawn.groupby(keys, dropna=False):
+    for which, group in drawn.groupby(keys, dropna=False):
         # Outputs that are not the reference's earn no rank in speed.
         front = pareto_front(group[~group["hollow"] & ~group["ungated"]] if machine_bound else group, x, y)
         drawn.loc[front.index, "front"] = True
         lines.append(_stairs(front[[x, y]].to_numpy(), horizontal.better == "lower"))
         axes.plot(*lines[-1].T, color="#9a9a9a", linewidth=1.2, zorder=1)
-        measured = group.loc[group["recipe"] == "none", y].tail(1)
-        for value in measured if vertical.baseline is None else [vertical.baseline]:
+        baseline = measured[(measured["recipe"] == BASELINE) & (measured[keys] == list(which)).all(axis=1)]
+        for _, row in baseline.tail(1).iterrows():
+            value = row[y] if vertical.baseline is None else vertical.baseline
             axes.axhline(value, **BASELINE_LINE)
             lines.append(np.array([[drawn[x].min(), value], [drawn[x].max(), value]]))
+            if row.name not in drawn.index:
+                text = f"baseline: {row[x]:{horizontal.form or ',.3g'}} {horizontal.unit}".rstrip()
+                marks.append(Mark(drawn[x].max(), value, text, colour(row["family"])))
 
-    marks, ends = [], (interval_ends(drawn, x), interval_ends(drawn, y))
-    for (_, row), ends_x, ends_y in zip(drawn.iterrows(), *ends, strict=True):
+    ends = (interval_ends(drawn, x), interval_ends(drawn, y))
+    with_label = named(drawn)
+    for (index, row), ends_x, ends_y in zip(drawn.iterrows(), *ends, strict=True):
         bars = [np.column_stack([ends_x, [row[y]] * 2]), np.column_stack([[row[x]] * 2, ends_y])]
         for bar, cap in zip(bars, "|_", strict=True):
             if np.isfinite(bar).all():
@@ -100,14 +113,19 @@ def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str |
         draw_point(axes, row[x], row[y], row)
         if row["ring"]:
             axes.scatter(row[x], row[y], s=260, facecolor="none", edgecolor="black", linewidth=1.6, zorder=5)
-        rank = (not row["ring"], not row["reader"], not row["front"])
-        look = {"colour": colour(row["family"]), "wanted": row["ring"] or row["reader"], "bold": row["ring"]}
-        marks.append(Mark(row[x], row[y], label(row["recipe"]), rank=rank, **look))
+        if with_label[index]:
+            rank = (not row["ring"], not row["reader"], not row["front"])
+            look = {
+                "colour": colour(row["family"]),
+                "wanted": row["ring"] or row["reader"],
+                "bold": row["ring"],
+            }
+            marks.append(Mark(row[x], row[y], label(row["recipe"]), rank=rank, **look))
 
     axes.set_xlabel(f"{horizontal.with_unit}, {horizontal.direction}", fontsize=9.5)
     axes.set_ylabel(f"{vertical.with_unit}, {vertical.direction}", fontsize=9.5)
-    style_axes(axes, f"{vertical.label} against {horizontal.label.lower()}", legend_handles(drawn))
-    stamp(figure, frame, notes + cautions(drawn, (x, y)))
+    style_axes(axes, f"{vertical.label} against {inner(horizontal.label)}", legend_handles(drawn))
+    stamp(figure, frame, [*left_out, *notes, *cautions(drawn, (x, y))])
     label_marks(axes, marks, lines)
     return figure
 
@@ -167,14 +185,19 @@ def latency(rows: Rows) -> Figure:
     }
     figure = new_chart(9.5, 1.9 + 0.36 * len(drawn))
     panels = figure.subplots(1, 3, sharey=True, width_ratios=[1.2, 1, 1.2])
+    stalls = []
     for axes, (metric, title) in zip(panels, titles.items(), strict=True):
         bars = interval_ends(drawn, metric)
+        reach = STALL * drawn[metric].max()
         for position, (_, row) in enumerate(drawn.iterrows()):
             if not np.isfinite(row[metric]):
                 continue
             ends = bars[position]
             if np.isfinite(ends).all():
-                draw_bar(axes, row, np.column_stack([ends, [position] * 2]), "|")
+                draw_bar(axes, row, np.column_stack([ends.clip(max=reach), [position] * 2]), "|")
+                if ends[1] > reach:
+                    axes.scatter(reach, position, marker=">", s=20, color=colour(row["family"]), zorder=4)
+                    stalls.append(f"{label(row['recipe'])} {ends[1]:,.0f} ms")
             draw_point(axes, row[metric], position, row)
             text = f"{row[metric]:.2f}" if metric == "decode_ratio" else f"{row[metric]:.3g}"
             look = {"fontsize": 7, "color": GREY, "ha": "center", "textcoords": "offset points"}
@@ -192,9 +215,11 @@ def latency(rows: Rows) -> Figure:
         style_axes(axes)
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel(find_metric(metric).direction, fontsize=8.5)
-    panels[0].set_yticks(range(len(drawn)), row_names(drawn, 36, always="host"), parse_math=False)
+    panels[0].set_yticks(range(len(drawn)), row_names(drawn, always="host"), parse_math=False)
     panels[0].set_ylim(-0.6, len(drawn) - 0.35)
     badges = [f"{sign} {badge}" for badge, sign in BADGE_SIGNS.items() if badge in set(drawn["badge"])]
+    if stalls:
+        notes.append(f"The machine stalled; the p95 of these is outside the plot: {', '.join(stalls)}.")
     return stamp(figure, frame, ["   ".join(badges), *notes, *cautions(drawn, ["tpot_ms_p50"])])
 
 
@@ -237,7 +262,7 @@ def window_delta(rows: Rows, baseline: str = "none") -> Figure:
         axes.annotate(text, (0.995, position + 0.32), fontsize=7.5, color=GREY, **place)
     axes.axvline(0, **BASELINE_LINE)
     shown = pd.DataFrame([row for row, _ in pairs])
-    axes.set_yticks(range(len(pairs)), row_names(shown, 36), parse_math=False)
+    axes.set_yticks(range(len(pairs)), row_names(shown), parse_math=False)
     axes.set_ylim(-0.5, len(pairs) - 0.4)
     axes.margins(x=0.1)
     axes.set_xlabel(f"NLL minus that of {label(baseline)} (nats per token), lower is better", fontsize=9.5)

@@ -28,12 +28,12 @@ from edgelab.rows import PROTOCOL, find_metric, newest
 
 Rows = pd.DataFrame | Iterable[Row | dict[str, Any]]
 
-# Okabe and Ito's palette, which readers with any kind of colour blindness can tell apart.
+# Okabe and Ito's palette and two of Tol's, which readers with any kind of colour blindness can tell apart.
 FAMILY_COLOURS = {
     "baseline": "#000000",
     "quantize": "#0072B2",
-    "qat": "#0072B2",  # quantization, too
-    "native": "#7A5195",  # an engine's own
+    "qat": "#882255",
+    "native": "#999933",  # an engine's own
     "prune": "#D55E00",
     "distill": "#009E73",
     "lora": "#CC79A7",
@@ -43,6 +43,7 @@ FAMILY_COLOURS = {
 BADGE_MARKERS = {"packed": "s", "runtime": "^", "simulated": "o", "analytic": "D"}
 # The same, in a line of text.
 BADGE_SIGNS = {"packed": "■", "runtime": "▲", "simulated": "●", "analytic": "◆"}
+LONGEST_ALT = 1000  # characters
 GREY = "#6b6b6b"  # unknown families and notes
 PALE = "#b0b0b0"  # frames and helping lines
 BASELINE_LINE = {"color": FAMILY_COLOURS["baseline"], "linewidth": 0.9, "linestyle": (0, (5, 3)), "zorder": 1}
@@ -71,12 +72,29 @@ class NothingToDraw(EdgeLabError):
 class Chart(Figure):
     """A Figure that a notebook shows as a picture by itself, without pyplot or a magic command."""
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> tuple[bytes, dict[str, str]]:
         drawn, small = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, format="png", dpi=110)
         # 256 colours: a third of the bytes in a notebook
         Image.open(drawn).convert("RGB").quantize(256).save(small, "png")
-        return small.getvalue()
+        return small.getvalue(), {"alt": self.alt}
+
+    def __repr__(self) -> str:
+        return self.alt  # where a notebook is read without pictures
+
+    @property
+    def alt(self) -> str:
+        """The picture in words, for readers who do not see it: of each panel the title, the axes and what is named."""
+        panels = []
+        for axes in self.axes:
+            sides = {"across": axes.get_xlabel(), "up": axes.get_ylabel()}
+            said = [f"{side}: {text}" for side, text in sides.items() if text]
+            names = [text.get_text() for text in (*axes.get_yticklabels(), *axes.texts)]
+            names = [name for name in names if re.search("[A-Za-z]", name)]
+            said += [f"named: {', '.join(names)}"] if names else []
+            panels.append(". ".join(filter(None, [axes.get_title(loc="left").replace("\n", ", "), *said])))
+        text = ". ".join(filter(None, [*panels, self.get_supxlabel().replace("\n", " ")]))
+        return text if len(text) <= LONGEST_ALT else textwrap.shorten(text, LONGEST_ALT, placeholder=" …")
 
 
 # Style, shared by all plots
@@ -175,13 +193,15 @@ SHORT_SETTINGS = {
     "sparsity": "{} sparse",
     "group_size=0": "per row",
     "symmetric=true": "sym",
+    "range": "range {}",
+    "scales_only=true": "scales",
+    "minutes": "{} min",
+    "learning_rate": "lr {}",
 }
 
 
-def label(recipe: str, width: int = 0) -> str:
-    """`recipe` as it is if it has at most `width` characters, else shortened: `rtn 4-bit g64`, `baseline`."""
-    if len(recipe) <= width:
-        return recipe
+def label(recipe: str, width: int = 48) -> str:
+    """`recipe` as plots and their tables write it, in at most `width` characters: `rtn 4-bit g64`, `baseline`."""
     if recipe == "none":
         return "baseline"
     techniques, _, runtime = recipe.partition(" @ ")
@@ -195,7 +215,12 @@ def label(recipe: str, width: int = 0) -> str:
         name = name.rpartition(".")[2]
         short.append(" ".join([SHORT_NAMES.get(name, name), *words]))
     text = " + ".join(short) + (f" @ {runtime}" if runtime else "")
-    return textwrap.shorten(text, max(width, 48), placeholder=" …")
+    return textwrap.shorten(text, width, placeholder=" …")
+
+
+def inner(title: str) -> str:
+    """A label as it is written within a sentence: "KL divergence" keeps its capitals, "Weights" does not."""
+    return title if title[:2].isupper() else title[:1].lower() + title[1:]
 
 
 def _split(text: str, sign: str) -> list[str]:
@@ -271,12 +296,12 @@ def cautions(drawn: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
     return notes
 
 
-def row_names(drawn: pd.DataFrame, width: int = 44, always: str = "") -> list[str]:
+def row_names(drawn: pd.DataFrame, always: str = "") -> list[str]:
     """One name per row: its recipe, and of model, machine and the rest what tells equal recipes apart.
 
     The column `always` is written on every row as soon as its values differ.
     """
-    names = pd.Series([label(recipe, width) for recipe in drawn["recipe"]], index=drawn.index)
+    names = pd.Series([label(recipe) for recipe in drawn["recipe"]], index=drawn.index)
     for column in ["model", "host", "runtime", "kernel", "threads", "corpus", "protocol", "n_tokens", "seed"]:
         marked = names.duplicated(keep=False) | (column == always)
         if drawn.loc[marked, column].nunique() > 1:

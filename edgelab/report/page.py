@@ -67,6 +67,8 @@ def write(rows: Rows, path: Path, notes: str = "") -> Path:
     columns = {
         name: about for name, about in every_field().items() if about.form and frame[name].notna().any()
     }
+    quality = {name: about for name, about in columns.items() if about.group in ("quality", "tasks")}
+    costs = {name: about for name, about in columns.items() if name not in quality}
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -81,7 +83,11 @@ def write(rows: Rows, path: Path, notes: str = "") -> Path:
         machines=_machines(frame),
         plots=[_plot(title, text, draw, frame) for title, (text, draw) in PLOTS.items()],
         columns=[(_title(about), _meaning(about)) for about in columns.values()],
-        rows=[_row(row, columns) for _, row in frame.iterrows()],
+        tables=[
+            _table(title, frame, part)
+            for title, part in (("Quality", quality), ("Size and speed", costs))
+            if part or part is quality  # failed rows are in the first one in any case
+        ],
         samples=_samples(frame),
         badges=BADGES,
     )
@@ -145,6 +151,13 @@ def _meaning(about: Field) -> str:
     return f"{about.meaning} {about.direction.capitalize()}.".strip() if about.better else about.meaning
 
 
+def _table(title: str, frame: pd.DataFrame, columns: dict[str, Field]) -> dict[str, Any]:
+    """Some columns of the rows that fill one of them, and of the failed ones: a table that fits a page."""
+    filled = frame[list(columns)].notna().any(axis=1) | (frame["status"] != "ok")
+    rows = [_row(row, columns) for _, row in frame[filled].iterrows()]
+    return {"title": title, "columns": [_title(about) for about in columns.values()], "rows": rows}
+
+
 def _row(row: pd.Series, columns: dict[str, Field]) -> dict[str, Any]:
     gate = f"parity gate failed: {row['parity_detail']}".removesuffix(": ") if row["hollow"] else ""
     return {
@@ -160,7 +173,7 @@ def _row(row: pd.Series, columns: dict[str, Field]) -> dict[str, Any]:
 
 def _breakable(recipe: str) -> Markup:
     """A long recipe breaks between settings, not inside words."""
-    return Markup(re.sub("([:,.])", r"\1<wbr>", escape(recipe)))
+    return Markup(re.sub("([:,.])", r"\1<wbr>", str(escape(recipe))))
 
 
 def _cell(row: pd.Series, name: str, about: Field) -> tuple[str, str]:
