@@ -1,4 +1,4 @@
-"""The pages of docs/ that the registries write: recipes.md, fields.md, and the table of engines.md.
+"""The pages of docs/ that the registries write, recipes.md and fields.md, and the tables of engines.md and results.md.
 
 python docs/build.py            write them
 python docs/build.py --check    fail where one of them is not what it would write
@@ -13,14 +13,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from edgelab import recipes
+import pandas as pd
+
+from edgelab import ledger, recipes
+from edgelab.lab.question import Settings
 from edgelab.ledger import every_field
 from edgelab.measure import measurements
 from edgelab.notation import Method, Setting
 from edgelab.runtimes import support
 
 DOCS = Path(__file__).resolve().parent
-MARKS = "<!-- support -->", "<!-- /support -->"
 TYPES = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text", "recipe": "recipe"}
 FAMILIES = {
     "quantize": "Quantization",
@@ -134,11 +136,76 @@ def field_reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def engine_table(text: str) -> str:
-    """engines.md with the table of what runs where between its marks."""
-    before, _, after = text.partition(MARKS[0])
-    *_, after = after.partition(MARKS[1])
-    return f"{before}{MARKS[0]}\n\n{support.markdown(support.table())}\n\n{MARKS[1]}{after}"
+def technique_table() -> str:
+    """What techniques cost and buy: recipes in PyTorch that have a quality, from many bytes to few."""
+    known = _measured()
+    known = known[(known["runtime"] == "torch") & known["ppl"].notna()]
+    known = known.assign(size=-known["weights_mb"].round()).sort_values(
+        ["size", "ppl"], ascending=[True, False]
+    )
+    columns = {
+        "perplexity": _numbers(known, "ppl", ".2f"),
+        "ΔNLL to the baseline [95 %]": _with_ends(known, "delta_nll", "+.3f"),
+        "last words": _numbers(known, "last_word", ".1%"),
+        "story cloze": _numbers(known, "story_cloze", ".1%"),
+        "MB": _numbers(known, "weights_mb", ".0f"),
+        "bits per weight": _numbers(known, "bits_per_weight", ".2f"),
+        "seconds": _numbers(known, "apply_s", ".0f"),
+    }
+    return _table(known.index, columns)
+
+
+def speed_table() -> str:
+    """What engines buy: recipes that were timed, by engine."""
+    known = _measured()
+    known = known[known["tpot_ms_p50"].notna() & known["weights_mb"].notna()]
+    known = known.sort_values(["runtime", "weights_mb"], ascending=[True, False], kind="stable")
+    columns = {
+        "perplexity": _numbers(known, "ppl", ".2f"),
+        "MB": _numbers(known, "weights_mb", ".0f"),
+        "decoding ÷ eager float32 [95 %]": _with_ends(known, "decode_ratio", ".2f"),
+        "first token, ms": _numbers(known, "ttft_ms_p50", ".0f"),
+        "peak RSS, MB": _numbers(known, "peak_rss_mb", ".0f"),
+        "export, s": _numbers(known, "export_s", ".0f"),
+    }
+    return _table(known.index, columns)
+
+
+def _measured() -> pd.DataFrame:
+    """By recipe, the last value of each field in data/reference: on two threads, over the usual prompt."""
+    rows = ledger.frame(ledger.reference(), "reference")
+    usual = Settings()
+    rows = rows[rows["threads"].isna() | (rows["threads"] == usual.threads)]
+    rows = rows[rows["prefill_tokens"].isna() | (rows["prefill_tokens"] == usual.prompt_tokens)]
+    return rows[rows["status"] == "ok"].sort_values("started_at").groupby("recipe").last()
+
+
+def _numbers(rows: pd.DataFrame, name: str, form: str) -> list[str]:
+    return ["" if pd.isna(value) else format(value, form) for value in rows[name]]
+
+
+def _with_ends(rows: pd.DataFrame, name: str, form: str) -> list[str]:
+    ends = zip(*(_numbers(rows, one, form) for one in (name, f"{name}_low", f"{name}_high")), strict=True)
+    return [f"{value} [{low}, {high}]" if low else "–" for value, low, high in ends]
+
+
+def _table(recipes: Iterable[str], columns: dict[str, list[str]]) -> str:
+    """Recipes and what is known of them; a column that no row fills is left out."""
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    lines = [_row("recipe", *columns), _row("---", *["---:"] * len(columns))]
+    lines += [_row(f"`{recipe}`", *cells) for recipe, *cells in zip(recipes, *columns.values(), strict=True)]
+    return "\n".join(lines)
+
+
+def filled(page: str, **tables: str) -> str:
+    """A page of docs/ with each table between the marks of its name."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for name, table in tables.items():
+        marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, after = text.partition(marks[0])
+        *_, after = after.partition(marks[1])
+        text = f"{before}{marks[0]}\n\n{table}\n\n{marks[1]}{after}"
+    return text
 
 
 def _row(*cells: object) -> str:
@@ -151,7 +218,8 @@ def pages() -> dict[str, str]:
     return {
         "recipes.md": recipe_reference(),
         "fields.md": field_reference(),
-        "engines.md": engine_table((DOCS / "engines.md").read_text(encoding="utf-8")),
+        "engines.md": filled("engines.md", support=support.markdown(support.table()), speed=speed_table()),
+        "results.md": filled("results.md", techniques=technique_table()),
     }
 
 
