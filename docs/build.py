@@ -20,6 +20,7 @@ from edgelab.lab.question import Settings
 from edgelab.ledger import every_field
 from edgelab.measure import measurements
 from edgelab.notation import Method, Setting
+from edgelab.rows import small_embedding
 from edgelab.runtimes import support
 
 DOCS = Path(__file__).resolve().parent
@@ -140,6 +141,7 @@ def technique_table() -> str:
     """What techniques cost and buy: recipes in PyTorch that have a quality, from many bytes to few."""
     known = _measured()
     known = known[(known["runtime"] == "torch") & known["ppl"].notna()]
+    known = small_embedding(known.reset_index()).set_index("recipe")
     known = known.assign(size=-known["weights_mb"].round()).sort_values(
         ["size", "ppl"], ascending=[True, False]
     )
