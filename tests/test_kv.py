@@ -10,6 +10,15 @@ from hypothesis.extra.numpy import arrays
 from transformers import AutoConfig, DynamicCache
 
 from edgelab import lab
+from edgelab.devices import (
+    PRECISIONS,
+    ModelShape,
+    fits_and_speed,
+    inference_memory,
+    kv_cache_bytes,
+    models,
+    operations,
+)
 from edgelab.measure.perplexity import Protocol, evaluate
 from edgelab.measure.size import kv_cache_mb_per_1k
 from edgelab.model import logits as model_logits
@@ -29,7 +38,7 @@ from edgelab.storage.kv_cache import (
     quantize_values,
 )
 from edgelab.storage.layers import PackedLinear
-from edgelab.techniques.quantization.rtn import SMALLEST_SCALE, GroupSizeError
+from edgelab.techniques.quantization.rtn import GroupSizeError
 
 BITS = [8, 4, 2]
 
@@ -88,18 +97,64 @@ GROUPS = arrays(
 def test_error_is_at_most_half_a_scale(groups, bits):
     """Nothing is clipped, so no more than the rounding; 2**-20 is float32 arithmetic on numbers up to the largest."""
     grid = quantize_groups(groups, bits)
-    scale = grid.scale.float()[:, None]
+    unit = 2.0**grid.exponent
+    scale = grid.scale.float()[:, None] * unit
     slack = 2**-20 * (scale + groups.abs().amax(-1, keepdim=True))
     assert ((grid.dequantize() - groups).abs() <= scale / 2 + slack).all()
-    assert (grid.low.float() <= groups.amin(-1)).all()  # outwards, not merely near
+    assert (grid.low.float() * unit <= groups.amin(-1)).all()  # outwards, not merely near
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("constant", [0.0, 3.0, -100.0625])
 def test_constant_groups(bits, constant):
     grid = quantize_groups(torch.full((1, 8), constant), bits)
-    assert grid.scale.item() == SMALLEST_SCALE
+    assert grid.scale.item() == 2**-14
     torch.testing.assert_close(grid.dequantize(), torch.full((1, 8), constant))
+
+
+@given(st.integers(-40, 40), st.sampled_from(BITS))
+def test_numbers_of_any_size_err_by_half_a_step(power, bits):
+    """Group by group, 100,000 between the largest and the smallest: half a step of its own range, and 2**-8 of that
+    for scale and minimum in eleven bits."""
+    groups = states(32).flatten(1, 2).repeat(1, 2, 1) * torch.logspace(-5, 0, 128)[:, None]
+    grid = quantize_groups(groups * 2.0**power, bits)
+    step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**bits - 1)
+    error = grid.dequantize() * 2.0**-power - groups
+    assert (error.abs() <= step * (0.5 + 2**-8)).all()
+    beyond = quantize_groups(groups[-1:].abs() * 2.0**power, bits)  # of one sign: no minimum beyond float16
+    assert ((beyond.dequantize() * 2.0**-power - groups[-1:].abs()).abs() <= step[-1:]).all()
+    assert grid.scale.dtype == grid.low.dtype == torch.float16
+
+
+@pytest.mark.parametrize("powers", [(-30, 0), (0, -30), (0, 18), (-30, -31, -29, 3), (20, 0, -8)])
+def test_batches_of_different_size_lie_in_one_cache(powers):
+    """Values come token by token, and neither large nor small ones may spoil what is packed already."""
+    batches = [states(32, seed) * 2.0**power for seed, power in enumerate(powers)]
+    first, *others = (quantize_values(batch, 8, 16) for batch in batches)
+    for other in others:
+        first = first.append(other)
+    for batch, found in zip(batches, dequantize_values(first, torch.float32).split(32, 2), strict=True):
+        largest = max(one.abs().max() for one in batches)
+        step = (batch.amax(-1, keepdim=True) - batch.amin(-1, keepdim=True)) / 255
+        assert ((found - batch).abs() <= step * (0.5 + 2**-8) + largest * 2.0**-30).all()
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
+@pytest.mark.parametrize("bits", BITS)
+def test_values_in_another_unit_cost_as_much(bits, factor, new_model):
+    """What v_proj multiplies, o_proj divides: the same model, whose cache goes beyond float16."""
+    plain = new_model("llama")
+    scaled = copy.deepcopy(plain)
+    with torch.no_grad():
+        for block in scaled.model.layers:
+            block.self_attn.v_proj.weight *= factor
+            block.self_attn.o_proj.weight /= factor
+    ids = torch.randint(2, 300, (1, 200), generator=torch.Generator().manual_seed(0))
+    recipe = f"quantize.kv:bits={bits},group_size=8,residual=8"
+    found, expected, exact = (
+        final_states(model, ids) for model in (apply(recipe, scaled), apply(recipe, plain), plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * (expected - exact).abs().max().item())
 
 
 def test_keys_share_scales_per_channel_and_values_per_token():
@@ -176,6 +231,39 @@ def test_bytes_by_hand(config):
     grid = CacheGrid(bits=4, group_size=32, residual=32)
     cache, _, _ = filled(grid, config, 100)
     assert cache.nbytes == grid.nbytes(config, 100) == 2 * 2 * by_hand  # layers x heads
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tokens", [20, 100, 1000])
+def test_the_estimate_of_a_cache_is_its_bytes(bits, tokens, config):
+    """With recent tokens in 16 bits, as models that are estimated have them."""
+    cache = CacheGrid(bits, 32, 32).new_cache(config)
+    new = states(tokens).half()
+    for layer in range(config.num_hidden_layers):
+        cache.update(new, new, layer)
+    shape = ModelShape.from_config(config)
+    assert cache.nbytes == kv_cache_bytes(shape, tokens, bits)
+    assert inference_memory(shape, context=tokens, batch=3, kv_bits=bits).kv_cache_gb == pytest.approx(
+        3 * cache.nbytes / 1e9
+    )
+    attention = next(
+        one
+        for one in operations(shape, PRECISIONS["float16"], tokens, kv_bits=bits)
+        if one.name == "attention"
+    )
+    assert attention.bytes == cache.nbytes
+
+
+def test_a_4_bit_cache_of_a_7b_model_by_hand():
+    # 32 layers x 32 heads x 128 channels x keys and values: 262,144 numbers a token. Of 4,096 tokens the last 32 keep 2
+    # bytes; 4,064 are packed: half a byte a number, and 4 bytes of scale and minimum for every 32.
+    by_hand = 262_144 * (32 * 2 + 4_064 * (1 / 2 + 4 / 32))
+    assert by_hand == 682_622_976
+    shape = models()["Llama-2-7B"]
+    assert inference_memory(shape, context=4096, kv_bits=4).kv_cache_gb == by_hand / 1e9
+    assert fits_and_speed({"7B": shape}, kv_bits=4, context=4096)["kv_cache_mb"].unique() == [by_hand / 1e6]
+    config = AutoConfig.for_model("llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
+    assert CacheGrid(4, 32, 32).nbytes(config, 4096, 2) == by_hand
 
 
 @pytest.mark.parametrize("tokens", [5, 31, 1000])

@@ -4,12 +4,15 @@
 """
 
 from edgelab.devices.catalogue import Device, catalogue, this_machine
+from edgelab.devices.fitting import STORED_AS, Fit, fit_engines
 from edgelab.devices.memory import (
     OPTIMIZER_MOMENTS,
     SCALE_BITS,
     MemoryNeed,
     context_table,
+    head_cache_bytes,
     inference_memory,
+    kv_cache_bytes,
     kv_cache_mb_per_1k,
     longest_context,
     stored_bits,
@@ -37,8 +40,10 @@ __all__ = [
     "OPTIMIZER_MOMENTS",
     "PRECISIONS",
     "SCALE_BITS",
+    "STORED_AS",
     "Device",
     "Engine",
+    "Fit",
     "MemoryNeed",
     "ModelShape",
     "Operation",
@@ -55,8 +60,11 @@ __all__ = [
     "decode_tok_s",
     "estimate",
     "estimated_j",
+    "fit_engines",
     "fits_and_speed",
+    "head_cache_bytes",
     "inference_memory",
+    "kv_cache_bytes",
     "kv_cache_mb_per_1k",
     "longest_context",
     "models",

@@ -1,7 +1,7 @@
 """What a model needs in memory: every need is *analytic*, computed from shapes, none measured.
 
     weights    = parameters x bits / 8, and scales where the weights are quantized
-    KV cache   = 2 x layers x kv_heads x head_dim x context x batch x kv_bits / 8
+    KV cache   = 2 x layers x kv_heads x head_dim x context x batch x kv_bits / 8, below 16 bits with scales and minima
     training   = weights + gradients + optimizer moments (AdamW keeps two) + activations
 
 GB is 10^9 bytes, MB 10^6.
@@ -52,11 +52,11 @@ def inference_memory(
     """Memory for generating up to `context` tokens in each of `batch` sequences.
 
     Below 16 bits every group of `group_size` inputs (0: every row) adds a 16-bit scale and a `bits`-bit
-    zero-point, and norms and biases stay at 16 bits. `embedding_bits` is for embedding and head, by default
-    `bits`. The activations are the widest moment of a prefill of the whole context in one pass: residual and
-    normalised stream, the MLP's intermediate tensors, and float32 logits of the last token; attention scores
-    are taken as never stored (as in FlashAttention). Engines that prefill in pieces need less, and every
-    engine adds its own buffers.
+    zero-point, and norms and biases stay at 16 bits; what the cache adds is in `head_cache_bytes`. `embedding_bits`
+    is for embedding and head, by default `bits`. The activations are the widest moment of a prefill of the
+    whole context in one pass: residual and normalised stream, the MLP's intermediate tensors, and float32 logits
+    of the last token; attention scores are taken as never stored (as in FlashAttention). Engines that prefill in
+    pieces need less, and every engine adds its own buffers.
     Raises ShapeError for sizes that are not positive.
     """
     _positive(bits=bits, context=context, batch=batch, kv_bits=kv_bits, activation_bits=activation_bits)
@@ -64,7 +64,7 @@ def inference_memory(
         raise ShapeError(f"group_size is {group_size}, but must be 0 (one group per row) or larger.")
     return MemoryNeed(
         weights_gb=_weight_bits(shape, bits, group_size, embedding_bits or bits) / 8e9,
-        kv_cache_gb=_kv_cache_bits(shape, context * batch, kv_bits) / 8e9,
+        kv_cache_gb=kv_cache_bytes(shape, context, kv_bits) * batch / 1e9,
         activations_gb=(context * _layer_activations(shape) * activation_bits + shape.vocab_size * 32)
         * batch
         / 8e9,
@@ -106,8 +106,34 @@ def stored_bits(
 
 
 def kv_cache_mb_per_1k(shape: ModelShape, bits: int = 16) -> float:
-    """MB of keys and values for 1,000 tokens of one sequence."""
-    return _kv_cache_bits(shape, 1000, bits) / 8e6
+    """MB of keys and values of one sequence of 1,000 tokens."""
+    return kv_cache_bytes(shape, 1000, bits) / 1e6
+
+
+def kv_cache_bytes(
+    shape: ModelShape, tokens: int, bits: int = 16, group_size: int = 32, residual: int = 32
+) -> float:
+    """Bytes of the keys and values of one sequence; see `head_cache_bytes`."""
+    heads = shape.layers * shape.kv_heads
+    return heads * head_cache_bytes(shape.head_dim, tokens, bits, group_size, residual)
+
+
+def head_cache_bytes(
+    head_dim: int, tokens: int, bits: int, group_size: int = 32, residual: int = 32, recent_bits: float = 16
+) -> float:
+    """Bytes of the keys and values of one head in one layer, as `edgelab.storage.kv_cache` holds them.
+
+    From 16 bits on, all numbers take so many. Below, the last `residual` tokens keep `recent_bits`; what is older is
+    packed, `group_size` tokens at a time, with a 16-bit scale and a 16-bit minimum for every group: of a channel of
+    the keys over so many tokens, and of a token of the values over as many channels.
+    """
+    numbers = 2 * head_dim  # of a token
+    if bits >= SCALE_BITS:
+        return tokens * numbers * bits / 8
+    packed = max(0, (tokens - residual) // group_size) * group_size
+    groups = packed // group_size * head_dim + packed * math.ceil(head_dim / group_size)
+    stored = packed * numbers * bits + groups * 2 * SCALE_BITS
+    return (stored + (tokens - packed) * numbers * recent_bits) / 8
 
 
 def longest_context(
@@ -118,21 +144,24 @@ def longest_context(
     group_size: int = 32,
     residual: int = 32,
 ) -> int | None:
-    """Tokens of one sequence whose keys and values fit the device's memory beside the weights; 0 where none do.
+    """Tokens of one sequence whose keys and values fit a device next to the weights; 0 where none do.
 
     Below 16 bits every `group_size` keys or values add a 16-bit scale and a 16-bit minimum, and the last `residual`
-    tokens stay at 16 bits. Activations and the system are left out, and so is how far the model was trained to look
+    tokens stay at 16 bits. Activations are left out, and so is how far the model was trained to look
     (`shape.context_length`). None where the device's memory is not known.
     Raises ShapeError for sizes that are not positive.
     """
     _positive(kv_bits=kv_bits, group_size=group_size)
-    if device.memory_gb is None:
+    if device.room_gb is None:
         return None
-    room = max(0.0, device.memory_gb - weights_gb) * 8e9
-    full = _kv_cache_bits(shape, 1, max(kv_bits, 16))  # bits of one token
-    recent = min(residual if kv_bits < 16 else 0, int(room // full))
-    scales = _kv_cache_bits(shape, 1, 2 * SCALE_BITS) / group_size if kv_bits < 16 else 0
-    return recent + int((room - recent * full) // (_kv_cache_bits(shape, 1, kv_bits) + scales))
+    room = max(0.0, device.room_gb - weights_gb) * 1e9
+
+    def held(tokens: int) -> float:
+        return kv_cache_bytes(shape, tokens, kv_bits, group_size, residual)
+
+    recent = min(residual, int(room // held(1))) if residual else 0
+    packed = (held(residual + group_size) - held(residual)) / group_size  # bytes of a token
+    return recent + int((room - held(recent)) // packed)
 
 
 def context_table(
@@ -148,7 +177,7 @@ def context_table(
             **{f"{bits}-bit cache": longest_context(shape, weights_gb, device, bits) for bits in kv_bits},
         }
         for device in (catalogue() if devices is None else devices)
-        if device.memory_gb is not None
+        if device.room_gb is not None
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("device")
 
@@ -162,10 +191,6 @@ def _weight_bits(shape: ModelShape, bits: int, group_size: int, embedding_bits: 
         groups = math.ceil(columns / group_size) if group_size else 1
         total += count * rows * columns * (stored_bits(width, columns / groups) if width < 16 else width)
     return total
-
-
-def _kv_cache_bits(shape: ModelShape, tokens: int, bits: int) -> int:
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * bits  # keys and values
 
 
 def _layer_activations(shape: ModelShape) -> int:

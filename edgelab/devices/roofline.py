@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from edgelab.devices.catalogue import Device
+from edgelab.devices.memory import head_cache_bytes
 from edgelab.devices.shapes import ModelShape, ShapeError
 
 ACTIVATION_BYTES = 2  # an input or output of a layer, in 16 bits
@@ -104,7 +105,7 @@ def operations(
             Operation(name, shape.layers, shape.layers * held, shape.layers * 2 * tokens * rows * columns)
         )
     seen = tokens * context - tokens * (tokens - 1) / 2  # a token attends to itself and to what came before
-    cache = 2 * shape.kv_heads * shape.head_dim * context * kv_bits / 8
+    cache = shape.kv_heads * head_cache_bytes(shape.head_dim, context, kv_bits)
     attention = 4 * shape.heads * shape.head_dim * seen  # scores, then the sum of values
     work.append(Operation("attention", shape.layers, shape.layers * cache, shape.layers * attention))
     values = tokens * (
@@ -228,6 +229,7 @@ def choose_split(
     """The one split that suits the measured (precision, tokens/s) of several engines best.
 
     Each engine is calibrated on its first rate and predicts its others; best is the smallest largest relative error.
+    Where no engine has others, it is the first of `splits`.
     """
     measured = list(engines)
     device = Device("calibrated", "", None, memory_bandwidth_gb_s=read_gb_s)
@@ -238,4 +240,4 @@ def choose_split(
             for precision, tok_s in others:
                 yield abs(decode_tok_s(device, shape, precision, context, engine=engine) / tok_s - 1)
 
-    return min(splits, key=lambda split: max(errors(split)))
+    return min(splits, key=lambda split: max(errors(split), default=0.0))

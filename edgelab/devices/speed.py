@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import pandas as pd
 
 from edgelab.devices.catalogue import Device, catalogue
-from edgelab.devices.memory import kv_cache_mb_per_1k
+from edgelab.devices.memory import kv_cache_bytes
 from edgelab.devices.power import estimated_j, tokens_per_charge
 from edgelab.devices.published import class_engine
 from edgelab.devices.roofline import PRECISIONS, Engine, Precision, decode_tok_s, time_to_first_token_ms
@@ -27,8 +27,8 @@ def fits_and_speed(
 ) -> pd.DataFrame:
     """A row for each model, precision and device; shapes and devices are by default the catalogues.
 
-    Fits means that weights and the cache of `context` tokens are no larger than the memory as sold, of which the system
-    needs a part. Rates are for that full context, and for a prompt of `prompt` tokens; they are empty where the model
+    Fits means that weights and the cache of `context` tokens are no larger than what system and other programs leave of
+    the memory. Rates are for that full context, and for a prompt of `prompt` tokens; they are empty where the model
     does not fit or no source gives the bandwidth (for the prompt, the compute). Energy needs a published power, and
     tokens per charge a battery too. engines: by name of device, where it was calibrated; else that of its class.
     """
@@ -57,8 +57,8 @@ def estimate(
 ) -> dict[str, str | float | bool | None]:
     """One row of `fits_and_speed`."""
     weights_mb = precision.weight_bytes(shape) / 1e6
-    cache_mb = kv_cache_mb_per_1k(shape, kv_bits) * context / 1000
-    fits = device.memory_gb is not None and weights_mb + cache_mb <= 1000 * device.memory_gb
+    cache_mb = kv_cache_bytes(shape, context, kv_bits) / 1e6
+    fits = device.room_gb is not None and weights_mb + cache_mb <= 1000 * device.room_gb
     rate = first = joules = charge = None
     basis = energy_basis = ""
     if fits and device.memory_bandwidth_gb_s:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgelab.storage import scales
 from edgelab.storage.bits import pack, unpack
 from edgelab.storage.matrix import stored_as
 
@@ -17,13 +18,17 @@ class CodebookTensor:
     """A matrix on a grid of its own: w ~ codebook[integers] * scale.
 
     integers: (out_features, in_features) uint8. codebook: (rows, 2**bits) float16, rows being 1 (one table for the
-    matrix) or out_features. scale: (out_features, groups) float16.
+    matrix) or out_features. scale: (out_features, groups) float16, or float32 where that does not hold each of them
+    exactly.
     """
 
     integers: Tensor
     codebook: Tensor
     scale: Tensor
     bits: int
+
+    def __post_init__(self) -> None:
+        self.scale = scales.narrowed(self.scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,15 +55,16 @@ class CodebookTensor:
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Tensors to store, by the last part of their names, and what `restored` has to know beside them."""
+        scale, scaling = scales.stored(self.scale)
         tensors = {
             "packed": pack(self.integers, self.bits),
             "codebook": self.codebook.contiguous(),
-            "scale": self.scale.contiguous(),
+            "scale": scale,
         }
-        return tensors, {"bits": self.bits, "shape": list(self.integers.shape)}
+        return tensors, scaling | {"bits": self.bits, "shape": list(self.integers.shape)}
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], how: dict) -> CodebookTensor:
         """The inverse of `stored`. Raises KeyError with the name of a tensor that is missing."""
         integers = unpack(tensors["packed"], how["bits"], tuple(how["shape"]))
-        return cls(integers, tensors["codebook"], tensors["scale"], how["bits"])
+        return cls(integers, tensors["codebook"], scales.restored(tensors["scale"], how), how["bits"])

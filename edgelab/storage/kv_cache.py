@@ -3,7 +3,8 @@
 low = min(x)      scale = (max(x) - low) / (2**bits - 1)      q = round((x - low) / scale)      x ~ q * scale + low
 
 over groups of `group_size` numbers: for keys those of one channel in consecutive tokens, since a few channels of the
-keys are large in every token; for values those of one token in consecutive channels.
+keys are large in every token; for values those of one token in consecutive channels. Scales and minima are float16;
+where its range does not hold them, all that a layer has packed is times a power of two.
 Liu et al. 2024, KIVI, arXiv:2402.02750.
 """
 
@@ -18,13 +19,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer
 
+from edgelab.devices import head_cache_bytes
 from edgelab.errors import EdgeLabError
 from edgelab.storage.bits import pack_last, unpack_last
+from edgelab.storage.scales import LARGEST, SMALLEST, shifted, top_exponent
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-SMALLEST_SCALE = 2.0**-14  # the smallest normal float16
 
 
 class QuantizedCacheError(EdgeLabError):
@@ -33,15 +34,17 @@ class QuantizedCacheError(EdgeLabError):
 
 @dataclass
 class PackedGroups:
-    """Groups of numbers on a uniform grid each, packed: x ~ integer * scale + low.
+    """Groups of numbers on a uniform grid each, packed: x ~ (integer * scale + low) * 2**exponent.
 
-    packed: (..., group_size * bits / 8) uint8. scale, low: (...) float16.
+    packed: (..., group_size * bits / 8) uint8. scale, low: (...) float16. exponent: 0 where float16 holds scales and
+    minima as they are.
     """
 
     packed: Tensor
     scale: Tensor
     low: Tensor
     bits: int
+    exponent: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -50,16 +53,29 @@ class PackedGroups:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers, (..., group_size)."""
         integers = unpack_last(self.packed, self.bits).float()
-        return torch.addcmul(self.low.float()[..., None], integers, self.scale.float()[..., None]).to(dtype)
+        low, scale = (shifted(part, self.exponent)[..., None] for part in (self.low, self.scale))
+        return torch.addcmul(low, integers, scale).to(dtype)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedGroups:
         """The same change made to each of the three tensors."""
-        return PackedGroups(change(self.packed), change(self.scale), change(self.low), self.bits)
+        parts = change(self.packed), change(self.scale), change(self.low)
+        return PackedGroups(*parts, self.bits, self.exponent)
 
     def append(self, more: PackedGroups) -> PackedGroups:
         """Both, one after the other along axis 2: of keys the groups of tokens, of values the tokens."""
-        pairs = ((self.packed, more.packed), (self.scale, more.scale), (self.low, more.low))
-        return PackedGroups(*(torch.cat(pair, 2) for pair in pairs), self.bits)
+        both = self, more
+        if self.exponent != more.exponent:  # the larger numbers of both decide
+            exponent = max(
+                one.exponent + top_exponent(torch.maximum(one.scale, one.low.abs())) for one in both
+            )
+            both = [one.times(exponent) for one in both]
+        pairs = zip(*((one.packed, one.scale, one.low) for one in both), strict=True)
+        return PackedGroups(*(torch.cat(pair, 2) for pair in pairs), self.bits, both[0].exponent)
+
+    def times(self, exponent: int) -> PackedGroups:
+        """The same numbers with another exponent."""
+        scale, low = (shifted(part, self.exponent - exponent).half() for part in (self.scale, self.low))
+        return PackedGroups(self.packed, scale, low, self.bits, exponent)
 
 
 def quantize_groups(groups: Tensor, bits: int) -> PackedGroups:
@@ -68,12 +84,22 @@ def quantize_groups(groups: Tensor, bits: int) -> PackedGroups:
     The float16 of minimum and scale are rounded outwards, so that nothing is clipped and every number is off by at
     most half a scale, also where the numbers of a group lie close together and far from zero.
     """
-    values = groups.float()
-    low = _float16_beyond(values.amin(-1), -math.inf)
-    scale = (values.amax(-1) - low.float()) / (2**bits - 1)
-    scale = _float16_beyond(scale.clamp(min=SMALLEST_SCALE), math.inf)
+    values, exponent = groups.float(), 0
+    low, step = _ends(values, bits)
+    if ((step > 0) & (step < SMALLEST) | ~(step <= LARGEST)).any():
+        exponent = top_exponent(values) + 1  # room for rounding outwards
+        values = shifted(values, -exponent)
+        low, step = _ends(values, bits)
+    scale = _float16_beyond(step.clamp(min=SMALLEST), math.inf)
     integers = torch.round((values - low.float()[..., None]) / scale.float()[..., None])
-    return PackedGroups(pack_last(integers.clamp_(0, 2**bits - 1).to(torch.uint8), bits), scale, low, bits)
+    packed = pack_last(integers.clamp_(0, 2**bits - 1).to(torch.uint8), bits)
+    return PackedGroups(packed, scale, low, bits, exponent)
+
+
+def _ends(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The minimum of each group in float16, rounded down, and its step from there to the maximum, float32."""
+    low = _float16_beyond(values.amin(-1), -math.inf)
+    return low, (values.amax(-1) - low.float()) / (2**bits - 1)
 
 
 def quantize_keys(keys: Tensor, bits: int, group_size: int) -> PackedGroups:
@@ -118,11 +144,8 @@ class CacheGrid:
     def nbytes(self, config: PretrainedConfig, tokens: int, bytes_per_value: float = 4) -> float:
         """Bytes of one sequence in the cache: packed integers, scales and minima, recent tokens as they are."""
         heads, head_dim = head_shape(config)
-        packed = max(0, (tokens - self.residual) // self.group_size) * self.group_size
-        value_groups = head_dim // min(self.group_size, head_dim)
-        per_head = packed * head_dim * 2 * self.bits / 8 + (tokens - packed) * head_dim * 2 * bytes_per_value
-        per_head += packed * 4 * (head_dim / self.group_size + value_groups)  # two float16 for each group
-        return config.num_hidden_layers * heads * per_head
+        settings = self.bits, self.group_size, self.residual, 8 * bytes_per_value
+        return config.num_hidden_layers * heads * head_cache_bytes(head_dim, tokens, *settings)
 
 
 def head_shape(config: PretrainedConfig) -> tuple[int, int]:

@@ -37,7 +37,8 @@ class ActivationGrid:
     def spanning(cls, low: Tensor, high: Tensor) -> ActivationGrid:
         """The grid from low to high, widened so that it holds zero. low, high: float, of one shape."""
         low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-        scale = ((high - low) / 255).clamp(min=1e-8)
+        scale = (high - low) / 255
+        scale = torch.where(scale == 0, 1.0, scale)  # for nothing but zeros any will do
         return cls(scale, torch.round(-low / scale))
 
     def found(self, values: Tensor) -> ActivationGrid:

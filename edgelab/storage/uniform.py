@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgelab.storage import scales
 from edgelab.storage.bits import pack, unpack
 from edgelab.storage.matrix import stored_as
 
@@ -16,15 +17,19 @@ from edgelab.storage.matrix import stored_as
 class QuantizedTensor:
     """A matrix on a uniform grid: w ~ (integers - zero_point) * scale.
 
-    integers: (out_features, in_features) uint8 in [0, 2**bits - 1]. scale: (out_features, groups) float16, or (1, 1)
-    for the whole matrix. zero_point: of scale's shape, uint8, or float16 where it lies between integers; None for the
-    middle of the grid: 2**(bits - 1), and for the two levels of one bit 0.5.
+    integers: (out_features, in_features) uint8 in [0, 2**bits - 1]. scale: (out_features, groups), or (1, 1) for the
+    whole matrix; float16, or float32 where that does not hold each of them exactly. zero_point: of scale's shape,
+    uint8, or float16 where it lies between integers; None for the middle of the grid: 2**(bits - 1), and for the two
+    levels of one bit 0.5.
     """
 
     integers: Tensor
     scale: Tensor
     zero_point: Tensor | None
     bits: int
+
+    def __post_init__(self) -> None:
+        self.scale = scales.narrowed(self.scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,8 +62,9 @@ class QuantizedTensor:
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Tensors to store, by the last part of their names, and what `restored` has to know beside them."""
-        tensors = {"packed": pack(self.integers, self.bits), "scale": self.scale.contiguous()}
-        how = {
+        scale, scaling = scales.stored(self.scale)
+        tensors = {"packed": pack(self.integers, self.bits), "scale": scale}
+        how = scaling | {
             "bits": self.bits,
             "group_size": self.group_size,
             "shape": list(self.integers.shape),
@@ -75,7 +81,7 @@ class QuantizedTensor:
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], how: dict) -> QuantizedTensor:
         """The inverse of `stored`. Raises KeyError with the name of a tensor that is missing."""
-        scale, zero_point = tensors["scale"], None
+        scale, zero_point = scales.restored(tensors["scale"], how), None
         if how["zero_point"] is not None:
             zero_point = tensors["zero_point"]
             if how["zero_point"] == "integer":

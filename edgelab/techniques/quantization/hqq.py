@@ -5,7 +5,8 @@ q = clamp(round(w / s + z), 0, 2**bits - 1)
 e = shrink(w - (q - z) s)      shrink(x) = sign(x) max(|x| - |x|**(p - 1) / beta, 0)
 z = mean(q - (w - e) / s)      beta = kappa beta
 
-With weights well below beta**(-1 / (2 - p)) = 0.17 every e is 0, and z is what makes the mean error of a group 0.
+beta has a unit, as in the authors' code: where errors stay below beta**(-1 / (2 - p)) = 0.17, every e is 0, and z is
+what makes the mean error of a group 0.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def quantize_half_quadratic(weight: Tensor, bits: int, group_size: int) -> Quant
     """
     groups = in_groups(weight, group_size)  # (out, groups, group_size)
     scale, zero_point = affine_grid(groups, bits, symmetric=False)
-    start = scale.float()[..., None], zero_point.float()[..., None]
+    start = scale[..., None], zero_point.float()[..., None]
     zero_point = half_quadratic_zero_point(groups, *start, bits)[..., 0].half()
     integers = round_to_grid(groups, scale, zero_point, bits)
     return QuantizedTensor(integers.to(torch.uint8).reshape(weight.shape), scale, zero_point, bits)

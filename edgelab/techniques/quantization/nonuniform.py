@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from edgelab.recipes import Context, register
 from edgelab.storage.codebook import CodebookTensor
-from edgelab.techniques.quantization.ranges import SMALLEST_SCALE
+from edgelab.storage.scales import eleven_bits
 from edgelab.techniques.quantization.rtn import check_settings, in_groups, replace_linear
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def normal_float() -> Tensor:
 def k_means(points: Tensor, importance: Tensor, levels: int) -> Tensor:
     """Centres (levels,) float32, ascending, at which the weighted squared distance of the points stands still.
 
-    points, importance: (count,), float32, importance positive. Starts at quantiles, so that there is no seed. In one
+    points, importance: (count,), float32, importance 0 or above. Starts at quantiles, so that there is no seed. In one
     dimension a cluster is an interval of the sorted points, and its sums are differences of two cumulated sums.
     Lloyd 1982, "Least squares quantization in PCM".
     """
@@ -70,13 +70,13 @@ def midpoints(levels: Tensor) -> Tensor:
 
 
 def absmax_groups(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Groups of inputs divided by their largest magnitude, and that magnitude.
+    """Groups of inputs divided by their largest magnitude, and that magnitude, 0 for a group of zeros.
 
-    Returns (out_features, groups, group_size) float32 and (out_features, groups) float16. Raises GroupSizeError.
+    Returns (out_features, groups, group_size) and (out_features, groups), both float32. Raises GroupSizeError.
     """
     groups = in_groups(weight, group_size)
-    scale = groups.abs().amax(-1).clamp(min=SMALLEST_SCALE).half()
-    return groups / scale.float()[..., None], scale
+    scale = eleven_bits(groups.abs().amax(-1))
+    return groups / torch.where(scale == 0, 1.0, scale)[..., None], scale
 
 
 def to_nearest(groups: Tensor, scale: Tensor, codebook: Tensor, bits: int) -> CodebookTensor:
@@ -98,7 +98,7 @@ def quantize_codebook(weight: Tensor, bits: int, group_size: int) -> CodebookTen
     One codebook per row instead costs 2**bits float16 values a row, and on the embedded model errs more per bit.
     """
     groups, scale = absmax_groups(weight, group_size)
-    importance = scale.float().square()[..., None].expand_as(groups)
+    importance = scale.square()[..., None].expand_as(groups)
     return to_nearest(groups, scale, k_means(groups.flatten(), importance.flatten(), 2**bits), bits)
 
 

@@ -15,33 +15,34 @@ import torch
 from torch import Tensor
 
 from edgelab.recipes import Context, register
+from edgelab.storage.scales import as_stored, eleven_bits
 from edgelab.storage.uniform import QuantizedTensor
-from edgelab.techniques.quantization.rtn import SMALLEST_SCALE, check_settings, in_groups, replace_linear
+from edgelab.techniques.quantization.rtn import check_settings, in_groups, replace_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def ternary_scale(groups: Tensor) -> Tensor:
-    """mean |w| of each group, (..., group_size) -> (...), float16."""
-    return groups.abs().mean(-1).clamp_(min=SMALLEST_SCALE).half()
+    """mean |w| of each group, (..., group_size) -> (...), float32, positive."""
+    return as_stored(groups.abs().mean(-1))
 
 
 def binary_scale(groups: Tensor) -> Tensor:
-    """2 mean |w| of each group, the distance of its two levels, (..., group_size) -> (...), float16."""
-    return groups.abs().mean(-1).mul_(2).clamp_(min=SMALLEST_SCALE).half()
+    """2 mean |w| of each group, the distance of its two levels, (..., group_size) -> (...), float32; 0 for zeros."""
+    return eleven_bits(groups.abs().mean(-1).mul_(2))
 
 
 def quantize_ternary(weight: Tensor, group_size: int) -> QuantizedTensor:
     """Round `weight` to -1, 0 and 1 times the mean magnitude of its group.
 
     weight: (out_features, in_features), float. group_size must divide in_features; 0 means one group per row.
-    Returns integers 1, 2, 3 of 2 bits without zero-point (2 stands for zero), scale (out_features, groups) float16.
+    Returns integers 1, 2, 3 of 2 bits without zero-point (2 stands for zero), scale (out_features, groups).
     Ma et al. 2024 (BitNet b1.58), arXiv:2402.17764, equations 1 to 3.
     """
     groups = in_groups(weight, group_size)
     scale = ternary_scale(groups)
-    integers = torch.round(groups / scale.float()[..., None]).clamp_(-1, 1).add_(2)
+    integers = torch.round(groups / scale[..., None]).clamp_(-1, 1).add_(2)
     return QuantizedTensor(integers.to(torch.uint8).reshape(weight.shape), scale, None, 2)
 
 
@@ -49,7 +50,7 @@ def quantize_binary(weight: Tensor, group_size: int) -> QuantizedTensor:
     """Round `weight` to plus or minus the mean magnitude of its group; zero counts as positive.
 
     weight: (out_features, in_features), float. group_size must divide in_features; 0 means one group per row.
-    Returns integers 0 and 1 of 1 bit without zero-point, scale (out_features, groups) float16.
+    Returns integers 0 and 1 of 1 bit without zero-point, scale (out_features, groups).
     Rastegari et al. 2016 (XNOR-Net), arXiv:1603.05279, equation 6; Wang et al. 2023 (BitNet), arXiv:2310.11453.
     """
     groups = in_groups(weight, group_size)

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from edgelab.storage.scales import as_stored
+
 Range = Literal["minmax", "percentile", "mse"]
 
-SMALLEST_SCALE = 2.0**-14  # the smallest normal float16: a group of zeros still needs a scale to divide by
 SHRINKING = tuple(
     1 - step / 50 for step in range(36)
 )  # 1 to 0.3; Gaussian groups of 64 at 2 bits end near 0.6
@@ -33,7 +34,7 @@ def find_grid(
 
     groups: (..., group_size), float. percentile: 50 to 100, where that is the rule. importance: weight of each squared
     error where mse is the rule, of a shape that broadcasts to groups, as (group_size,); None counts all alike.
-    Returns scale (...) in float16 and zero_point (...) in uint8, or None where symmetric.
+    Returns scale (...), float32 as it is stored, and zero_point (...) in uint8, or None where symmetric.
     """
     groups = groups.float()
     if range == "percentile":
@@ -46,7 +47,7 @@ def find_grid(
 def affine_grid(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Scale and zero-point of the min-max range of each group, widened so that it holds zero.
 
-    groups: (..., group_size), float32. Returns scale (...) in float16 and zero_point (...) in uint8, or None.
+    groups: (..., group_size), float32. Returns scale (...) in float32 and zero_point (...) in uint8, or None.
     """
     if symmetric:
         return grid_of(None, groups.abs().amax(-1), bits)
@@ -94,29 +95,29 @@ def mse_grid(
 def grid_of(low: Tensor | None, high: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     """Scale and zero-point that cover [low, high] and zero; low None: symmetric, [-high, high].
 
-    The stored scale is the one that rounding uses, so that the float16 of it costs nothing but range.
+    The stored scale is the one that rounding uses, so that its eleven bits cost nothing but range.
     """
     if low is None:
-        return (high / (2 ** (bits - 1) - 1)).clamp(min=SMALLEST_SCALE).half(), None
+        return as_stored(high / (2 ** (bits - 1) - 1)), None
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE).half()
-    zero_point = torch.round(-low / scale.float()).clamp(0, 2**bits - 1)
+    scale = as_stored((high - low) / (2**bits - 1))
+    zero_point = torch.round(-low / scale).clamp(0, 2**bits - 1)
     return scale, zero_point.to(torch.uint8)
 
 
 def round_to_grid(groups: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Integers in [0, 2**bits - 1] of groups (..., group_size), as float32. A float zero_point is rounded with w."""
     if zero_point is not None and zero_point.is_floating_point():
-        integers = torch.round_(groups / scale.float()[..., None] + zero_point.float()[..., None])
+        integers = torch.round_(groups / scale[..., None] + zero_point.float()[..., None])
         return integers.clamp_(0, 2**bits - 1)
     centre = 2 ** (bits - 1) if zero_point is None else zero_point.float()[..., None]
-    return torch.round_(groups / scale.float()[..., None]).add_(centre).clamp_(0, 2**bits - 1)
+    return torch.round_(groups / scale[..., None]).add_(centre).clamp_(0, 2**bits - 1)
 
 
 def on_grid(groups: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Groups (..., group_size) rounded to their grid, float32."""
     centre = 2 ** (bits - 1) if zero_point is None else zero_point.float()[..., None]
-    return round_to_grid(groups, scale, zero_point, bits).sub_(centre).mul_(scale.float()[..., None])
+    return round_to_grid(groups, scale, zero_point, bits).sub_(centre).mul_(scale[..., None])
 
 
 def quantile(ordered: Tensor, share: float) -> Tensor:
