@@ -13,7 +13,7 @@ Why not symmetric, as the weights are: an outlier has one sign, and the grid wou
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,13 +115,16 @@ def observe(
     """Run a float model over windows (samples, length) and show `watch` every tensor that its linear layers read.
 
     watch(name, inputs): called once for all layers that read one tensor, with the name of the first of them.
-    Returns that name for every linear layer but the head. Raises CalibrationError where inputs are not finite.
+    Returns that name for every linear layer that runs, but for the head. Raises CalibrationError where inputs are not
+    finite.
     """
     first: dict[str, str] = {}
     reader = WeakIdKeyDictionary()  # the tensors of this window that are still alive
 
     def enter(name: str) -> Callable:
         def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not inputs[0].numel():  # an expert that no token of this window goes to
+                return
             first[name] = reader.setdefault(inputs[0], name)
             if first[name] == name:
                 if not inputs[0].isfinite().all():
@@ -170,6 +173,18 @@ def calibrated_grids(
     return {name: ActivationGrid.spanning(*ends[first[name]]) for name in first}
 
 
+def with_unseen(
+    grids: dict[str, ActivationGrid], layers: Iterable[str], context: Context
+) -> dict[str, ActivationGrid]:
+    """The grids of all layers: those that no calibration text runs get a grid for each token, which is noted."""
+    unseen = [name for name in layers if name not in grids]
+    if unseen:
+        context.record.notes.append(
+            f"Layers that calibration does not reach get their ranges at run time: {', '.join(unseen)}."
+        )
+    return grids | {name: ActivationGrid() for name in unseen}
+
+
 def to_int8(model: PreTrainedModel, grids: dict[str, ActivationGrid]) -> None:
     """Replace linear layers, in place, by int8 weights per row behind the given activation grids."""
     for name, grid in grids.items():
@@ -190,7 +205,7 @@ class DynamicInt8:
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with int8 layers."""
         model = copy.deepcopy(model)
-        to_int8(model, {name: ActivationGrid() for name in linear_layers(model)})
+        to_int8(model, {name: ActivationGrid() for name in linear_layers(model, context.record)})
         return model
 
 
@@ -225,8 +240,9 @@ class StaticInt8(Ranged):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with int8 layers."""
+        layers = linear_layers(model, context.record)
         windows = self.draw(context, structure.longest(model))
         grids = calibrated_grids(model, windows, self.range, self.percentile, progress=context.progress)
         model = copy.deepcopy(model)
-        to_int8(model, grids)
+        to_int8(model, with_unseen(grids, layers, context))
         return model

@@ -22,14 +22,15 @@ from edgelab import assets
 from edgelab.model.blocks import Block, blocks, half_precision, longest
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.storage.layers import PackedLinear
+from edgelab.storage.scales import as_stored
 from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.calibration import Calibrated, CalibrationError
 from edgelab.techniques.quantization.rtn import (
-    SMALLEST_SCALE,
     check_group_size,
     check_settings,
     in_groups,
     linear_layers,
+    round_rest,
 )
 
 if TYPE_CHECKING:
@@ -56,10 +57,10 @@ class LearnedRounding:
         self.shares = torch.ones_like(self.ends)
 
     def grid(self, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale, as a float16 in float32, and whole zero_point; both pass gradients to `shares`."""
+        """Scale, as it is stored, and whole zero_point; both pass gradients to `shares`."""
         low, high = self.ends * shares
-        scale = ((high - low) / (2**self.bits - 1)).clamp(min=SMALLEST_SCALE)
-        scale = scale + (scale.half().float() - scale).detach()
+        scale = (high - low) / (2**self.bits - 1)
+        scale = scale + (as_stored(scale) - scale).detach()
         zero_point = -low / scale
         return scale, zero_point + (zero_point.round().clamp(0, 2**self.bits - 1) - zero_point).detach()
 
@@ -69,7 +70,7 @@ class LearnedRounding:
         scale, zero_point = self.grid(self.shares)
         integers = torch.div(self.weight, scale[..., None]).add_(self.offset).round_()
         integers = integers.add_(zero_point[..., None]).clamp_(0, 2**self.bits - 1).to(torch.uint8)
-        return QuantizedTensor(integers.flatten(1), scale.half(), zero_point.to(torch.uint8), self.bits)
+        return QuantizedTensor(integers.flatten(1), scale, zero_point.to(torch.uint8), self.bits)
 
     def step(self, gradient: Tensor, rounded: QuantizedTensor, rate: float) -> None:
         """One step of signed gradient descent. gradient: of the loss by the rounded matrix, (out, in_features)."""
@@ -114,7 +115,8 @@ class AutoRound(Calibrated):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear in place of the rounded layers."""
-        check_group_size(self.group_size, [layer.in_features for layer in linear_layers(model).values()])
+        layers = linear_layers(model, context.record)
+        check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
         tokens = self.draw(context, longest(model))
         model = copy.deepcopy(model)
         found, exact = blocks(model, tokens)
@@ -129,14 +131,22 @@ class AutoRound(Calibrated):
                 if (now := int((~finite).sum())) > lost:
                     lost = now
                     context.record.notes.append(f"From {block.name} on {lost} samples left out, not finite.")
-                self._round_block(block, handed_on[finite], exact[finite], generator)
+                learned = self._round_block(block, handed_on[finite], exact[finite], generator)
+                if not learned:
+                    context.record.notes.append(
+                        f"{block.name}: no finite loss, so that its layers are rounded to nearest."
+                    )
                 with torch.no_grad():
                     handed_on = _run(block, handed_on)
                 context.progress(done, len(found))
+        round_rest(model, context, self.bits, self.group_size, False)
         return model
 
-    def _round_block(self, block: Block, inputs: Tensor, targets: Tensor, generator: torch.Generator) -> None:
-        """Learn the rounding of one block and round it in place. inputs, targets: (samples, length, hidden), finite."""
+    def _round_block(self, block: Block, inputs: Tensor, targets: Tensor, generator: torch.Generator) -> bool:
+        """Learn the rounding of one block and round it in place. inputs, targets: (samples, length, hidden), finite.
+
+        Returns False where no loss was finite, so that there was nothing to learn from.
+        """
         if not len(inputs):
             raise CalibrationError(
                 "No calibration sample gives finite activations; use a model whose outputs are numbers."
@@ -159,10 +169,16 @@ class AutoRound(Calibrated):
                 f"{name}.weight": tensor.dequantize(dtype).requires_grad_()
                 for name, tensor in rounded.items()
             }
-            answer = functional_call(block.module, weights, (inputs[chosen],), block.arguments)
-            answer = answer[0] if isinstance(answer, tuple) else answer
+            best = best or rounded
+            arguments = block.arguments_for(len(chosen))
+            answer = block.states(functional_call(block.module, weights, (inputs[chosen],), arguments))
             loss = (answer.float() - targets[chosen]).square().mean()
-            gradients = torch.autograd.grad(loss, list(weights.values()))
+            if not loss.isfinite():
+                continue
+            # An expert that no token of the batch goes to has no part in the loss.
+            gradients = torch.autograd.grad(
+                loss, list(weights.values()), allow_unused=True, materialize_grads=True
+            )
             share = float(
                 loss.detach() / targets[chosen].square().mean()
             )  # of the batch: samples differ in size
@@ -173,6 +189,7 @@ class AutoRound(Calibrated):
                 one.step(gradient, rounded[name], rate)
         for name, tensor in best.items():
             block.module.set_submodule(name, PackedLinear(tensor, layers[name].bias))
+        return least < torch.inf
 
 
 def _run(block: Block, hidden: Tensor) -> Tensor:

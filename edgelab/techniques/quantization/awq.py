@@ -18,14 +18,21 @@ from edgelab.recipes import Context, register
 from edgelab.storage.layers import PackedLinear
 from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.calibration import Calibrated
-from edgelab.techniques.folding import fold_scale
+from edgelab.techniques.folding import find_source, fold_scale
 from edgelab.techniques.quantization.gptq import input_products
 from edgelab.techniques.quantization.ranges import find_grid, on_grid, round_to_grid
-from edgelab.techniques.quantization.rtn import check_group_size, check_settings, in_groups, linear_layers
+from edgelab.techniques.quantization.rtn import (
+    check_group_size,
+    check_settings,
+    in_groups,
+    linear_layers,
+    round_rest,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SMALLEST_SHARE = 1e-5  # of the largest magnitude: what an input that is always zero counts as
 ALPHAS = 20  # steps of the search from no scaling to scaling by the whole mean magnitude
 
 
@@ -38,9 +45,10 @@ def search_scale(
     Returns (in_features,) with geometric middle of the extremes 1. Lin et al. 2024, arXiv:2306.00978, section 3.2.
     """
     best, least, best_alpha = torch.ones_like(magnitude), torch.inf, 0.0
+    least_magnitude = float(magnitude.amax()) * SMALLEST_SHARE or 1.0
     for step in range(ALPHAS):
         alpha = step / ALPHAS
-        scale = magnitude.clamp(min=1e-4) ** alpha
+        scale = magnitude.clamp(min=least_magnitude) ** alpha
         scale = scale / (scale.amax() * scale.amin()).sqrt()
         groups = in_groups(weight * scale, group_size)
         rounded = on_grid(groups, *find_grid(groups, bits, symmetric), bits)
@@ -77,18 +85,27 @@ class AWQ(Calibrated):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with folded scales and, unless scales_only, PackedLinear layers."""
-        check_group_size(self.group_size, [layer.in_features for layer in linear_layers(model).values()])
+        layers = linear_layers(model, context.record)
+        check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
         tokens = self.draw(context, longest(model))
         model = copy.deepcopy(model)
         found, hidden = blocks(model, tokens)
+        scaled: list[bool] = []
         with torch.no_grad(), half_precision():
             for done, block in enumerate(found, 1):
-                hidden = self._change_block(block, hidden, context)
+                hidden, of_block = self._change_block(block, hidden, context)
+                scaled += of_block
                 context.progress(done, len(found))
+        context.record.notes.append(f"{sum(scaled)} of {len(scaled)} inputs scaled")
+        if not self.scales_only:
+            round_rest(model, context, self.bits, self.group_size, self.symmetric)
         return model
 
-    def _change_block(self, block: Block, hidden: Tensor, context: Context) -> Tensor:
-        """Scale and round the layers of one block in place; returns the hidden states behind it."""
+    def _change_block(self, block: Block, hidden: Tensor, context: Context) -> tuple[Tensor, list[bool]]:
+        """Scale and round the layers of one block in place; returns the hidden states behind it.
+
+        And for each group of layers whether a scale was found and folded.
+        """
         seen: dict[Group, tuple[Tensor, Tensor]] = {}
 
         def visit(group: Group, inputs: Tensor) -> None:
@@ -98,26 +115,25 @@ class AWQ(Calibrated):
             seen[group] = hessian, inputs.nan_to_num(0, 0, 0).abs().flatten(0, -2).mean(0).float()
 
         outputs = block.on_the_way(hidden, block.groups(hidden[:1]), visit)
-        layers = block.linear()
+        layers, scaled = block.linear(), []
         with torch.autocast("cpu", enabled=False):
             for group, (hessian, magnitude) in seen.items():
-                weight = torch.cat([layers[name].weight for name in group.layers])
-                scale = torch.ones_like(magnitude)
-                if fold_scale(
-                    block.module, group, scale
-                ):  # ones change nothing, and say whether others would do
+                source = find_source(block, group)
+                if source is not None:
+                    weight = torch.cat([layers[name].weight for name in group.layers])
                     scale, _ = search_scale(
                         weight, magnitude, hessian, self.bits, self.group_size, self.symmetric
                     )
-                    fold_scale(block.module, group, scale)
-                seen[group] = hessian / scale / scale[:, None], magnitude
+                scaled.append(source is not None and fold_scale(block, group, scale, source))
+                if scaled[-1]:
+                    seen[group] = hessian / scale / scale[:, None], magnitude
             if self.scales_only:
-                return outputs
+                return outputs, scaled
             for group, (hessian, _) in seen.items():
                 for name in group.layers:
                     tensor = self._round(layers[name].weight, hessian)
                     block.module.set_submodule(name, PackedLinear(tensor, layers[name].bias))
-        return block(hidden)
+        return block(hidden), scaled
 
     def _round(self, weight: Tensor, hessian: Tensor) -> QuantizedTensor:
         groups = in_groups(weight, self.group_size)

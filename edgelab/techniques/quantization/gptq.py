@@ -20,7 +20,7 @@ from edgelab.storage.layers import PackedLinear
 from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.calibration import Calibrated, CalibrationError
 from edgelab.techniques.quantization.ranges import find_grid
-from edgelab.techniques.quantization.rtn import check_group_size, check_settings, linear_layers
+from edgelab.techniques.quantization.rtn import check_group_size, check_settings, linear_layers, round_rest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ def gptq(
                 scale[:, group] = now_scale[:, 0]
                 if zero_point is not None:
                     zero_point[:, group] = now_zero[:, 0]
-            step = scale[:, group].float()
+            step = scale[:, group]
             centre = 2.0 ** (bits - 1) if zero_point is None else zero_point[:, group].float()
             rounded = torch.round(part[j] / step).add_(centre).clamp_(0, 2**bits - 1)
             integers[index] = rounded
@@ -167,7 +167,7 @@ class GPTQ(Calibrated):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear in place of the rounded layers."""
-        layers = linear_layers(model)
+        layers = linear_layers(model, context.record)
         check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
         tokens = self.draw(context, longest(model))
         model = copy.deepcopy(model)
@@ -176,6 +176,7 @@ class GPTQ(Calibrated):
             for done, block in enumerate(found, 1):
                 hidden = self._round_block(block, hidden, context)
                 context.progress(done, len(found))
+        round_rest(model, context, self.bits, self.group_size, self.symmetric)
         return model
 
     def _round_block(self, block: Block, hidden: Tensor, context: Context) -> Tensor:

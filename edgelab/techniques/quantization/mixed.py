@@ -164,7 +164,8 @@ def _skipped(found: list[structure.Block], hidden: Tensor) -> Iterator[None]:
     """Let every block answer `hidden`, so that the model runs its norm and head over it and nothing else."""
     try:
         for block in found:
-            block.module.forward = lambda *_, **__: hidden
+            answer = block.answer(hidden)
+            block.module.forward = lambda *_, answer=answer, **__: answer
         yield
     finally:
         for block in found:
@@ -216,7 +217,9 @@ def block_gradients(
     try:
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            entering, *grads = torch.autograd.grad(block(leaf), [leaf, *outputs.values()], gradient)
+            entering, *grads = torch.autograd.grad(
+                block(leaf), [leaf, *outputs.values()], gradient, allow_unused=True, materialize_grads=True
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -361,6 +364,9 @@ class Mixed(Calibrated):
         """A copy of the model with a PackedLinear of its own width in place of every linear layer of the blocks."""
         table = self.table(model, context)
         choice = table.allocate(self.bits, self.group_size)
+        outside = [name for name in linear_layers(model, context.record) if name not in table.names]
+        if outside:
+            context.record.notes.append(f"Outside of the blocks, and in float: {', '.join(outside)}.")
         model = copy.deepcopy(model)
         for name, index in zip(table.names, choice, strict=True):
             layer = model.get_submodule(name)

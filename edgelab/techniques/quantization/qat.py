@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgelab.model.blocks import bfloat16_is_fast
-from edgelab.recipes import Context, RecipeError, register
+from edgelab.recipes import Context, RecipeError, Record, register
 from edgelab.storage.codebook import CodebookTensor
 from edgelab.storage.layers import ActivationGrid, PackedLinear
+from edgelab.storage.scales import SMALLEST, as_stored
 from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.floats import BFloat16
 from edgelab.techniques.quantization.one_bit import binary_scale, ternary_scale
-from edgelab.techniques.quantization.ranges import SMALLEST_SCALE, Range, find_grid
-from edgelab.techniques.quantization.rtn import check_group_size, check_settings
+from edgelab.techniques.quantization.ranges import Range, find_grid
+from edgelab.techniques.quantization.rtn import check_group_size, check_settings, linear_layers
 from edgelab.training import Divergence, Trained, cross_entropy
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, scale, centre, low: int, high: int, bounded: bool, dtype: torch.dtype) -> Tensor:
-        stored = stored_scale(scale)
+        stored = stored_scale(scale, ctx.needs_input_grad[1])
         rounded = nearest(weight.unflatten(-1, (scale.shape[-1], -1)) / stored[..., None], centre)
         integers = rounded.clamp(low, high)
         inside = (integers == rounded).flatten(-2) if bounded else None
@@ -73,7 +74,7 @@ class FakeQuantize(torch.autograd.Function):
         by_scale = None
         if inside is not None and ctx.needs_input_grad[1]:
             grouped, inner = (one.unflatten(-1, (scale.shape[-1], -1)) for one in (outer, inside))
-            steps = weight.unflatten(-1, (scale.shape[-1], -1)) / stored_scale(scale)[..., None]
+            steps = weight.unflatten(-1, (scale.shape[-1], -1)) / stored_scale(scale, True)[..., None]
             integers = nearest(steps.clone(), centre).clamp_(low, high)
             slope = integers.sub_(centre[..., None]).sub_(steps * inner)
             share = 1 / math.sqrt(weight.numel() / scale.numel() * (high - low))
@@ -81,9 +82,12 @@ class FakeQuantize(torch.autograd.Function):
         return outer if inside is None else outer * inside, by_scale, None, None, None, None, None
 
 
-def stored_scale(scale: Tensor) -> Tensor:
-    """The scale as it will be stored: a positive float16, here in float32."""
-    return scale.clamp(min=SMALLEST_SCALE).half().float()
+def stored_scale(scale: Tensor, learned: bool) -> Tensor:
+    """The scale as it will be stored, float32; a learned one is kept from falling to zero and below."""
+    if learned:  # no lower than float16 goes, or than a thousandth of the largest where all are small
+        smallest = (scale.amax() / 1024).clamp(torch.finfo(torch.float32).tiny, SMALLEST)
+        scale = scale.clamp(min=smallest)
+    return as_stored(scale)
 
 
 @dataclass(frozen=True)
@@ -157,13 +161,11 @@ class FakeQuantLinear(nn.Module):
     def packed(self) -> PackedLinear:
         """The layer as it is stored: the same rounded weights."""
         scale, zero_point = self.current()
-        stored = stored_scale(scale.float())
+        stored = stored_scale(scale.float(), self.scale is not None and self.scale.requires_grad)
         centre = _centre(scale, zero_point, self.grid)
         steps = self.weight.unflatten(-1, (self.groups, -1)) / stored[..., None]
         integers = nearest(steps, centre).clamp_(self.grid.low, self.grid.high)
-        tensor = QuantizedTensor(
-            integers.flatten(-2).to(torch.uint8), stored.half(), zero_point, self.grid.bits
-        )
+        tensor = QuantizedTensor(integers.flatten(-2).to(torch.uint8), stored, zero_point, self.grid.bits)
         return PackedLinear(tensor, self.bias, self.activation)
 
 
@@ -213,20 +215,15 @@ class QuantizationAwareTraining(Trained):
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model, trained, with PackedLinear in place of the linear layers."""
         half = bfloat16_is_fast()
-        given, model = model, self.prepare(model)
+        given, model = model, self.prepare(model, context.record)
         loss = Divergence(self._reference(given, context, half)) if self.loss == "kl" else cross_entropy
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.fit(model, loss, parameters, context, half)
         return convert(model)
 
-    def prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+    def prepare(self, model: PreTrainedModel, record: Record | None = None) -> PreTrainedModel:
         """A copy of the model with FakeQuantLinear layers; what is to be trained, and only that, requires gradients."""
-        head = model.get_output_embeddings()
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | PackedLinear) and module is not head
-        }
+        layers = linear_layers(model, record, packed=True)
         check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
         for name, layer in layers.items():
             if isinstance(layer, PackedLinear):

@@ -9,6 +9,7 @@ The range from min to max is the first choice and not the best one: see `ranges`
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,17 +17,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from edgelab.recipes import Context, RecipeError, register
+from edgelab.model.blocks import float_linear, looks_at_weight
+from edgelab.recipes import Context, RecipeError, Record, register
 from edgelab.storage.codebook import CodebookTensor
 from edgelab.storage.layers import PackedEmbedding, PackedLinear
 from edgelab.storage.uniform import QuantizedTensor
-from edgelab.techniques.quantization.ranges import SMALLEST_SCALE, Range, find_grid, round_to_grid
+from edgelab.techniques.quantization.ranges import Range, find_grid, round_to_grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "SMALLEST_SCALE",
     "GroupSizeError",
     "RoundToNearest",
     "check_group_size",
@@ -36,6 +37,7 @@ __all__ = [
     "quantize_affine",
     "quantize_embedding",
     "replace_linear",
+    "round_rest",
 ]
 
 
@@ -55,7 +57,7 @@ def quantize_affine(
     """Round `weight` onto a uniform grid, one scale and zero-point per group of inputs, or one for the matrix.
 
     weight: (out_features, in_features), float. group_size must divide in_features; 0 means one group per row.
-    Returns integers in [0, 2**bits - 1] of the same shape, scale (float16) and zero_point (uint8) of shape
+    Returns integers in [0, 2**bits - 1] of the same shape, scale and zero_point (uint8) of shape
     (out_features, groups), per_tensor (1, 1); zero_point is None where symmetric, and then stands for 2**(bits - 1).
     Raises GroupSizeError, naming group sizes that fit, where group_size does not divide in_features.
     Jacob et al. 2018, arXiv:1712.05877, section 2.1.
@@ -142,25 +144,68 @@ class RoundToNearest:
         )
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Every linear layer but the output head, by name. Raises RecipeError where one is packed, or none found."""
+def linear_layers(
+    model: PreTrainedModel, record: Record | None = None, packed: bool = False
+) -> dict[str, nn.Linear | PackedLinear]:
+    """Every linear layer but the output head, by name.
+
+    record: where what stays in float is noted, such as the weights of experts that are no linear layers. packed:
+    whether layers may be quantized already. Raises RecipeError where one is and may not, or where none is found.
+    """
     head = model.get_output_embeddings()
+    in_float = float_linear(model)
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | PackedLinear) and module is not head
+        if (isinstance(module, PackedLinear) or name in in_float) and module is not head
     }
-    packed = [name for name, module in layers.items() if isinstance(module, PackedLinear)]
-    if packed:
+    quantized = [name for name, module in layers.items() if isinstance(module, PackedLinear)]
+    if quantized and not packed:
         raise RecipeError(
-            f"{len(packed)} of {len(layers)} linear layers are quantized already, {packed[0]} first; put "
+            f"{len(quantized)} of {len(layers)} linear layers are quantized already, {quantized[0]} first; put "
             "quantize.unpack before what shall change them again."
         )
+    others = _other_matrices(model, layers)
     if not layers:
+        kinds = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in others}
         raise RecipeError(
-            f"{type(model).__name__} has no linear layers (torch.nn.Linear) that could be changed."
+            f"{type(model).__name__} has no linear layers (torch.nn.Linear) that could be changed, but matrices in "
+            f"{', '.join(sorted(kinds)) or 'embeddings alone'}; use a model built from linear layers, such as a Llama."
         )
+    if others and record is not None:
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in others)  # the same in every block
+        note = f"{sum(others.values()):,} parameters outside of plain linear layers stay in float: {', '.join(names)}."
+        if note not in record.notes:
+            record.notes.append(note)
     return layers
+
+
+def _other_matrices(model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, int]:
+    """Size of every parameter of two dimensions and more that is in no linear layer, embedding or head, by name."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    known = [*layers.values(), *(one for one in ends if one is not None)]
+    inside = {id(parameter) for module in known for parameter in module.parameters()}
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and id(parameter) not in inside
+    }
+
+
+def round_rest(model: PreTrainedModel, context: Context, bits: int, group_size: int, symmetric: bool) -> None:
+    """Round to nearest, in place, the linear layers that a technique has not reached, and note it.
+
+    These are layers outside of the blocks, and those that no calibration text runs, such as an expert never chosen.
+    """
+    head = model.get_output_embeddings()
+    rest = {name: layer for name, layer in float_linear(model).items() if layer is not head}
+    for name, layer in rest.items():
+        tensor = quantize_affine(layer.weight.detach(), bits, group_size, symmetric)
+        model.set_submodule(name, PackedLinear(tensor, layer.bias))
+    if rest:
+        context.record.notes.append(
+            f"Layers that calibration does not reach are rounded to nearest: {', '.join(rest)}."
+        )
 
 
 def replace_linear(
@@ -175,7 +220,7 @@ def replace_linear(
 
     Raises GroupSizeError, before it starts, where group_size does not divide the inputs of every layer.
     """
-    layers = linear_layers(model)
+    layers = linear_layers(model, context.record)
     check_group_size(group_size, [layer.in_features for layer in layers.values()])
     model = copy.deepcopy(model)
     for done, name in enumerate(layers, 1):
@@ -194,6 +239,12 @@ def quantize_embedding(model: PreTrainedModel, bits: int, symmetric: bool = Fals
     if not plain or not isinstance(head, nn.Linear):
         raise RecipeError(
             f"quantize.embedding rounds plain float embeddings, not {type(embedding).__name__}."
+        )
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    if looks_at_weight(model, name):
+        raise RecipeError(
+            f"{type(model).__name__} looks at the weight of its embedding itself, so that it has to stay in float; "
+            "leave out quantize.embedding."
         )
     tensor = quantize_affine(embedding.weight.detach(), bits, 0, symmetric)
     tied = head.weight is embedding.weight

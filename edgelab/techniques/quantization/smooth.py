@@ -18,13 +18,19 @@ from edgelab.model import blocks as structure
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.storage.layers import ActivationGrid
 from edgelab.techniques.folding import fold_scale
-from edgelab.techniques.quantization.activations import Ranged, calibrated_grids, channel_peaks, to_int8
+from edgelab.techniques.quantization.activations import (
+    Ranged,
+    calibrated_grids,
+    channel_peaks,
+    to_int8,
+    with_unseen,
+)
 from edgelab.techniques.quantization.rtn import linear_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SMALLEST_PEAK = 1e-5  # of a channel that is always zero, or that no row uses
+SMALLEST_SHARE = 1e-5  # of the largest peak: what a channel of zeros counts as
 
 
 def smoothing_scale(activation_peaks: Tensor, weight_peaks: Tensor, alpha: float) -> Tensor:
@@ -34,8 +40,11 @@ def smoothing_scale(activation_peaks: Tensor, weight_peaks: Tensor, alpha: float
     weights that read it. alpha 0 leaves weights of equal peaks, alpha 1 activations of equal peaks.
     Xiao et al. 2022, arXiv:2211.10438, equation 4.
     """
-    activation_peaks = activation_peaks.float().clamp(min=SMALLEST_PEAK)
-    return activation_peaks**alpha / weight_peaks.float().clamp(min=SMALLEST_PEAK) ** (1 - alpha)
+    activation_peaks, weight_peaks = (
+        peaks.float().clamp(min=float(peaks.amax()) * SMALLEST_SHARE or 1.0)
+        for peaks in (activation_peaks, weight_peaks)
+    )
+    return activation_peaks**alpha / weight_peaks ** (1 - alpha)
 
 
 @torch.no_grad()
@@ -52,13 +61,13 @@ def smooth(model: PreTrainedModel, peaks: dict[str, Tensor], alpha: float, sampl
             layers = block.linear()
             weight_peaks = torch.stack([layers[name].weight.abs().amax(0) for name in group.layers]).amax(0)
             scale = smoothing_scale(peaks[f"{block.name}.{group.layers[0]}"], weight_peaks, alpha)
-            smoothed += fold_scale(block.module, group, scale)
+            smoothed += fold_scale(block, group, scale)
             total += 1
         hidden = block(hidden)
     return smoothed, total
 
 
-@register("quantize.smooth", version=2, shown=("alpha",))
+@register("quantize.smooth", version=3, shown=("alpha",))
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant(Ranged):
     """SmoothQuant, then int8 weights per row and uint8 activations, but for the head.
@@ -83,6 +92,7 @@ class SmoothQuant(Ranged):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with smoothed int8 layers."""
+        layers = linear_layers(model, context.record)
         windows = self.draw(context, structure.longest(model))
         passes = 2 if self.activations == "static" else 1
         total = passes * len(windows)
@@ -90,7 +100,7 @@ class SmoothQuant(Ranged):
         model = copy.deepcopy(model)
         smoothed, groups = smooth(model, peaks, self.alpha, windows[:1])
         context.record.notes.append(f"{smoothed} of {groups} inputs smoothed")
-        grids = {name: ActivationGrid() for name in linear_layers(model)}
+        grids = {name: ActivationGrid() for name in layers}
         if self.activations == "static":
             grids = calibrated_grids(
                 model,
@@ -99,5 +109,6 @@ class SmoothQuant(Ranged):
                 self.percentile,
                 progress=lambda done, _: context.progress(len(windows) + done, total),
             )
+            grids = with_unseen(grids, layers, context)
         to_int8(model, grids)
         return model
