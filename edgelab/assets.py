@@ -21,19 +21,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from edgelab import gguf_reader
 from edgelab.errors import EdgeLabError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct-Q4_1"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHOWN = 100  # characters of a name
 LARGE = 10_000_000  # bytes of a file whose fingerprint is kept
 _TEXTS = "exllamav3/conversion/standard_cal_data/"
 
@@ -98,6 +96,31 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find(name: str) -> Path | None:
+    """The file or folder of a name that was typed, ~ being the home; None where there is none.
+
+    Raises AssetError with one sentence where the name cannot be one of a file, or its place cannot be looked at.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except RuntimeError:
+        raise AssetError(f"{shown(name)} names the home of a user whom this machine does not know.") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise AssetError(
+            f"{shown(name)} cannot be opened ({getattr(error, 'strerror', error)}); check name and permissions."
+        ) from None
+    return path
+
+
+def shown(name: str) -> str:
+    """A name as a sentence shows it: on one line, and cut where it is very long."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 @contextmanager
@@ -289,48 +312,28 @@ def _decode(assets: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(assets / "gguf", gguf_file=GGUF_FILE)
         tokenizer.save_pretrained(folder)
         stages.update()
-        model = read_gguf(assets / "gguf" / GGUF_FILE)
+        with quiet_loading():
+            model = gguf_reader.read(assets / "gguf" / GGUF_FILE)
         stages.update()
         model.save_pretrained(folder)
         stages.update()
     _record(assets, [f"model/{path.name}" for path in sorted((assets / "model").iterdir())])
 
 
-def read_gguf(path: Path) -> PreTrainedModel:
-    """Decode a GGUF file to a float32 model.
-
-    The model that transformers returns calls itself quantized and refuses to be saved, so a plain one of the same
-    configuration takes over its tensors.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with no_progress_bar():
-        decoded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    config = decoded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(decoded.state_dict(), assign=True)
-    for name, buffer in decoded.named_buffers():  # rotary frequencies are buffers outside the state dict
-        model.get_submodule(name.rpartition(".")[0]).register_buffer(
-            name.rpartition(".")[2], buffer, persistent=False
-        )
-    model.tie_weights()
-    model.generation_config = decoded.generation_config
-    return model.eval()
-
-
 @contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """No progress bar of transformers: it flickers by for a small model and stays in a notebook's output."""
+def quiet_loading() -> Iterator[None]:
+    """No progress bar of transformers: it flickers by for a small model and stays in a notebook's output.
+
+    No table of missing tensors either, for which there is a sentence.
+    """
     from transformers.utils import logging as logging_of_transformers
 
-    shown = logging_of_transformers.is_progress_bar_enabled()
+    shown, level = logging_of_transformers.is_progress_bar_enabled(), logging_of_transformers.get_verbosity()
     logging_of_transformers.disable_progress_bar()
+    logging_of_transformers.set_verbosity_error()
     try:
         yield
     finally:
+        logging_of_transformers.set_verbosity(level)
         if shown:
             logging_of_transformers.enable_progress_bar()

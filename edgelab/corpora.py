@@ -86,16 +86,30 @@ def _range(corpus: str, split: str) -> tuple[str, int]:
         raise CorpusError(
             f"'{corpus}' is not for {split}, so that texts never overlap; for {split} there is {others}."
         )
-    path = Path(corpus).expanduser()
-    if path.is_file() and split == "evaluation":
-        try:
-            return path.read_text(encoding="utf-8"), 0
-        except UnicodeDecodeError:
-            raise CorpusError(f"{path} is not UTF-8 text; save it as UTF-8 first.") from None
+    path = assets.find(corpus)
+    if path is not None and path.is_file() and split == "evaluation":
+        return _from_file(path), 0
     names = ", ".join((*EMBEDDED, *HUB))
     raise CorpusError(
-        f"There is no corpus '{corpus}' for {split}; use one of {names}, or a text file to evaluate on."
+        f"There is no corpus '{assets.shown(corpus)}' for {split}; use one of {names}, or a text file to evaluate on."
     )
+
+
+def _from_file(path: Path) -> str:
+    """The text of a file without byte-order marks, of which each part of a concatenated file may have one."""
+    try:
+        text = path.read_text(encoding="utf-8").replace("\ufeff", "")
+    except OSError as error:
+        raise CorpusError(
+            f"{path} cannot be read ({error.strerror or error}); check its permissions."
+        ) from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # binary, or UTF-16, whose every second byte is zero in most languages of Europe
+        raise CorpusError(f"{path} is not UTF-8 text; save it as UTF-8 first.")
+    if not text.strip():
+        raise CorpusError(f"{path} is empty; give a text to evaluate on.")
+    return text
 
 
 def tokenize(
@@ -117,15 +131,29 @@ def tokenize(
 
 def identity(corpus: str) -> str:
     """What a row calls a corpus: its name, or for a file its name and a hash of its content."""
-    path = Path(corpus).expanduser()
-    named = corpus in EMBEDDED or corpus in HUB
-    return corpus if named or not path.is_file() else f"{path.name}-{assets.fingerprint(path)[:8]}"
+    path = None if corpus in EMBEDDED or corpus in HUB else assets.find(corpus)
+    if path is None or not path.is_file():
+        return corpus
+    try:
+        return f"{path.name}-{assets.fingerprint(path)[:8]}"
+    except OSError as error:
+        raise CorpusError(
+            f"{path} cannot be read ({error.strerror or error}); check its permissions."
+        ) from None
 
 
 def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "text") -> TokenizedText:
-    """Any text and its tokens, without special tokens."""
+    """Any text and its tokens, without special tokens.
+
+    Raises CorpusError where the tokenizer is one in Python, which does not say where in the text its tokens end.
+    """
     import torch
 
+    if not tokenizer.is_fast:
+        raise CorpusError(
+            f"{type(tokenizer).__name__} does not say which characters its tokens cover; give a model with a "
+            "tokenizer.json."
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64)
     return TokenizedText(name, text, torch.tensor(encoded["input_ids"], dtype=torch.int64), ends)

@@ -11,6 +11,11 @@ class EdgeLabError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+def few(names: list[str]) -> str:
+    """The first of some names, for a sentence."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def to_install(extra: str) -> str:
     """The command that installs an extra, in the project's folder: the package index knows another edgelab."""
     return "make phone" if extra in ON_PHONES else f"pip install --editable '.[{extra}]'"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgelab import assets
-from edgelab.errors import EdgeLabError
+from edgelab import assets, gguf_reader
+from edgelab.errors import EdgeLabError, few
 from edgelab.keys import key
 
 if TYPE_CHECKING:  # naming a model and fingerprinting it need neither
@@ -23,6 +25,13 @@ EMBEDDED_NOTES = (
     "The embedded weights are SmolLM2-135M-Instruct decoded from a 4-bit GGUF file (Q4_1 linear layers, Q8_0 "
     "embedding). They are the baseline that everything is compared with, not the original full-precision "
     "checkpoint; formats equal to their own grid (GGUF Q4_1) are lossless on them."
+)
+
+
+HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
+# Names of tensors that only quantized weights come with
+QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|scales|weight_scale\w*|weight_packed|absmax|quant_state\b.*)$|_scales$"
 )
 
 
@@ -57,7 +66,9 @@ def load(name: str = EMBEDDED, dtype: torch.dtype | None = None) -> Reference:
     Raises ReferenceError where nothing can be loaded under that name.
     """
     source = resolve(name)
-    return Reference(source.name, source.sha, source.notes, load_model(source, dtype), load_tokenizer(source))
+    notes = [source.notes] if source.notes else []
+    model = load_model(source, dtype, notes)
+    return Reference(source.name, source.sha, " ".join(notes), model, load_tokenizer(source))
 
 
 def resolve(name: str = EMBEDDED) -> Source:
@@ -65,22 +76,34 @@ def resolve(name: str = EMBEDDED) -> Source:
     if name == EMBEDDED:
         folder = assets.model_folder()
         return Source(assets.EMBEDDED_NAME, folder, fingerprint(folder), EMBEDDED_NOTES)
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return Source(path.stem, path.resolve(), key(assets.fingerprint(path))[:16])
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not (path / "config.json").is_file() or not files:
-            raise ReferenceError(
-                f"{path} holds no model: a folder needs config.json, tokenizer files and *.safetensors "
-                "(pickled weights are not loaded)."
-            )
-        return Source(path.resolve().name, path.resolve(), fingerprint(path))
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix == ".gguf":
+    path = assets.find(name)
+    try:
+        if path is not None and path.is_dir():
+            return _resolve_folder(path)
+        if path is not None and _is_gguf(path):
+            return Source(path.stem, path.resolve(), key(assets.fingerprint(path))[:16])
+    except OSError as error:
         raise ReferenceError(
-            f"There is no model at {name}; give a folder, a .gguf file, a Hub id, or '{EMBEDDED}'."
+            f"{assets.shown(name)} cannot be read ({error.strerror or error}); check its permissions."
+        ) from None
+    if path is None and HUB_ID.fullmatch(name) and not _is_gguf(Path(name)):
+        return _resolve_hub(name)
+    raise ReferenceError(
+        f"There is no model at {assets.shown(name)}; give a folder, a .gguf file, a Hub id, or '{EMBEDDED}'."
+    )
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
+def _resolve_folder(path: Path) -> Source:
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        raise ReferenceError(
+            f"{path} holds no model: a folder needs config.json, tokenizer files and *.safetensors "
+            "(pickled weights are not loaded)."
         )
-    return _resolve_hub(name)
+    return Source(path.resolve().name, path.resolve(), fingerprint(path))
 
 
 def fingerprint(folder: Path) -> str:
@@ -111,48 +134,157 @@ def _resolve_hub(name: str) -> Source:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer of a reference. Raises ReferenceError where the folder has none."""
+    """The tokenizer of a reference. Raises ReferenceError where it has none, or one that is not the model's."""
     from transformers import AutoTokenizer
 
     folder, options = _transformers_place(source)
+    config = None if options else load_config(source)
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ReferenceError(f"No tokenizer can be loaded for {source.name}: {_first_line(error)}") from None
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        # Where a class knows how it splits text and the folder no tokens, transformers makes one that knows none.
+        known = set(tokenizer("a b", add_special_tokens=False)["input_ids"]) - set(tokenizer.all_special_ids)
+    except Exception as error:  # transformers, tokenizers and sentencepiece raise what they like
+        log.debug("the tokenizer cannot be loaded", exc_info=True)
+        raise _without_tokenizer(source, _reason(error)) from None
+    if not known:
+        raise _without_tokenizer(source, "it has no tokens")
+    if config is not None:
+        _check_vocabulary(source, tokenizer, config)
+    return tokenizer
+
+
+def _without_tokenizer(source: Source, reason: str) -> ReferenceError:
+    mend = "put tokenizer.json and tokenizer_config.json of the model into its folder"
+    if _is_gguf(Path(source.folder)):
+        mend = "give a whole GGUF file that holds one"
+    return ReferenceError(f"No tokenizer can be loaded for {source.name} ({reason}); {mend}.")
+
+
+def _check_vocabulary(source: Source, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Every token that text can become has a row of the embedding. Special ones that were added later need none."""
+    rows = getattr(config.get_text_config(), "vocab_size", math.inf)
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    largest = max(set(tokenizer.get_vocab().values()) - special)
+    if largest >= rows:
+        raise ReferenceError(
+            f"The tokenizer of {source.name} has tokens up to number {largest:,}, and the embedding {rows:,} rows; "
+            "give the model with the tokenizer that it was trained with."
+        )
 
 
 def load_config(source: Source) -> PretrainedConfig:
-    """The model configuration of a reference."""
+    """The model configuration of a reference. Raises ReferenceError for what is no decoder of plain float weights."""
     from transformers import AutoConfig
 
     folder, options = _transformers_place(source)
-    return AutoConfig.from_pretrained(folder, **options)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:  # of JSON, of transformers, of huggingface_hub's checks of types
+        log.debug("the configuration cannot be loaded", exc_info=True)
+        raise _unloadable(source, error) from None
+    if not options and (how := getattr(config, "quantization_config", None)):
+        method = how.get("quant_method", "unknown") if isinstance(how, dict) else type(how).__name__
+        raise _quantized(source, f"by '{method}'")
+    if config.is_encoder_decoder:
+        raise ReferenceError(
+            f"{source.name} is an encoder-decoder model ({config.model_type}); give a model that has a decoder only."
+        )
+    return config
 
 
-def load_model(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The weights of a reference as a causal language model in evaluation mode, in float32 unless told otherwise."""
+def load_model(
+    source: Source, dtype: torch.dtype | None = None, notes: list[str] | None = None
+) -> PreTrainedModel:
+    """The weights of a reference as a causal language model in evaluation mode, in float32 unless told otherwise.
+
+    notes: takes what a reader has to know, such as tensors of the checkpoint that the model has no place for.
+    Raises ReferenceError where tensors are missing or of another shape, naming them: nothing is initialised at random.
+    """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     dtype = dtype or torch.float32
     folder, options = _transformers_place(source)
     try:
-        if "gguf_file" in options:
-            return assets.read_gguf(Path(folder) / options["gguf_file"]).to(dtype)
-        with assets.no_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ReferenceError(
-            f"{source.name} cannot be loaded as a causal language model: {_first_line(error)}"
-        ) from None
+        with assets.quiet_loading():
+            if options:
+                return gguf_reader.read(Path(source.folder)).to(dtype)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=load_config(source),
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+            )
+        _check_tensors(source, found, [] if notes is None else notes)
+        _check_direction(source, model)
+    except EdgeLabError:
+        raise
+    except Exception as error:  # of transformers, safetensors, torch
+        log.debug("the model cannot be loaded", exc_info=True)
+        raise _unloadable(source, error) from None
     return model.eval()
+
+
+def _check_tensors(source: Source, found: dict, notes: list[str]) -> None:
+    """Compare the tensors of a checkpoint with those of the model, as transformers found them."""
+    unexpected = sorted(found["unexpected_keys"])
+    if any(map(QUANTIZED.search, unexpected)):
+        raise _quantized(source, f"with {few(unexpected)}")
+    if missing := sorted(found["missing_keys"]):
+        raise ReferenceError(f"The weights of {source.name} lack {few(missing)}; give the whole checkpoint.")
+    if mismatched := sorted(found["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        raise ReferenceError(
+            f"{name} of {source.name} is {_by(stored)} and by its config.json {_by(wanted)}; give the configuration "
+            "that belongs to the weights."
+        )
+    if unexpected:
+        notes.append(f"Not read, because the model has no place for it: {few(unexpected)}.")
+
+
+def _check_direction(source: Source, model: PreTrainedModel) -> None:
+    """A model of the BERT family predicts from both sides, and its perplexity would mean nothing."""
+    import torch
+
+    if getattr(model.config, "is_decoder", True):
+        return
+    with torch.inference_mode():
+        one, other = (model(torch.tensor([[0, token]])).logits[0, 0] for token in (1, 2))
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-5):
+        raise ReferenceError(
+            f"{source.name} reads what follows a token to predict it ({model.config.model_type}); give a causal "
+            "language model."
+        )
+
+
+def _quantized(source: Source, how: str) -> ReferenceError:
+    return ReferenceError(
+        f"{source.name} is a quantized checkpoint ({how}); give the float model that it was made from, and a recipe "
+        "such as quantize.rtn."
+    )
+
+
+def _unloadable(source: Source, error: Exception) -> ReferenceError:
+    return ReferenceError(
+        f"{source.name} cannot be loaded as a causal language model ({_reason(error)}); check that its files are whole "
+        "and belong together."
+    )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _transformers_place(source: Source) -> tuple[Path | str, dict[str, str]]:
     path = Path(source.folder)
-    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (source.folder, {})
+    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (source.folder, {})
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _reason(error: Exception) -> str:
+    """The first sentence of what a library says, on one line."""
+    if isinstance(error, KeyError) or not str(error).strip():
+        return f"{type(error).__name__} {error}".strip()
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".:")

@@ -1,7 +1,9 @@
 """Texts: rows that join to the text, splits that never overlap, tokens that know their characters."""
 
+import errno
 import itertools
 import re
+from pathlib import Path
 
 import datasets
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from edgelab import assets, corpora, reference
 from edgelab.corpora import SPLITS, CorpusError, load, tokenize, tokenize_text
+from edgelab.errors import EdgeLabError
 
 WIKI = '<doc id="1" title="Tea">\nTea is a drink.\n</doc>\n<doc id="2">\nA doctor <docks> 3 < 4.\n</doc>\n'
 
@@ -119,6 +122,63 @@ def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "picture.txt").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(CorpusError, match=r"picture\.txt is not UTF-8 text; save it as UTF-8 first\.$"):
         load(str(tmp_path / "picture.txt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("Möwe".encode("utf-16"), "is not UTF-8 text; save it as UTF-8 first."),
+        ("Gull".encode("utf-16-le"), "is not UTF-8 text; save it as UTF-8 first."),
+        ("Gull".encode("utf-32"), "is not UTF-8 text; save it as UTF-8 first."),
+        (b"GIF\0\1\2", "is not UTF-8 text; save it as UTF-8 first."),
+        (b"", "is empty; give a text to evaluate on."),
+        ("\ufeff \n".encode(), "is empty; give a text to evaluate on."),
+    ],
+)
+def test_files_without_text(content, sentence, tmp_path):
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(CorpusError, match=rf"text\.txt {sentence}$"):
+        corpora.read(str(tmp_path / "text.txt"))
+
+
+def test_byte_order_marks_are_no_text(tmp_path, byte_tokenizer):
+    """Also those within, where files that had one were joined."""
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfOne gull.\n\xef\xbb\xbfTwo gulls.\n")
+    assert corpora.read(str(tmp_path / "text.txt")) == "One gull.\nTwo gulls.\n"
+    plain = byte_tokenizer("One gull.\nTwo gulls.\n", add_special_tokens=False)["input_ids"]
+    assert corpora.tokenize(str(tmp_path / "text.txt"), byte_tokenizer).ids.tolist() == plain
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("One gull.")
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "read_text", refused)
+    for read in (corpora.read, corpora.identity):
+        with pytest.raises(
+            CorpusError, match=r"text\.txt cannot be read \(Permission denied\); check its perm"
+        ):
+            read(str(tmp_path / "text.txt"))
+
+
+@pytest.mark.parametrize("use", [corpora.read, corpora.identity])
+@pytest.mark.parametrize("name", ["~nosuchuser/x.txt", "a" * 300, "/tmp/" + "a" * 300, "a\0b", "/a\0b"])
+def test_names_that_no_file_can_have(name, use):
+    with pytest.raises(EdgeLabError) as caught:
+        use(name)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_offsets():
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(
+        CorpusError, match=r"^ByT5Tokenizer does not say which characters its tokens cover; give"
+    ):
+        corpora.tokenize_text("One gull.", ByT5Tokenizer())
 
 
 def test_the_hub_without_network(monkeypatch):

@@ -1,20 +1,24 @@
 """Loading a reference: folders, names that lead nowhere, weights that are damaged or pickled."""
 
+import errno
+import json
+import shutil
+
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from edgelab import assets, reference
+from edgelab import assets, measure, reference
+from edgelab.errors import EdgeLabError
 from edgelab.reference import ReferenceError, load, resolve
 
 
 @pytest.fixture
 def folder(tiny, tmp_path):
     """A copy of the tiny model that a test may damage."""
-    import shutil
-
     return shutil.copytree(tiny, tmp_path / "model")
 
 
@@ -53,6 +57,10 @@ def test_the_fingerprint_is_that_of_the_weights(folder):
         ("./nothing", "There is no model at ./nothing"),
         ("models/of/mine", "There is no model at models/of/mine"),
         ("missing.gguf", "There is no model at missing.gguf"),
+        ("missing.GGUF", "There is no model at missing.GGUF"),
+        ("a\nb", r"There is no model at 'a\\nb'; give"),
+        ("a b", "There is no model at a b; give"),
+        ("https://huggingface.co/a/b", "There is no model at https://huggingface.co/a/b; give"),
     ],
 )
 def test_names_that_lead_nowhere(name, sentence):
@@ -85,11 +93,234 @@ def test_damaged_files_give_one_sentence(file, folder):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_tokenizer(folder):
-    for file in folder.glob("token*"):
-        file.unlink()
-    with pytest.raises(ReferenceError, match=r"^No tokenizer can be loaded for model"):
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 300, "/tmp/" + "a" * 300, "a\0b", "/a\0b"])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(EdgeLabError) as caught:
+        resolve(name)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_a_folder_called_like_a_file(folder, tiny):
+    assert torch.equal(
+        load(str(folder.rename(folder.with_name("model.gguf")))).model.lm_head.weight,
+        load(str(tiny)).model.lm_head.weight,
+    )
+
+
+def test_files_that_may_not_be_read(folder, monkeypatch):
+    def refused(_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(assets, "fingerprint", refused)
+    with pytest.raises(
+        ReferenceError, match=r"model cannot be read \(Permission denied\); check its permissions\.$"
+    ):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize("other", ["llama", "qwen3", "gpt2", "gemma", "opt", "bloom"])
+def test_a_folder_without_a_tokenizer(other, new_model, tmp_path):
+    """Of some of these transformers makes a tokenizer without tokens."""
+    new_model(other).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ReferenceError, match=r"^No tokenizer can be loaded for model \(.+\); put tokenizer.json and"
+    ):
+        load(str(tmp_path / "model"))
+
+
+def test_a_tokenizer_larger_than_the_embedding(new_model, byte_tokenizer, tmp_path):
+    new_model("llama", vocab_size=256).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ReferenceError, match="has tokens up to number 299, and the embedding 256 rows; give"):
+        load(str(tmp_path))
+
+
+def test_a_special_token_that_was_added_later_needs_no_row(folder):
+    tokenizer = load(str(folder)).tokenizer
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    assert load(str(folder)).tokenizer.pad_token_id == 300
+
+
+# Weights and configuration that do not belong together
+
+
+def change(folder, left_out=(), **added):
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    save_file(kept | added, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("layout", ["llama", "phi", "gpt2", "opt"])
+def test_each_missing_tensor_is_refused_by_name(layout, new_model, tmp_path):
+    model = new_model(layout)
+    model.save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in whole if "layers.0" not in name and "h.0" not in name]:
+        save_file(whole, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        change(tmp_path, [name])
+        with pytest.raises(
+            ReferenceError, match=r"^The weights of .* lack .*; give the whole checkpoint\.$"
+        ) as caught:
+            reference.load_model(resolve(str(tmp_path)))
+        assert name.rpartition(".")[0].split(".")[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize("left_out", [["w2"], ["w1", "w2", "w3"]])
+def test_a_missing_expert(left_out, new_model, tmp_path):
+    """transformers stacks the experts of a block to one tensor."""
+    new_model("mixtral").save_pretrained(tmp_path)
+    names = [
+        name
+        for name in load_file(tmp_path / "model.safetensors")
+        if "layers.1" in name and "experts.3." in name
+    ]
+    change(tmp_path, [name for name in names if name.split(".")[-2] in left_out])
+    with pytest.raises(ReferenceError) as caught:
+        reference.load_model(resolve(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_says_nothing_of_its_own(folder, caplog):
+    change(folder, ["model.norm.weight"], extra=torch.ones(2))
+    with pytest.raises(ReferenceError):
         load(str(folder))
+    assert not caplog.records
+
+
+def test_an_untied_head_that_is_missing(new_model, tmp_path):
+    new_model("llama", tie_word_embeddings=False).save_pretrained(tmp_path)
+    change(tmp_path, ["lm_head.weight"])
+    with pytest.raises(ReferenceError, match=r"^The weights of .* lack lm_head.weight; give"):
+        reference.load_model(resolve(str(tmp_path)))
+
+
+def test_a_tied_head_may_be_missing(folder):
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert load(str(folder)).notes == ""
+
+
+def test_a_bias_that_the_configuration_does_not_announce_is_noted(folder):
+    change(folder, **{"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})
+    note = "Not read, because the model has no place for it: model.layers.0.self_attn.q_proj.bias."
+    assert load(str(folder)).notes == note
+    text = folder.parent / "text.txt"
+    text.write_text("One gull saw two ships. " * 200)
+    assert measure("none", model=str(folder), corpus=str(text), windows=1, only="quality").notes == note
+
+
+def test_a_tensor_of_another_shape(folder):
+    change(folder, **{"model.layers.0.mlp.up_proj.weight": torch.ones(100, 64)})
+    with pytest.raises(
+        ReferenceError,
+        match=r"^model.layers.0.mlp.up_proj.weight of model is 100 x 64 and by its config.json 192 x 64;",
+    ):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors", "mxfp4", "new"]
+)
+def test_quantized_checkpoints(method, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ReferenceError, match=f"^model is a quantized checkpoint .by '{method}'.; give the float model"
+    ):
+        load(str(folder))
+
+
+def test_quantized_tensors_that_the_configuration_does_not_announce(folder):
+    name = "model.layers.0.mlp.up_proj"
+    change(folder, [f"{name}.weight"], **{f"{name}.qweight": torch.ones(8, 192, dtype=torch.int32)})
+    with pytest.raises(
+        ReferenceError, match=r"^model is a quantized checkpoint .with model.layers.0.mlp.up_proj.qwe"
+    ):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("damage", ["no shard", "cut shard", "no index", "cut index"])
+def test_checkpoints_in_parts(damage, new_model, byte_tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    new_model("llama").save_pretrained(folder, max_shard_size="100KB")
+    byte_tokenizer.save_pretrained(folder)
+    whole = load(str(folder)).model
+    assert torch.equal(whole.lm_head.weight, new_model("llama").lm_head.weight)
+    index, shard = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))[1]
+    if damage.startswith("no"):
+        (shard if damage == "no shard" else index).unlink()
+    else:
+        cut(shard if damage == "cut shard" else index)
+    with pytest.raises(
+        ReferenceError, match=r"^model cannot be loaded as a causal language model \(.*\); check"
+    ):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model_type": "nonsense"}'])
+def test_configurations_that_say_nothing(content, folder):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(
+        ReferenceError, match=r"^model cannot be loaded as a causal language model \(.*\); check"
+    ) as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["four", 7])
+def test_a_configuration_with_a_wrong_value(value, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": value}))
+    with pytest.raises(
+        ReferenceError, match=r"^model cannot be loaded as a causal language model \(.*\); check"
+    ):
+        load(str(folder))
+
+
+SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_model_that_looks_ahead(kind, byte_tokenizer, tmp_path):
+    config = AutoConfig.for_model(kind, **SMALL, intermediate_size=32)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        ReferenceError, match=rf"reads what follows a token to predict it \({kind}\); give a causal"
+    ):
+        load(str(tmp_path))
+
+
+def test_a_model_that_cannot_run(byte_tokenizer, tmp_path):
+    """RoBERTa counts positions from its padding token, and this one has none."""
+    config = AutoConfig.for_model("roberta", **SMALL, intermediate_size=32, pad_token_id=None)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ReferenceError, match=r"cannot be loaded as a causal language model \(.*\); check"):
+        reference.load_model(resolve(str(tmp_path)))
+
+
+def test_a_decoder_of_the_same_family_looks_back_only(byte_tokenizer, tmp_path):
+    config = AutoConfig.for_model("bert", **SMALL, intermediate_size=32, is_decoder=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    assert load(str(tmp_path)).model.config.model_type == "bert"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("t5", {"vocab_size": 300, "d_model": 32, "d_kv": 16, "num_layers": 1, "num_heads": 2, "d_ff": 32}),
+        ("bart", {"vocab_size": 300, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}),
+    ],
+)
+def test_an_encoder_and_a_decoder(kind, config, byte_tokenizer, tmp_path):
+    AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **config)).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        ReferenceError, match=rf"is an encoder-decoder model \({kind}\); give a model that has a decoder"
+    ):
+        load(str(tmp_path))
 
 
 def test_a_model_of_another_kind(folder):

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import tomllib
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
@@ -72,10 +73,14 @@ def _cpu() -> str:
 def _git_sha() -> str | None:
     """The commit of the checkout that holds the package, if it is one of this project; None for an installed one."""
     top = Path(__file__).resolve().parent.parent.parent
-    if not (top / "pyproject.toml").is_file() or not (top / ".git").exists():
-        return None
     command = ["git", "-C", str(top), "rev-parse", "--short=12", "HEAD"]
+    here = {
+        name: value for name, value in os.environ.items() if not name.startswith("GIT_")
+    }  # a hook sets GIT_DIR
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        project = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
+        if project != "edgelab" or not (top / ".git").exists():
+            return None
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=here).stdout.strip()
+    except (OSError, ValueError, KeyError, subprocess.CalledProcessError):
         return None

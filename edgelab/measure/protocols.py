@@ -21,14 +21,15 @@ class Protocol:
 
     window: tokens the model sees. stride: tokens from one window to the next. scored: "all" but the first token, the
     second "half", or "rolling" (every token once, each window predicting `window` tokens after one of context).
-    bos: the first token of each window ("all": of the text) is replaced by (rolling: preceded by) the BOS token.
+    bos: "added" puts the BOS token in place of the first of each window, where the model's tokenizer itself adds one
+    (llama.cpp's `add_bos`); "always" (rolling) puts it, or else EOS, before the text.
     unit: what the sum is divided by, "token" or "word". version: raised when the numbers change.
     """
 
     name: str
     window: int
     scored: Literal["all", "half", "rolling"] = "all"
-    bos: bool = False
+    bos: Literal["", "added", "always"] = ""
     unit: Literal["token", "word"] = "token"
     version: int = 1
 
@@ -42,8 +43,8 @@ PROTOCOLS = {
     for protocol in (
         Protocol("edgelab-512", window=512),
         Protocol("gptq-2048", window=2048),
-        Protocol("llamacpp-512", window=512, scored="half", bos=True),
-        Protocol("lm-eval-word", window=2048, scored="rolling", bos=True, unit="word"),
+        Protocol("llamacpp-512", window=512, scored="half", bos="added", version=2),
+        Protocol("lm-eval-word", window=2048, scored="rolling", bos="always", unit="word"),
     )
 }
 
