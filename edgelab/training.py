@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edgelab import assets, corpora
-from edgelab.model.logits import final_hidden, head_logits
+from edgelab.model.blocks import longest
+from edgelab.model.logits import head_logits, head_parameters, hidden_states
 from edgelab.recipes import Context, RecipeError
 
 if TYPE_CHECKING:
@@ -95,14 +96,14 @@ class _Sliced(torch.autograd.Function):
 
 
 def _mean_score(model: PreTrainedModel, score: Score, hidden: Tensor) -> Tensor:
-    weights = [weight for weight in model.get_output_embeddings().parameters() if weight.requires_grad]
+    weights = [weight for weight in head_parameters(model) if weight.requires_grad]
     return _Sliced.apply(partial(head_logits, model), score, hidden.flatten(0, -2), *weights)
 
 
 def cross_entropy(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats of windows (batch, time); the first token of a window is given."""
     score = partial(next_token_score, ids[:, 1:].flatten())
-    return _mean_score(model, score, final_hidden(model, ids)[:, :-1])
+    return _mean_score(model, score, hidden_states(model, ids)[:, :-1])
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,12 @@ class Divergence:
 
     def __call__(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
         with torch.no_grad():
-            target = final_hidden(self.reference, ids).flatten(0, -2)
+            target = hidden_states(self.reference, ids).flatten(0, -2)
 
         def logits_of(where: slice) -> Tensor:
             return head_logits(self.reference, target[where])
 
-        return _mean_score(model, partial(divergence_score, logits_of), final_hidden(model, ids))
+        return _mean_score(model, partial(divergence_score, logits_of), hidden_states(model, ids))
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, length: int, corpus: str = "wiki/web/stories") -> Tensor:
@@ -245,10 +246,9 @@ class Trained:
         self, model: PreTrainedModel, loss: Loss, parameters: list[nn.Parameter], context: Context, half: bool
     ) -> None:
         """Train `parameters` of the model in place, and record tokens and curve. half: products in bfloat16."""
-        longest = getattr(model.config, "max_position_embeddings", None) or 2**31
-        if self.length > longest:
+        if self.length > longest(model):
             raise TrainingError(
-                f"length={self.length} is longer than the {longest} tokens the model can see."
+                f"length={self.length} is longer than the {longest(model)} tokens the model can see."
             )
         rows = windows(context.tokenizer, self.length, self.corpus)
         curve = train(

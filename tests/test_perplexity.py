@@ -1,5 +1,6 @@
 """Each protocol against an independent, deliberately naive computation; slices; bits per byte; bad input."""
 
+import copy
 import math
 import re
 from collections.abc import Iterator
@@ -8,14 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from edgelab import corpora, reference
 from edgelab.corpora import CorpusError, TokenizedText, tokenize_text
 from edgelab.measure.isolation import Isolated
-from edgelab.measure.perplexity import Perplexity, Window, evaluate, slices, windows
+from edgelab.measure.perplexity import Perplexity, evaluate, slices, windows
 from edgelab.measure.protocols import PROTOCOLS, ProtocolError, protocol
-from edgelab.model.logits import SLICE, head_logits
+from edgelab.model.logits import SLICE
 
 IDENTITY = {
     "edgelab-512": (512, "all"),
@@ -43,12 +45,12 @@ def naive_all(model, ids: list[int], size: int, bos: int) -> tuple[float, int]:
     return total, count
 
 
-def naive_half(model, ids: list[int], size: int, bos: int) -> tuple[float, int]:
-    """llama.cpp's loop: BOS replaces the first token, and only what follows the middle of the window counts."""
+def naive_half(model, ids: list[int], size: int, bos: int | None) -> tuple[float, int]:
+    """llama.cpp's loop: BOS, if any, replaces the first token; only what follows the middle of the window counts."""
     total, count = 0.0, 0
     for window in range(len(ids) // size):
         part = ids[window * size : (window + 1) * size]
-        logp = log_probabilities(model, [bos, *part[1:]])
+        logp = log_probabilities(model, part if bos is None else [bos, *part[1:]])
         for position in range(size // 2, size - 1):
             total -= logp[position, part[position + 1]].item()
             count += 1
@@ -92,7 +94,8 @@ def test_protocol_equals_the_naive_loop(name, size, tiny_reference, story):
     one = replace(one, window=size or one.window)
     text = head_of(story, 2 * one.window + one.window // 3)  # the rest is no window, except for lm-eval
     found = evaluate(tiny_reference.model, tiny_reference.tokenizer, text, one)
-    total, count = NAIVE[one.scored](tiny_reference.model, text.ids.tolist(), one.window, bos=0)
+    bos = 0 if one.bos == "always" else None  # this tokenizer adds none itself
+    total, count = NAIVE[one.scored](tiny_reference.model, text.ids.tolist(), one.window, bos)
     assert found.n_tokens == count
     assert found.nll_sum == pytest.approx(total, rel=1e-6)
     divisor = len(re.split(r"\s+", text.text)) if name == "lm-eval-word" else count
@@ -121,7 +124,9 @@ def test_windows_by_hand(tiny_reference):
         ([15, 16, 17, 18, 19], 6, 4),
     ]
     half = windows(text, replace(PROTOCOLS["llamacpp-512"], window=6), tiny_reference.tokenizer)
-    assert [(w.ids.tolist(), w.first, w.scored) for w in half] == [([0, 11, 12, 13, 14, 15], 4, 2)]
+    assert [(w.ids.tolist(), w.first, w.scored) for w in half] == [([10, 11, 12, 13, 14, 15], 4, 2)]
+    adding = windows(text, replace(PROTOCOLS["llamacpp-512"], window=6), adding_bos(tiny_reference.tokenizer))
+    assert [(w.ids.tolist(), w.first, w.scored) for w in adding] == [([0, 11, 12, 13, 14, 15], 4, 2)]
     assert (
         len(windows(text, replace(PROTOCOLS["edgelab-512"], window=2), tiny_reference.tokenizer, limit=3))
         == 3
@@ -193,32 +198,6 @@ def test_slices_equal_the_logits_of_the_whole(layout, folder_of, story):
         assert ours.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("family", "config"),
-    [
-        ("gemma2", {"final_logit_softcapping": 2.0, "head_dim": 16}),
-        ("granite", {"logits_scaling": 3.0}),
-        ("cohere", {"logit_scale": 0.25}),
-    ],
-)
-def test_logits_that_a_model_changes_after_its_head(family, config, new_model):
-    model = new_model(family, **config)
-    ids = torch.arange(2, 50)
-    [piece] = slices(model, [Window(ids, 1, len(ids) - 1)])
-    with torch.no_grad():
-        expected = model(ids[None]).logits[0, :-1]
-    torch.testing.assert_close(piece.logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_softcapping_by_hand():
-    capped = SimpleNamespace(
-        get_output_embeddings=lambda: lambda hidden: 10 * hidden,
-        config=SimpleNamespace(final_logit_softcapping=5.0),
-    )
-    expected = [[5 * math.tanh(2.0), 0.0, 5 * math.tanh(-0.2)]]
-    torch.testing.assert_close(head_logits(capped, torch.tensor([[1.0, 0.0, -0.1]])), torch.tensor(expected))
-
-
 def test_further_accumulators_see_every_slice(tiny_reference, story):
     seen = []
     one = replace(PROTOCOLS["edgelab-512"], window=100)
@@ -271,10 +250,34 @@ def test_empty_text(name, tiny_reference):
 
 
 def test_eos_stands_in_for_a_missing_bos(story):
-    one = replace(PROTOCOLS["llamacpp-512"], window=16)
+    one = replace(PROTOCOLS["lm-eval-word"], window=16)
     assert windows(story, one, SimpleNamespace(bos_token_id=None, eos_token_id=1), 1)[0].ids[0] == 1
-    with pytest.raises(ProtocolError, match=r"^llamacpp-512 needs a BOS token, .*use edgelab-512\.$"):
+    with pytest.raises(ProtocolError, match=r"^lm-eval-word needs a BOS token, .*use edgelab-512\.$"):
         windows(story, one, SimpleNamespace(bos_token_id=None, eos_token_id=None))
+
+
+def adding_bos(tokenizer):
+    """The same tokenizer with a template that puts BOS first, as Llama's has."""
+    adding = copy.deepcopy(tokenizer)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", adding.bos_token_id)]
+    )
+    return adding
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_llamacpp_puts_bos_where_the_tokenizer_does(adds, new_model, byte_tokenizer, story):
+    """A model that attends strongly to BOS: with it and without, perplexity differs, and both are the naive loop's."""
+    tokenizer = adding_bos(byte_tokenizer) if adds else byte_tokenizer
+    model = new_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] *= 30
+    one = replace(PROTOCOLS["llamacpp-512"], window=64)
+    text = head_of(story, 256)
+    with_bos, without = (naive_half(model, text.ids.tolist(), 64, bos)[0] for bos in (0, None))
+    assert abs(with_bos - without) > 0.01 * without
+    found = evaluate(model, tokenizer, text, one).nll_sum
+    assert found == pytest.approx(with_bos if adds else without, rel=1e-6)
 
 
 def test_unknown_protocol():

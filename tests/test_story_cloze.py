@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from edgelab import tasks
 from edgelab.measure import MEASUREMENTS, Asked
 from edgelab.measure.sample import write
 from edgelab.measure.story_cloze import answers
+from edgelab.model.finite import NotFiniteError
 from edgelab.runtimes.eager import Eager
 from edgelab.tasks import Cloze, Story
 
@@ -53,6 +55,18 @@ class Counting:
         self.asked.append((bytes(self.read).decode(), [bytes(one).decode() for one in candidates]))
         likely = (-torch.arange(256) / 100).log_softmax(-1)
         return [likely[one] for one in candidates]
+
+
+def test_logits_that_are_nan_answer_nothing():
+    class Broken(Counting):
+        def extend(self, ids):
+            return super().extend(ids) * float("nan")
+
+    story = Story("z", (Cloze("c", ("d",)),))
+    with pytest.raises(
+        NotFiniteError, match="NaN or infinity in place of logits in the story that begins 'z'"
+    ):
+        list(answers(Broken(), Letters(), story))
 
 
 def test_the_likeliest_by_byte_is_the_answer_and_the_true_one_is_read_on():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -355,13 +356,33 @@ def test_damaged_variant_gives_one_sentence(damage, source):
     ["model.norm.weight", "model.layers.1.mlp.up_proj.packed", "model.layers.0.mlp.up_proj.zero_point"],
 )
 def test_a_missing_tensor_is_noticed(lost, source):
-    from safetensors.torch import load_file, save_file
-
     folder = variants.build(parse("quantize.rtn:bits=4"), source, 0, ignore)
     tensors = load_file(folder / "model.safetensors")
     del tensors[lost]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(VariantError, match=lost.rpartition(".")[0]):
+        variants.load(folder)
+
+
+def test_a_missing_bias_is_noticed(folder_of):
+    source = reference.resolve(str(folder_of("stablelm")))
+    folder = variants.build(parse("quantize.rtn:bits=4"), source, 0, ignore)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.q_proj.bias"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        VariantError, match=r"lacks model.layers.1.self_attn.q_proj.bias; `edgelab cache clear`"
+    ):
+        variants.load(folder)
+
+
+def test_a_tensor_of_another_shape_is_noticed(source):
+    folder = variants.build(parse("quantize.rtn:bits=4"), source, 0, ignore)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises(
+        VariantError, match=r"is damaged \(its tensors have other shapes than its config.json says\);"
+    ):
         variants.load(folder)
 
 

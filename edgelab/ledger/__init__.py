@@ -1,7 +1,16 @@
 """The ledger: all rows. One row is one measurement: flat, units in the names, null where nothing was measured."""
 
 from edgelab.ledger.provenance import machine, provenance, version, versions
-from edgelab.ledger.row import FIELDS, Field, Row, UndeclaredField, declare, every_field
+from edgelab.ledger.row import (
+    FIELDS,
+    Field,
+    Row,
+    UndeclaredField,
+    ValueNotFinite,
+    declare,
+    every_field,
+    strict_json,
+)
 from edgelab.ledger.store import (
     LedgerError,
     add,
@@ -22,6 +31,7 @@ __all__ = [
     "LedgerError",
     "Row",
     "UndeclaredField",
+    "ValueNotFinite",
     "add",
     "declare",
     "every_field",
@@ -35,6 +45,7 @@ __all__ = [
     "provenance",
     "read",
     "reference",
+    "strict_json",
     "verdict",
     "version",
     "versions",

@@ -7,6 +7,8 @@ declarations. A measurement of a stranger brings declarations of its own, which 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import typing
 import uuid
 from dataclasses import dataclass, field
@@ -18,6 +20,10 @@ from edgelab.errors import EdgeLabError
 
 class UndeclaredField(EdgeLabError):
     """A value under a name that no field declares; it would be lost."""
+
+
+class ValueNotFinite(EdgeLabError):
+    """A measured value that is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -286,8 +292,17 @@ class Row:
         return self.extra.get(name) if name not in FIELDS else getattr(self, name)
 
     def fill(self, values: dict[str, Any]) -> None:
-        """Set fields, in place. Raises UndeclaredField for a name that nobody has declared."""
+        """Set fields, in place.
+
+        Raises UndeclaredField for a name that nobody has declared, ValueNotFinite for NaN or infinity.
+        """
         for name, value in values.items():
+            if not _is_finite(value):
+                shown = value if isinstance(value, float) else "not finite"
+                raise ValueNotFinite(
+                    f"{name} is {shown}: under this recipe the model is unusable; use more bits or a number format "
+                    "that reaches further."
+                )
             if name in FIELDS and name != "extra":
                 setattr(self, name, value)
             elif name in OTHERS:
@@ -301,6 +316,25 @@ class Row:
         """One value for each field, those of strangers among them, without what is kept window by window."""
         kept = {name: value for name, value in vars(self).items() if name not in ("window_nll", "extra")}
         return kept | self.extra
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def strict_json(value: Any) -> str:
+    """JSON as its standard has it: null in place of NaN and infinity, which tables and older rows may hold."""
+    return json.dumps(_without_holes(value), allow_nan=False)
+
+
+def _without_holes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_holes(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_holes(one) for one in value]
+    return value if _is_finite(value) else None
 
 
 FIELDS: dict[str, Field] = {one.name: one.metadata["about"] for one in dataclasses.fields(Row)}

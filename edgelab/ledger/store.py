@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelab import assets
 from edgelab.errors import EdgeLabError
-from edgelab.ledger.row import FIELDS, Row, value_types
+from edgelab.ledger.row import FIELDS, Row, strict_json, value_types
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,18 +81,21 @@ def add(row: Row) -> Row:
         if row.parity and row.variant:
             connection.execute(
                 "UPDATE rows SET parity = ?, parity_detail = ? WHERE parity IS NULL AND status = 'ok' "
-                "AND variant = ? AND runtime = ? AND json_extract(made_by, '$.export') IS ?",
-                (row.parity, row.parity_detail, row.variant, row.runtime, _export(row)),
+                "AND variant = ? AND runtime = ? AND json_extract(made_by, '$.export') IS ? "
+                "AND json_extract(made_by, '$.gate') IS ?",
+                (row.parity, row.parity_detail, row.variant, row.runtime, *_judged(row).values()),
             )
     return row
 
 
 def _as_json(value: Any) -> str | None:
-    return json.dumps(value) if value else None
+    return strict_json(value) if value else None
 
 
-def _export(row: Row) -> int | None:
-    return json.loads(row.made_by or "{}").get("export")
+def _judged(row: Row) -> dict[str, int | None]:
+    """The versions that a verdict of the gate belongs to."""
+    made_by = json.loads(row.made_by or "{}")
+    return {f"made_by.{name}": made_by.get(name) for name in ("export", "gate")}
 
 
 def own(last: int | None = None) -> list[Row]:
@@ -158,7 +161,7 @@ def find(**wanted: Any) -> Row | None:
 
 def verdict(row: Row) -> tuple[str | None, str | None]:
     """The newest verdict of the parity gate on the variant and export of a row, with its numbers; None for none."""
-    pair = {"variant": row.variant, "runtime": row.runtime, "made_by.export": _export(row), "status": "ok"}
+    pair = {"variant": row.variant, "runtime": row.runtime, "status": "ok"} | _judged(row)
     (found,) = newest([(pair, ["parity"])])
     return (found.parity, found.parity_detail) if found else (None, None)
 
@@ -203,7 +206,7 @@ def export(rows: list[Row], file: Path) -> Path:
     writers = {
         ".csv": lambda draft: table.to_csv(draft, index=False),
         ".parquet": lambda draft: table.to_parquet(draft, index=False),
-        ".jsonl": lambda draft: draft.write_text("".join(json.dumps(vars(row)) + "\n" for row in rows)),
+        ".jsonl": lambda draft: draft.write_text("".join(strict_json(vars(row)) + "\n" for row in rows)),
     }
     if file.suffix not in writers:
         raise LedgerError(f"Rows are exported to {', '.join(writers)}, not to '{file.suffix or file.name}'.")

@@ -13,6 +13,7 @@ import json
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 from edgelab.errors import EdgeLabError
@@ -34,6 +36,36 @@ class IsolatedError(EdgeLabError):
     def __init__(self, message: str, status: str = "error") -> None:
         super().__init__(message)
         self.status = status
+
+
+class Stopped(BaseException):
+    """A `Stop` was used. Like Ctrl-C it is no error of what was measured."""
+
+
+class Stop:
+    """Ends what one thread measures, from another: `with stop:` there, `stop()` here.
+
+    The other thread's process is killed, and what waits for it raises Stopped.
+    """
+
+    def __init__(self) -> None:
+        self._asked, self.heard = socket.socketpair()
+
+    def __call__(self) -> None:
+        with suppress(OSError):  # it is over already
+            self._asked.send(b".")
+
+    def __enter__(self) -> Stop:
+        self._before = _stop.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _stop.reset(self._before)
+        self._asked.close()
+        self.heard.close()
+
+
+_stop: ContextVar[Stop | None] = ContextVar("stop", default=None)
 
 
 def _ignore(done: int, total: int) -> None:
@@ -128,6 +160,7 @@ class Isolated:
         self.timeout_s = timeout_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         self._received = b""
+        self._stop = _stop.get()
         self._process = _start(threads, self._log.fileno())
         self._made = self._closed = False
         self._send(target, arguments | {"_threads": threads})
@@ -182,8 +215,14 @@ class Isolated:
         pipe = self._process.stdout
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
+            if self._stop is not None:
+                selector.register(self._stop.heard, selectors.EVENT_READ, self._stop)
             while b"\n" not in self._received:
-                if not selector.select(timeout=max(deadline - time.monotonic(), 0)):
+                ready = selector.select(timeout=max(deadline - time.monotonic(), 0))
+                if any(key.data is not None for key, _ in ready):
+                    self.close()
+                    raise Stopped
+                if not ready:
                     self.close()
                     raise IsolatedError(
                         f"It took longer than the limit of {self.timeout_s:.0f} s.", "timeout"

@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from edgelab import tasks
 from edgelab.corpora import CorpusError, TokenizedText
 from edgelab.measure import Measurement, Subject, measurement
 from edgelab.measure.intervals import paired
 from edgelab.measure.protocols import PROTOCOLS, Protocol, ProtocolError
-from edgelab.model.logits import SLICE, head_logits, last_hidden_states, prepacked
+from edgelab.model.finite import NotFiniteError
+from edgelab.model.logits import (
+    SLICE,
+    device_of,
+    head_logits,
+    last_hidden_states,
+    not_finite,
+    prepacked,
+)
 
 
 @dataclass(frozen=True)
@@ -74,12 +83,12 @@ def windows(
     tokenizer has neither that nor an EOS token.
     """
     n, size = len(text.ids), protocol.window
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if protocol.bos and bos is None:
-        raise ProtocolError(
-            f"{protocol.name} needs a BOS token, which this tokenizer does not have; use edgelab-512."
-        )
     if protocol.scored == "rolling":
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if bos is None:
+            raise ProtocolError(
+                f"{protocol.name} needs a BOS token, which this tokenizer does not have; use edgelab-512."
+            )
         if n == 0:
             raise CorpusError("The text is empty; at least one token is needed.")
         return list(_rolling(text.ids, size, bos))[:limit]
@@ -89,11 +98,10 @@ def windows(
             "use a longer text or lm-eval-word, which takes any length."
         )
     scored = size - 1 if protocol.scored == "all" else size - size // 2 - 1
+    opening = torch.tensor(tasks.opening(tokenizer) if protocol.bos else [], dtype=text.ids.dtype)
     cut = []
     for begin in range(0, n - size + 1, protocol.stride)[:limit]:
-        ids = text.ids[begin : begin + size]
-        if protocol.bos:
-            ids = torch.cat([torch.tensor([bos]), ids[1:]])
+        ids = torch.cat([opening, text.ids[begin + len(opening) : begin + size]])
         cut.append(Window(ids, begin + size - scored, scored))
     return cut
 
@@ -125,6 +133,11 @@ class Slice:
         """Logarithm of the softmax, (positions, vocabulary) float32: one fused pass, shared by all who add up."""
         return torch.log_softmax(self.logits, -1)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the logits give probabilities; one that is NaN or infinite takes its whole position with it."""
+        return not self.log_probs[:, 0].isnan().any()
+
     @cached_property
     def most_likely(self) -> Tensor:
         """The token that comes first at each position, (positions,)."""
@@ -136,7 +149,7 @@ def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
 
     One window at a time: activations of 511 tokens stay in the cache of a CPU, those of a batch do not.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     with torch.inference_mode(), prepacked(model, max((len(window.ids) - 1 for window in cut), default=1)):
         for index, window in enumerate(cut):
             ids = window.ids[None, :-1].to(device)  # (1, time)
@@ -144,7 +157,10 @@ def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
             states = hidden[0, -window.scored :]  # (scored, hidden)
             targets = window.ids[-window.scored :].to(device)
             for part, answers in zip(states.split(SLICE), targets.split(SLICE), strict=True):
-                yield Slice(index, head_logits(model, part), answers, part)
+                piece = Slice(index, head_logits(model, part), answers, part)
+                if not piece.is_finite:
+                    raise not_finite(model, ids)
+                yield piece
 
 
 def logit_slices(logits: Callable[[list[int]], Tensor], cut: list[Window]) -> Iterator[Slice]:
@@ -153,7 +169,12 @@ def logit_slices(logits: Callable[[list[int]], Tensor], cut: list[Window]) -> It
         scored = logits(window.ids[:-1].tolist())[-window.scored :]
         targets = window.ids[-window.scored :]
         for part, answers in zip(scored.split(SLICE), targets.split(SLICE), strict=True):
-            yield Slice(index, part.float(), answers, None)
+            piece = Slice(index, part.float(), answers, None)
+            if not piece.is_finite:
+                raise NotFiniteError(
+                    f"The engine gives NaN or infinity in place of logits, in window {index + 1}."
+                )
+            yield piece
 
 
 class PerplexitySum:

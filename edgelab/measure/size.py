@@ -54,7 +54,7 @@ def kv_cache_mb_per_1k(description: Description, bytes_per_value: float = 4) -> 
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(**description.config)
+    config = AutoConfig.for_model(**description.config).get_text_config()
     if description.marks.cache is not None:
         return description.marks.cache.nbytes(config, 1000, bytes_per_value) / 1e6
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -16,6 +16,7 @@ import torch
 from edgelab import corpora, tasks
 from edgelab.measure import Subject, measurement
 from edgelab.measure.intervals import accuracy
+from edgelab.model.finite import NotFiniteError
 from edgelab.model.logits import SLICE, prepacked
 from edgelab.storage.layers import dequantized
 
@@ -71,6 +72,11 @@ def answers(session: Session, tokenizer: PreTrainedTokenizerBase, story: tasks.S
         before, logits = logits[-1:], session.extend(true)
         if place.false:
             likely = torch.cat([before, logits[:-1]]).log_softmax(-1)[range(len(true)), true]
+            if not likely.isfinite().all():
+                raise NotFiniteError(
+                    f"NaN or infinity in place of logits in the story that begins '{story.beginning[:40]}'; "
+                    "measure perplexity, which names the layer where it begins."
+                )
             scores = [
                 float(each.sum()) / len(sentence.encode())
                 for each, sentence in zip(false, place.false, strict=True)

@@ -2,36 +2,105 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from edgelab.errors import EdgeLabError
+from edgelab.model.blocks import longest
+from edgelab.model.finite import NotFiniteError, first_module
 from edgelab.model.marks import marks_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
+log = logging.getLogger(__name__)
+
+PROBE = 8  # tokens on which a model is compared with its own forward pass
+TOLERANCE = 1e-3  # of the norm of the logits; another order of sums changes 1e-6 of it
 CHUNK = 32  # tokens that a model with a quantized cache reads at a time
 SLICE = 64  # positions whose logits exist at one time: 12.6 MB in float32 for a vocabulary of 49,152
 
 
-def final_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Hidden states before the head, (batch, time, hidden), of token ids (batch, time)."""
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+class LogitsError(EdgeLabError):
+    """A model whose logits are not to be had as edgelab reads models, or that cannot read so much."""
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model is. One whose weights are all packed has no parameter left, but buffers."""
+    return next(chain(model.parameters(), model.buffers())).device
+
+
+def _base(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """Name and module of what a model has before its head: its base model, or else the part with the embedding."""
+    if (name := model.base_model_prefix) in model._modules:
+        return name, model._modules[name]
+    embedding = model.get_input_embeddings()
+    return next((name, part) for name, part in model.named_children() if embedding in part.modules())
+
+
+def hidden_states(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    """Hidden states before the head, (batch, time, hidden), of token ids (batch, time) that follow those of the cache.
+
+    Raises LogitsError for more tokens than a model with a table of positions can read.
+    """
+    after = {} if cache is None else {"past_key_values": cache}
+    try:
+        return _base(model)[1](input_ids=ids, use_cache=cache is not None, **after)[0]
+    except (IndexError, RuntimeError) as error:
+        length = ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+        if length <= longest(model) or "allocate" in str(error):
+            raise
+        raise LogitsError(
+            f"{type(model).__name__} reads at most {longest(model)} tokens, not {length}; "
+            "use a shorter window or prompt."
+        ) from None
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Float32 logits (..., vocabulary) of hidden states (..., hidden)."""
-    config = model.config
-    logits = model.get_output_embeddings()(hidden).float()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    """Float32 logits (..., vocabulary) of hidden states (..., hidden).
+
+    The model's own forward pass computes them, its base model replaced by one that answers with `hidden`: so any scale,
+    cap, bias or further layer between the two is the model's.
+    """
+    flat = hidden.reshape(1, -1, hidden.shape[-1])
+    head = copy.copy(model)
+    name, base = _base(model)
+    head._modules = model._modules | {name: _answering(base, flat)}
+    ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=flat.device)
+    logits = head(input_ids=ids, use_cache=False).logits
+    return logits.reshape(*hidden.shape[:-1], -1).float()
+
+
+def _answering(module: nn.Module, hidden: Tensor) -> nn.Module:
+    """A copy of a base model that answers with these hidden states, whatever it is asked; so does its decoder."""
+    twin = copy.copy(module)
+    twin.forward = lambda *_, **__: _Answer(hidden)
+    if "decoder" in module._modules:  # which is what the models made from an encoder and a decoder ask
+        twin._modules = module._modules | {"decoder": _answering(module.decoder, hidden)}
+    return twin
+
+
+class _Answer:
+    """What a base model returns: hidden states, and None for all else that there may be."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: int | slice) -> Tensor | tuple[Tensor, ...]:
+        return (self.last_hidden_state,)[place]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def last_hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -42,10 +111,64 @@ def last_hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """
     grid = marks_of(model).cache
     if grid is None:
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden_states(model, ids)
     cache = grid.new_cache(model.config)
-    read = partial(model.base_model, past_key_values=cache, use_cache=True)
-    return torch.cat([read(input_ids=chunk).last_hidden_state for chunk in ids.split(CHUNK, 1)], 1)
+    return torch.cat([hidden_states(model, chunk, cache) for chunk in ids.split(CHUNK, 1)], 1)
+
+
+def head_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """What `head_logits` computes with: a head that is tied to the embedding is both there and in the base model."""
+    output, (_, base) = model.get_output_embeddings(), _base(model)
+    within = {id(parameter) for parameter in base.parameters()}
+    own = [] if output is None else list(output.parameters())
+    return own + [p for p in model.parameters() if id(p) not in within | {id(one) for one in own}]
+
+
+def check_logits(model: PreTrainedModel) -> None:
+    """Compare what is computed here with the model's own logits, on a few tokens.
+
+    Once in one pass, as texts are scored, and once in two pieces with a cache, as sessions read. Raises LogitsError
+    where either differs by more than the order of sums.
+    """
+    name = type(model).__name__
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(2, 2 + PROBE, device=device_of(model))[None] % vocabulary
+    with torch.inference_mode():
+        try:
+            expected = model(input_ids=ids, use_cache=False).logits.float()
+            whole = head_logits(model, hidden_states(model, ids))
+            cache = DynamicCache(config=model.config)
+            pieces = torch.cat([hidden_states(model, piece, cache) for piece in ids.split(PROBE // 2, 1)], 1)
+            pieces = head_logits(model, pieces).view_as(expected)
+        except Exception as error:  # of any model of transformers
+            log.debug("the model cannot be read", exc_info=True)
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150, placeholder=" …")
+            raise LogitsError(
+                f"{name} cannot be read as a decoder with a cache ({reason}); give a causal "
+                "model that reads tokens alone and keeps keys and values."
+            ) from None
+    if not expected.amax(-1).isfinite().all():  # what a model rules out has minus infinity
+        raise not_finite(model, ids)
+    possible = expected.isfinite()
+    for found, how in (
+        (whole, "made from its last hidden states"),
+        (pieces, "read in two pieces with a cache"),
+    ):
+        if not (found - expected)[possible].norm() <= TOLERANCE * expected[possible].norm():
+            raise LogitsError(
+                f"The logits of {name}, {how}, are not those of its forward pass, so that measurements would be "
+                "wrong; give a causal model that reads tokens alone and keeps keys and values."
+            )
+
+
+def not_finite(model: PreTrainedModel, ids: Tensor) -> NotFiniteError:
+    """The error for tokens (1, time) whose logits are not finite, which names the module where that begins."""
+    with torch.inference_mode():
+        first = first_module(model, partial(last_hidden_states, model, ids))
+    return NotFiniteError(
+        f"The output of {first or 'the head'} in {type(model).__name__} is NaN or infinite; use more bits or a number "
+        "format that reaches further, such as quantize.bf16 in place of quantize.fp16."
+    )
 
 
 @contextmanager
@@ -56,7 +179,7 @@ def prepacked(model: PreTrainedModel, tokens: int, only_head: bool = False) -> I
     large as the layers, are gone afterwards. Other layers and machines without oneDNN are left as they are.
     """
     output = model.get_output_embeddings()
-    usable = torch.backends.mkldnn.is_available() and next(model.parameters()).device.type == "cpu"
+    usable = torch.backends.mkldnn.is_available() and device_of(model).type == "cpu"
     layers = [
         layer
         for layer in ([output] if only_head else model.modules())

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgelab import assets
+from edgelab.model.finite import check_tensors
+from edgelab.model.logits import check_logits
 from edgelab.model.marks import ATTRIBUTE, marks_of
 from edgelab.model.shapes import give_shapes, odd_shapes, skeleton
 from edgelab.recipes import Context, Recipe, Record
@@ -78,13 +80,17 @@ def _make(
     recipe: Recipe, source: Source, seed: int, progress: Callable[[int, int], None], folder: Path
 ) -> None:
     keys, tokenizer = stage_keys(recipe, source, seed), load_tokenizer(source)
-    reference = load_model(source)
+    record = Record()
+    reference = load_model(source, notes=record.notes)
     before = max((done for done in kept_stages(recipe)[:-1]), default=0)
-    model, record, spent = reference, Record(), 0.0
+    model, spent = reference, 0.0
     if before:
         parent = build(recipe.prefix(before), source, seed, progress)
         about = read_about(parent)
         model, record, spent = load(parent), Record(**about["record"]), about["apply_s"]
+    else:
+        check_tensors(dict(reference.named_parameters()), f"of {source.name}")
+        check_logits(reference)
     for place, technique in enumerate(recipe.techniques[before:], before):
         context = Context(seed, progress, tokenizer, record, reference, keys[place])
         torch.manual_seed(seed)
@@ -113,9 +119,12 @@ def save(
 ) -> None:
     """Write a model, packed, into a folder that appears whole or not at all; with its tokenizer, which engines want.
 
-    Raises an EdgeLabError with one sentence where the place is read-only or the disk is full.
+    Raises an EdgeLabError with one sentence where the place is read-only, the disk is full or a weight is not finite.
     """
     tensors, matrices = stored_tensors(model)
+    buffers = {name for name, _ in model.named_buffers()}  # a mask among them may hold minus infinity
+    weights = {name: tensor for name, tensor in tensors.items() if name not in buffers}
+    check_tensors(weights, f"after {origin.get('recipe')}")
     about = {
         "format": FORMAT,
         **origin,
@@ -223,13 +232,18 @@ def load(folder: Path) -> PreTrainedModel:
         try:
             if "same_as" not in how:
                 matrices[name] = matrix.restored(parts, how)
+            if getattr(model.get_submodule(name), "bias", None) is not None and "bias" not in parts:
+                raise KeyError("bias")
             layer = _read_layer(matrices[how.get("same_as", name)], parts, how, dtype)
         except KeyError as lost:
             raise _lacking(folder, f"{name}.{lost.args[0]}") from None
         model.set_submodule(name, layer)
         for part in parts.keys() - {"bias"}:
             del tensors[f"{name}.{part}"]
-    model.load_state_dict(tensors, strict=False, assign=True)
+    try:
+        model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError:
+        raise _damaged(folder, "its tensors have other shapes than its config.json says") from None
     for name, buffer in list(model.named_buffers()):  # rotary frequencies and the like
         if buffer.is_meta:
             owner, _, last = name.rpartition(".")
