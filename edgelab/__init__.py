@@ -14,6 +14,8 @@ _PUBLIC = {
     "compare": "edgelab.lab",
     "sample": "edgelab.lab",
     "parse": "edgelab.recipes",
+    "predict": "edgelab.exercises",
+    "machine": "edgelab.doctor",
     "EdgeLabError": "edgelab.errors",
     "corpora": None,
     "devices": None,

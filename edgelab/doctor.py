@@ -20,17 +20,18 @@ EXTRAS = {  # extra -> a package that stands for it; those of engines are asked 
 }
 
 
+def machine() -> str:
+    """The machine that this runs on, in one line: processor, cores, memory and what of it is free, system."""
+    known, memory = ledger.machine(), psutil.virtual_memory()
+    cores = psutil.cpu_count(logical=False) or os.cpu_count()
+    sizes = f"{memory.total / 1e9:.0f} GB of memory, {memory.available / 1e9:.0f} GB free"
+    return f"{known['cpu']}, {cores} cores, {sizes}, {known['os']}"
+
+
 def checks() -> Iterator[tuple[str, str, str, str]]:
     """(check, "ok" | "note" | "broken", finding, the one command that mends it); broken: the main job cannot run."""
-    memory = psutil.virtual_memory()
-    cores = psutil.cpu_count(logical=False) or os.cpu_count()
-    yield (
-        "machine",
-        "ok",
-        f"{cores} cores, {memory.total / 1e9:.0f} GB, {memory.available / 1e9:.0f} GB free",
-        "",
-    )
-    if memory.available < 3e9:
+    yield "machine", "ok", machine(), ""
+    if psutil.virtual_memory().available < 3e9:
         yield "memory", "note", "less than 3 GB are free; close other programs before measuring", ""
     for package in (
         "torch",

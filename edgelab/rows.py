@@ -6,6 +6,7 @@ A table is `ledger.frame()`, or some rows of it; what is returned has the same c
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from edgelab.errors import EdgeLabError
 from edgelab.ledger import FIELDS, Field, every_field
 from edgelab.measure import Asked, intervals
 from edgelab.measure.intervals import Interval, PairingError
+from edgelab.measure.protocols import PROTOCOLS
 
 PROTOCOL = ["model", "protocol", "corpus", "n_tokens"]  # quality compares only where these agree
 BASELINE = "none"
@@ -61,7 +63,8 @@ def interval_ends(rows: pd.DataFrame, name: str) -> np.ndarray:
     """Lower and upper end of a field in each row, (rows, 2), NaN where no interval was measured.
 
     Where the interval is one of the difference to the baseline, the baseline's value counts as known: the end is the
-    row's own value moved by as much as the end of the difference is from the difference. Perplexity is exp of NLL.
+    row's own value moved by as much as the end of the difference is from the difference. Perplexity is exp of the NLL
+    of a token, or of a word, which has several tokens.
     """
     declared = every_field()
     if ends := declared[name].ends:
@@ -71,7 +74,19 @@ def interval_ends(rows: pd.DataFrame, name: str) -> np.ndarray:
         return np.full((len(rows), 2), math.nan)
     value, difference = rows[[name]].to_numpy(float), rows[[delta]].to_numpy(float)
     reach = rows[list(declared[delta].ends)].to_numpy(float) - difference
-    return value * np.exp(reach) if name == "ppl" else value + reach
+    if name != "ppl":
+        return value + reach
+    return value * np.exp(reach * tokens_per_unit(rows).to_numpy()[:, None])
+
+
+def tokens_per_unit(rows: pd.DataFrame) -> pd.Series:
+    """How many tokens there are to a unit of each row's perplexity: 1, or the tokens of a word under lm-eval-word.
+
+    The NLL of a row and its intervals are per token; ln(ppl) is the NLL per unit.
+    """
+    counts_words = rows["protocol"].map(lambda name: name in PROTOCOLS and PROTOCOLS[name].unit == "word")
+    numbers = rows[["n_tokens", "ppl", "nll_sum"]].astype(float)
+    return (numbers["n_tokens"] * np.log(numbers["ppl"]) / numbers["nll_sum"]).where(counts_words, 1.0)
 
 
 def pareto_front(rows: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
@@ -127,6 +142,41 @@ def paired(rows: pd.DataFrame, recipe: str, baseline: str = BASELINE) -> Interva
     It is taken from the newest two rows that agree in model, protocol, text and tokens. Raises PairingError where the
     table holds no such two.
     """
+    return difference(*_same_windows(rows, recipe, baseline))
+
+
+def paired_in_words(rows: pd.DataFrame, recipe: str, baseline: str = BASELINE) -> str:
+    """`paired` as a sentence, which also says whether the windows tell the two apart, or what to measure first."""
+    try:
+        windows = _same_windows(rows, recipe, baseline)
+    except PairingError as error:
+        return str(error)
+    found, count = difference(*windows), len(windows[0])
+    text = f"{recipe} minus {baseline}, {count} windows: {found.mean:+.4f} nats per token"
+    if not math.isfinite(found.low):
+        return f"{text}; one window gives no interval."
+    verdict = "better" if found.high < 0 else "worse" if found.low > 0 else "not told apart by these windows"
+    return f"{text}, 95 % interval {found.low:+.4f} to {found.high:+.4f}: {verdict}."
+
+
+def overlapping(rows: pd.DataFrame) -> pd.DataFrame:
+    """Every two rows whose intervals of perplexity overlap: recipe, other, and their paired difference in NLL.
+
+    Columns delta_nll, delta_nll_low and delta_nll_high are in nats per token, recipe minus other. rows: of the same
+    windows, as `comparable` keeps them.
+    """
+    known = newest(rows[rows["window_nll"].notna() & rows["delta_nll"].notna()], ["recipe"])
+    ends = interval_ends(known, "ppl")
+    found = []
+    for (i, one), (j, other) in combinations(enumerate(known.to_dict("records")), 2):
+        if ends[i, 0] <= ends[j, 1] and ends[j, 0] <= ends[i, 1]:
+            between = difference(one["window_nll"], other["window_nll"]).fields("delta_nll")
+            found.append({"recipe": one["recipe"], "other": other["recipe"], **between})
+    return pd.DataFrame(found, columns=["recipe", "other", "delta_nll", "delta_nll_low", "delta_nll_high"])
+
+
+def _same_windows(rows: pd.DataFrame, recipe: str, baseline: str) -> tuple[list[float], list[float]]:
+    """NLL by window of the newest two rows of those recipes that read the same windows. Raises PairingError."""
     kept = rows[(rows["status"] == "ok") & rows["window_nll"].notna()]
     mine, others = (newest(kept[kept["recipe"] == name], PROTOCOL) for name in (recipe, baseline))
     pairs = mine.sort_values("started_at").merge(others, on=PROTOCOL, suffixes=("", "_other"))
@@ -135,7 +185,7 @@ def paired(rows: pd.DataFrame, recipe: str, baseline: str = BASELINE) -> Interva
             f"No two rows of '{recipe}' and '{baseline}' read the same windows; measure both in one comparison."
         )
     last = pairs.iloc[-1]
-    return difference(last["window_nll"], last["window_nll_other"])
+    return last["window_nll"], last["window_nll_other"]
 
 
 def difference(nll: list[float], other: list[float]) -> Interval:
@@ -181,6 +231,19 @@ def _words(row: pd.Series, windows: int) -> list[str] | None:
     """Answers on the last words of the first windows, one text a window."""
     right = row.get("last_word_right")
     return right.split(" ")[:windows] if isinstance(right, str) else None
+
+
+def in_turns_tok_s(rows: pd.DataFrame) -> pd.Series:
+    """Decoding rate of each row of one comparison: its ratio to the baseline, times the baseline's own rate.
+
+    The two of a ratio were timed in turns, so that these rates compare also where the machine was slower for a while;
+    `decode_tok_s` of the rows need not. Raises NotMeasured where no row of the baseline has a rate.
+    """
+    baseline = rows.loc[(rows["recipe"] == BASELINE) & rows["decode_tok_s"].notna(), "decode_tok_s"]
+    if baseline.empty:
+        raise NotMeasured(f"no row of '{BASELINE}' has a decoding rate: compare recipes with it")
+    ratio = rows["decode_ratio"].where(rows["recipe"] != BASELINE, 1.0)
+    return (ratio * baseline.iloc[-1]).rename("tok_s")
 
 
 def best_within(

@@ -1,4 +1,4 @@
-"""Widgets as a reader meets them: JupyterLab in Chromium, notebook 02 run, a slider moved, the picture redrawn."""
+"""Widgets as a reader meets them, in JupyterLab and Chromium: a slider redraws, a measurement is stopped."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from typing import NamedTuple
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import nbformat
 import psutil
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
@@ -65,8 +66,8 @@ def chromium() -> str:
 
 
 @contextmanager
-def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
-    """JupyterLab on a folder, with settings and workspaces of its own; yields its address with the token.
+def jupyterlab(folder: Path, home: Path, notebook: str = NOTEBOOK) -> Iterator[str]:
+    """JupyterLab on a folder, with settings and workspaces of its own; yields a notebook's address with the token.
 
     The settings that the project ships lie in the environment, where every JupyterLab finds them.
     """
@@ -101,7 +102,7 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
     try:
         address = f"http://127.0.0.1:{port}"
         _wait_for(f"{address}/api/status?token={token}", server, log)
-        yield f"{address}/lab/tree/{NOTEBOOK}?token={token}"
+        yield f"{address}/lab/tree/{notebook}?token={token}"
     finally:
         _end(server)
         shutil.rmtree(private, ignore_errors=True)
@@ -133,11 +134,10 @@ def _end(server: subprocess.Popen) -> None:
     server.wait()
 
 
-@pytest.mark.browser
-@pytest.mark.embedded
-def test_a_moved_slider_changes_the_value_and_the_picture(chromium: str, home: Path, tmp_path: Path) -> None:
-    shutil.copy(ROOT / "notebooks" / NOTEBOOK, tmp_path)
-    with jupyterlab(tmp_path, home) as address, sync_playwright() as playwright:
+@contextmanager
+def opened(chromium: str, address: str) -> Iterator[Page]:
+    """A notebook in Chromium with all its cells run, none of which may fail. Leaves a screenshot in results/."""
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         page.goto(address)
@@ -145,12 +145,46 @@ def test_a_moved_slider_changes_the_value_and_the_picture(chromium: str, home: P
         errors = page.evaluate(RUN_ALL, 1000 * NOTEBOOK_SECONDS)
         try:
             assert errors == []
-            _move_bits(page)
+            yield page
         finally:
             screenshot = ROOT / "results" / "browser.png"
             screenshot.parent.mkdir(exist_ok=True)
             page.screenshot(path=screenshot)
             browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.embedded
+def test_a_moved_slider_changes_the_value_and_the_picture(chromium: str, home: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "notebooks" / NOTEBOOK, tmp_path)
+    with jupyterlab(tmp_path, home) as address, opened(chromium, address) as page:
+        _move_bits(page)
+
+
+@pytest.mark.browser
+@pytest.mark.embedded
+def test_a_measurement_is_stopped_and_begun_again(chromium: str, home: Path, tmp_path: Path) -> None:
+    """With widget messages one after the other, as the project sets JupyterLab: a blocked kernel would hear no stop."""
+    cells = ["from edgelab.widgets.exploring import explorer", "explorer(windows=31)"]
+    kernel = {"name": "python3", "display_name": "Python 3"}  # without one JupyterLab asks for it
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": kernel}
+    )
+    nbformat.write(notebook, tmp_path / "stop.ipynb")
+    with jupyterlab(tmp_path, home, "stop.ipynb") as address, opened(chromium, address) as page:
+        explorer = page.locator(".widget-vbox", has=page.locator(".widget-dropdown")).first
+        measure, stop = (explorer.get_by_role("button", name=name) for name in ("Measure live", "Stop"))
+        for _ in range(2):
+            expect(stop).to_be_disabled()
+            measure.click()
+            expect(explorer.get_by_text("Step 1 of 2, none:")).to_be_visible(timeout=60_000)
+            expect(explorer.get_by_text("to go.")).to_be_visible()
+            expect(measure).to_be_disabled()
+            expect(explorer.locator("select").first).to_be_disabled()
+            stop.click()
+            expect(explorer.get_by_text("Stopped. What had been measured is kept: 0 of 2")).to_be_visible()
+            expect(measure).to_be_enabled()
+        assert "perplexity" in explorer.locator("img").get_attribute("alt").lower()
 
 
 def _move_bits(page: Page) -> None:

@@ -20,6 +20,7 @@ CASES = [
     "edgelab.widgets.decoding.decode_calculator(20)",
     "edgelab.widgets.devices.device_picker()",
     "edgelab.widgets.measuring.protocol_picker",
+    "edgelab.machine()",
 ]
 
 

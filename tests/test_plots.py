@@ -348,6 +348,9 @@ def test_window_delta_pairs_windows_and_shows_the_recorded_interval(rows):
     points = figure.axes[0].collections[0].get_offsets()
     np.testing.assert_allclose(points[:, 0], [0.1, 0.3, 0.1, 0.2])
     assert "mean +0.1750, 95 % interval [+0.0500, +0.3000], perplexity × 1.191" in texts(figure)
+    for row in (rows[0], rows[2]):  # 1,500 tokens are 1,000 words
+        row |= {"protocol": "lm-eval-word", "n_tokens": 1500, "nll_sum": 4500.0, "ppl": math.exp(4.5)}
+    assert "perplexity × 1.300" in texts(plots.window_delta([rows[0], rows[2]]))
 
 
 def test_window_delta_computes_students_interval_for_another_baseline(rows):

@@ -43,3 +43,16 @@ def test_a_line_for_each_channel_and_numbers_at_the_largest():
 def test_nothing_to_draw(before, after):
     with pytest.raises(NothingToDraw, match="as many channels, not all zero; these are"):
         plots.activation_outliers(before, after, STEPS)
+
+
+def test_the_largest_channels_come_first_and_stand_out():
+    figure = plots.channel_magnitudes(np.array([1.0, 1.0, 30.0, 2.0]), 0.25, "layer 3")
+    (axes,) = figure.axes
+    lines = axes.collections[0]
+    assert [line[1][1] for line in lines.get_segments()] == [30, 2, 1, 1]
+    colours = [tuple(each) for each in lines.get_colors()]
+    assert colours[0] != colours[1] == colours[2] == colours[3]
+    assert axes.get_title(loc="left") == "layer 3: the largest channel is 20 times the median"
+    assert "the largest 1 of 4" in {text.get_text() for text in axes.get_legend().get_texts()}
+    with pytest.raises(NothingToDraw, match="missing or all zero"):
+        plots.channel_magnitudes(np.zeros(3), 0.01)

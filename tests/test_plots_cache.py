@@ -40,7 +40,7 @@ def test_the_trained_context_is_a_line(contexts):
 
 def test_a_table_of_the_catalogue_is_drawn():
     table = context_table(models()["Llama-2-13B"], 6.9)
-    picture = context_reach(table, models()["Llama-2-13B"].context_length)._repr_png_()
+    picture, _ = context_reach(table, models()["Llama-2-13B"].context_length)._repr_png_()
     assert picture.startswith(b"\x89PNG") and len(table) < len(catalogue()) + 1
 
 

@@ -139,6 +139,30 @@ def test_two_rows_are_compared_window_by_window():
     assert rows.paired(table, "none", RTN4).mean == pytest.approx(-0.2)
 
 
+def test_a_pair_in_words_says_whether_its_windows_tell_the_two_apart():
+    nll = {"none": [2.0, 4.0, 3.0], RTN4: [2.1, 4.3, 3.2], GPTQ4: [2.2, 4.2, 3.2]}
+    table = ledger.frame([row(recipe, windows) for recipe, windows in nll.items()])
+    said = rows.paired_in_words(table, RTN4)
+    assert said.endswith("3 windows: +0.2000 nats per token, 95 % interval -0.0484 to +0.4484: "
+                         "not told apart by these windows.")  # fmt: skip
+    assert rows.paired_in_words(table, GPTQ4).endswith("+0.2000 to +0.2000: worse.")
+    assert rows.paired_in_words(table, "none", GPTQ4).endswith("-0.2000 to -0.2000: better.")
+    assert "measure both in one comparison" in rows.paired_in_words(table, "quantize.bf16")
+    one = ledger.frame([row("none", [2.0]), row(RTN4, [2.1])])
+    assert rows.paired_in_words(one, RTN4).endswith("+0.1000 nats per token; one window gives no interval.")
+
+
+def test_overlapping_intervals_may_belong_to_rows_that_are_told_apart():
+    nll = {"a": [2.3, 4.1, 3.5], "b": [2.2, 4.0, 3.4], "c": [3.3, 4.9, 3.8]}  # a is above b by 0.1 everywhere
+    like = {"a": (0.3, 0.1, 0.5), "b": (0.2, 0.0, 0.4), "c": (1.0, 0.9, 1.1)}
+    names = ("delta_nll", "delta_nll_low", "delta_nll_high")
+    table = [row(recipe, nll[recipe], **dict(zip(names, like[recipe], strict=True))) for recipe in nll]
+    found = rows.overlapping(ledger.frame([row("none", [2.0, 3.9, 3.1]), *table]))
+    assert found[["recipe", "other"]].to_numpy().tolist() == [["a", "b"]]
+    assert found.loc[0, list(names)].tolist() == pytest.approx([0.1, 0.1, 0.1])
+    assert rows.overlapping(ledger.frame(table[1:])).empty
+
+
 def test_rows_of_other_windows_are_no_pair():
     table = ledger.frame(
         [row("none", [2.0, 3.0]), row(RTN4, [2.1]), row(GPTQ4, [2.1, 3.0], corpus="stories")]
@@ -169,6 +193,15 @@ def test_the_interval_of_a_value_is_the_baseline_s_moved_by_the_ends_of_the_diff
     assert rows.interval_ends(table, "decode_ratio")[0] == pytest.approx([1.9, 2.2])
     assert np.isnan(rows.interval_ends(table, "weights_mb")).all()
     assert np.isnan(rows.interval_ends(ledger.frame([row("none", [1.0])]), "ppl")).all()
+
+
+def test_the_interval_of_perplexity_per_word_is_one_of_words():
+    """1,500 tokens are 1,000 words: 0.02 nats per token either way are 0.03 per word."""
+    delta = {"delta_nll": 0.1, "delta_nll_low": 0.08, "delta_nll_high": 0.12}
+    made = {"protocol": "lm-eval-word", "n_tokens": 1500, "nll_sum": 4350.0, "ppl": math.exp(4.35)}
+    table = ledger.frame([row(RTN4, [2.9], **made | delta), row("none", [2.8], nll_sum=1430.8)])
+    assert rows.tokens_per_unit(table).tolist() == pytest.approx([1.5, 1])
+    assert rows.interval_ends(table, "ppl")[0] == pytest.approx([math.exp(4.32), math.exp(4.38)])
 
 
 # The first windows
@@ -214,6 +247,16 @@ def test_last_words_are_cut_with_their_windows():
 
 
 # Budgets
+
+
+def test_rates_in_turns_are_those_of_the_ratio():
+    baseline = row("none", [3.0], decode_tok_s=30.0)
+    slowed = row(RTN4, [3.0], decode_tok_s=40.0, decode_ratio=2.0)  # timed while the machine was busy
+    untimed = row(GPTQ4, [3.0])
+    rates = rows.in_turns_tok_s(ledger.frame([baseline, slowed, untimed]))
+    assert rates.iloc[:2].tolist() == [30.0, 60.0] and math.isnan(rates.iloc[2])
+    with pytest.raises(rows.NotMeasured, match="'none' has a decoding rate"):
+        rows.in_turns_tok_s(ledger.frame([slowed]))
 
 
 def test_the_best_within_a_budget_by_hand(measured):

@@ -8,10 +8,11 @@ import torch
 
 from edgelab.exercises import EXERCISES, check
 from edgelab.plots import weight_grid
+from edgelab.techniques.quantization.one_bit import quantize_ternary
 from edgelab.techniques.quantization.rtn import quantize_affine
 from edgelab.widgets import quantization
 
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG = '<img src="data:image/png;base64,'
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def weight():
 
 
 def grid_parts(widget):
-    names = ("row", "bits", "group_size", "symmetric", "answer", "picture")
+    names = ("row", "grid", "bits", "group_size", "answer", "picture")
     return dict(zip(names, widget.children, strict=True))
 
 
@@ -33,12 +34,19 @@ def mse(parts):
 
 def test_every_control_changes_answer_and_picture(weight):
     parts = grid_parts(quantization.grid_explorer(weight))
-    assert bytes(parts["picture"].value).startswith(PNG)
-    for name, value in [("row", 3), ("bits", 3), ("group_size", 96), ("symmetric", True)]:
-        before = mse(parts), bytes(parts["picture"].value)
+    assert parts["picture"].value.startswith(PNG)
+    for name, value in [
+        ("row", 3),
+        ("bits", 3),
+        ("group_size", 96),
+        ("grid", "symmetric"),
+        ("grid", "ternary"),
+        ("grid", "binary"),
+    ]:
+        before = mse(parts), parts["picture"].value
         parts[name].value = value
         assert mse(parts) != before[0], name
-        assert bytes(parts["picture"].value) != before[1], name
+        assert parts["picture"].value != before[1], name
 
 
 def test_the_answer_is_the_error_of_the_package_s_rounding(weight):
@@ -47,8 +55,30 @@ def test_the_answer_is_the_error_of_the_package_s_rounding(weight):
     rounded = quantize_affine(weight[2:3], bits=3, group_size=64).dequantize()
     assert mse(parts) == pytest.approx((rounded - weight[2:3]).square().mean().item(), rel=1e-5)
     assert "3.297 bits per weight" in parts["answer"].value  # 3 + (16 + 3) / 64
-    parts["symmetric"].value = True
+    parts["grid"].value = "symmetric"
     assert "3.250 bits per weight" in parts["answer"].value and "zero-points" not in parts["answer"].value
+
+
+def test_a_ternary_grid_has_three_levels_and_no_bits_to_choose(weight):
+    parts = grid_parts(quantization.grid_explorer(weight, "ternary"))
+    parts["group_size"].value = 64
+    groups = weight[0].reshape(3, 64)
+    scale = groups.abs().mean(1, keepdim=True)
+    by_hand = torch.where(groups.abs() < scale / 2, 0, groups.sign() * scale)
+    assert mse(parts) == pytest.approx((by_hand - groups).square().mean().item(), rel=1e-3)
+    assert "2.250 bits per weight" in parts["answer"].value and parts["bits"].disabled
+    levels = quantization.grid_levels(quantize_ternary(weight[:1], 64), ternary=True)
+    np.testing.assert_allclose(levels, (scale * torch.tensor([-1, 0, 1])).numpy(), rtol=1e-3)
+    parts["grid"].value = "symmetric"
+    assert not parts["bits"].disabled
+
+
+def test_a_binary_grid_has_the_levels_of_a_mean_magnitude(weight):
+    parts = grid_parts(quantization.grid_explorer(weight, "binary"))
+    parts["group_size"].value = 0
+    mean = weight[0].abs().mean()
+    assert mse(parts) == pytest.approx((weight[0].sign() * mean - weight[0]).square().mean().item(), rel=1e-3)
+    assert f"{1 + 16 / 192:.3f} bits per weight" in parts["answer"].value
 
 
 def test_only_group_sizes_that_divide_are_offered(weight):
@@ -99,6 +129,6 @@ def test_a_short_row_and_a_single_group_are_drawn():
 
 @pytest.mark.parametrize("name, answer", [("group_within_budget", 96), ("levels_of_symmetric_two_bits", 3)])
 def test_the_exercises_accept_the_answer_worked_by_hand_and_explain_mistakes(name, answer):
-    assert check(name, answer).startswith("Right")
+    assert check(name, answer).text.startswith("Right")
     for wrong, hint in EXERCISES[name]().mistakes:
-        assert check(name, wrong) == f"Not yet: {hint}"
+        assert check(name, wrong).text == f"Not yet: {hint}"

@@ -4,12 +4,18 @@ Torch is imported by the exercises that need it, when they are asked.
 """
 
 from edgelab.exercises import calibration, engines, measuring, memory, one_bit, quantization, speed, training
-from edgelab.exercises.checking import EXERCISES, Exercise, UnknownExercise, check, exercise
+from edgelab.exercises.checking import EXERCISES, Exercise, UnknownExercise, Verdict, check, exercise
+from edgelab.exercises.coding import CodeExercise
+from edgelab.exercises.predictions import Prediction, PredictionError, predict
 
 __all__ = [
     "EXERCISES",
+    "CodeExercise",
     "Exercise",
+    "Prediction",
+    "PredictionError",
     "UnknownExercise",
+    "Verdict",
     "calibration",
     "check",
     "engines",
@@ -17,6 +23,7 @@ __all__ = [
     "measuring",
     "memory",
     "one_bit",
+    "predict",
     "quantization",
     "speed",
     "training",

@@ -1,6 +1,7 @@
-"""Exercises of notebook 11: bytes of a block, the limit of a phone, and the charge of a battery."""
+"""Exercises of notebook 11: bytes of a block, the limits of a device, and the charge of a battery."""
 
 from edgelab.exercises.checking import Exercise, exercise
+from edgelab.exercises.coding import CodeExercise
 
 
 @exercise
@@ -49,5 +50,51 @@ def joules_of_a_token() -> Exercise:
         mistakes=[
             (watts * tok_s, "a faster device takes less for each token, not more: divide."),
             (tok_s / watts, "those are tokens per joule."),
+        ],
+    )
+
+
+@exercise
+def roofline_bound() -> CodeExercise:
+    """Least ms of a step: billions of weights, bits, tokens at once, GB/s, GFLOP/s -> ms for each count of tokens."""
+    import numpy as np
+
+    def bound(memory_s: float, compute_s: np.ndarray) -> np.ndarray:
+        return 1e3 * np.maximum(memory_s, compute_s)
+
+    def solution(
+        weights: float, bits: float, tokens: np.ndarray, read_gb_s: float, gflop_s: float
+    ) -> np.ndarray:
+        return bound(weights * bits / 8 / read_gb_s, 2 * weights * tokens / gflop_s)
+
+    def added(
+        weights: float, bits: float, tokens: np.ndarray, read_gb_s: float, gflop_s: float
+    ) -> np.ndarray:
+        return 1e3 * (weights * bits / 8 / read_gb_s + 2 * weights * tokens / gflop_s)
+
+    def least(
+        weights: float, bits: float, tokens: np.ndarray, read_gb_s: float, gflop_s: float
+    ) -> np.ndarray:
+        return 1e3 * np.minimum(weights * bits / 8 / read_gb_s, 2 * weights * tokens / gflop_s)
+
+    def one_operation(
+        weights: float, bits: float, tokens: np.ndarray, read_gb_s: float, gflop_s: float
+    ) -> np.ndarray:
+        return solution(weights, bits, tokens, read_gb_s, 2 * gflop_s)
+
+    return CodeExercise(
+        inputs=(2.5, 4.5, np.array([1, 8, 64, 512]), 25.0, 1000.0),
+        solution=solution,
+        why="Up to some tokens at once the time does not change: the weights have to be read anyway.",
+        hint="Seconds to read weights × bits / 8, seconds for 2 operations per weight and token: the larger counts.",
+        mistakes=[
+            (added, "reading and computing overlap: the longer of the two counts, not their sum."),
+            (least, "a step has to wait for both, so that the longer one counts: the maximum."),
+            (one_operation, "a multiplication and an addition are two operations for each weight and token."),
+            (
+                lambda weights, bits, *rest: solution(weights, 8 * bits, *rest),
+                "bits are an eighth of a byte.",
+            ),
+            (lambda *given: solution(*given) / 1e3, "those are seconds; ms are asked for."),
         ],
     )

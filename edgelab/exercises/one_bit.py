@@ -3,6 +3,7 @@
 import math
 
 from edgelab.exercises.checking import Exercise, exercise
+from edgelab.exercises.coding import CodeExercise
 
 
 @exercise
@@ -43,5 +44,36 @@ def zeros_of_a_bell_curve() -> Exercise:
             (100 / 3, "close, but computed, not guessed: the three levels are not used exactly equally."),
             (within(mean_magnitude / 2) / 2, "both sides count: -edge < w < edge."),
             (within(mean_magnitude / 2) / 100, "that is the share; the answer is in percent."),
+        ],
+    )
+
+
+@exercise
+def pack_five() -> CodeExercise:
+    """Five ternary weights in a byte: levels (bytes, 5) of -1, 0 and 1 -> (bytes,), the first counting ones."""
+    import torch
+    from torch import Tensor
+
+    levels = torch.tensor([[1, 0, -1, 0, 1], [-1, -1, -1, -1, -1], [1, 1, 1, 1, 1], [0, 1, -1, -1, 0]])
+
+    def in_base(levels: Tensor, base: int, shift: int = 1) -> Tensor:
+        return ((levels + shift) * base ** torch.arange(5)).sum(1)
+
+    return CodeExercise(
+        inputs=(levels,),
+        solution=lambda levels: in_base(levels, 3),
+        why="The largest byte is 242: 13 of the 256 values are never used.",
+        hint="Make -1, 0, 1 the digits 0, 1, 2, and read them as a number in base 3: the sum of digit × 3^place.",
+        mistakes=[
+            (lambda levels: in_base(levels, 3, 0), "a byte is never negative: add 1 to each level first."),
+            (
+                lambda levels: in_base(levels.flip(1), 3),
+                "the digits are in the other order; the first counts ones, the last 81.",
+            ),
+            (
+                lambda levels: in_base(levels, 4),
+                "base 4 is two bits for each; five of them take ten bits, more than a byte.",
+            ),
+            (lambda levels: in_base(levels, 2), "there are three levels: base 3."),
         ],
     )

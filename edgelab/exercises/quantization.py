@@ -2,6 +2,7 @@
 
 from edgelab.devices import models, stored_bits
 from edgelab.exercises.checking import Exercise, exercise
+from edgelab.exercises.coding import CodeExercise
 
 
 @exercise
@@ -18,6 +19,63 @@ def group_within_budget() -> Exercise:
             (without_zero_points, "that counts the scales only; every group also stores a 4-bit zero-point."),
             (192, "that is within the budget, but a smaller group is too."),
             (32, f"groups of 32 take {stored[32]} bits."),
+        ],
+    )
+
+
+@exercise
+def quantize_groups() -> CodeExercise:
+    """Round the groups of a matrix onto symmetric grids: weight, bits, group_size -> the rounded weight."""
+    import torch
+    from torch import Tensor
+
+    from edgelab.techniques.quantization.rtn import quantize_affine
+
+    weight = torch.tensor(
+        [[1.5, -0.6, 0.3, -1.2, 0.75, -0.3, 0.1, 0.45], [-3.0, 1.4, 0.4, 2.2, 0.3, -0.375, 0.2, -0.05]]
+    )
+
+    def solution(weight: Tensor, bits: int, group_size: int) -> Tensor:
+        return quantize_affine(weight, bits, group_size, symmetric=True).dequantize()
+
+    def by_row(weight: Tensor, bits: int, group_size: int) -> Tensor:
+        return solution(weight, bits, weight.shape[1])
+
+    def on_a_grid(weight: Tensor, bits: int, group_size: int, steps: int, absolute: bool = True) -> Tensor:
+        groups = weight.view(-1, group_size)
+        scale = (groups.abs() if absolute else groups).amax(dim=1, keepdim=True) / steps
+        highest = 2 ** (bits - 1) - 1
+        return ((groups / scale).round().clamp(-highest - 1, highest) * scale).view_as(weight)
+
+    def one_step_more(weight: Tensor, bits: int, group_size: int) -> Tensor:
+        return on_a_grid(weight, bits, group_size, 2 ** (bits - 1))
+
+    def all_steps(weight: Tensor, bits: int, group_size: int) -> Tensor:
+        return on_a_grid(weight, bits, group_size, 2**bits - 1)
+
+    def without_sign(weight: Tensor, bits: int, group_size: int) -> Tensor:
+        return on_a_grid(weight, bits, group_size, 2 ** (bits - 1) - 1, absolute=False)
+
+    def not_scaled_back(weight: Tensor, bits: int, group_size: int) -> Tensor:
+        return quantize_affine(weight, bits, group_size, symmetric=True).integers.float() - 2 ** (bits - 1)
+
+    return CodeExercise(
+        inputs=(weight, 3, 4),
+        solution=solution,
+        why="The largest weight of each group keeps its value, and the others move to the nearest step.",
+        hint="View the weight as (groups, group_size), take max |w| of each group, divide, round, multiply.",
+        mistakes=[
+            (by_row, "each row has one scale here. Make the groups first: `weight.view(-1, group_size)`."),
+            (
+                one_step_more,
+                "the largest weight has to land on the last step: divide by 2^(bits-1) - 1, not 2^(bits-1).",
+            ),
+            (
+                all_steps,
+                "2^bits - 1 steps are the whole grid; from zero to either end there are 2^(bits-1) - 1.",
+            ),
+            (without_sign, "a negative weight can be the largest: take the maximum of |w|."),
+            (not_scaled_back, "these are the integers. Multiply them by their scale again."),
         ],
     )
 

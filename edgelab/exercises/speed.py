@@ -1,7 +1,8 @@
-"""Exercises of notebook 04: bandwidth, arithmetic, and what the cache takes."""
+"""Exercises of notebooks 04 and 04b: bandwidth, arithmetic, and what the cache takes."""
 
 from edgelab.devices import SCALE_BITS, stored_bits
 from edgelab.exercises.checking import Exercise, exercise
+from edgelab.exercises.coding import CodeExercise
 
 
 @exercise
@@ -56,5 +57,84 @@ def tokens_of_a_two_bit_cache() -> Exercise:
             ),
             (1 / right, "that is the share of the bytes; how many times as many tokens is asked for."),
             (2 * right, "the other cache has 16 bits, not 32."),
+        ],
+    )
+
+
+@exercise
+def unpack_nibbles() -> CodeExercise:
+    """Two 4-bit integers from each byte, the first in its lower half: packed (rows, bytes) -> (rows, 2 × bytes)."""
+    import torch
+    from torch import Tensor
+
+    from edgelab.storage.bits import unpack
+
+    packed = torch.tensor([[0x21, 0x43, 0x65], [0xF0, 0x9A, 0x07]], dtype=torch.uint8)
+
+    def solution(packed: Tensor) -> Tensor:
+        return unpack(packed.flatten(), 4, (len(packed), 2 * packed.shape[1]))
+
+    def pairs(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack([first, second], -1).flatten(1)
+
+    return CodeExercise(
+        inputs=(packed,),
+        solution=solution,
+        why="A kernel does just this in its registers, for sixteen or more bytes at once.",
+        hint="packed & 15 is the lower half of a byte, packed >> 4 the upper; torch.stack(..., dim=-1) pairs them.",
+        mistakes=[
+            (
+                lambda packed: pairs(packed >> 4, packed & 15),
+                "the lower half of a byte holds the first of its two integers.",
+            ),
+            (
+                lambda packed: pairs(packed & 15, packed & 240),
+                "the upper half has to be shifted down: packed >> 4.",
+            ),
+            (
+                lambda packed: torch.cat([packed & 15, packed >> 4], 1),
+                "all lower halves come first here, as in llama.cpp's blocks; ours lie in turns.",
+            ),
+            (lambda packed: packed & 15, "that is one integer of each byte; there are two."),
+        ],
+    )
+
+
+@exercise
+def keys_by_channel() -> CodeExercise:
+    """Round keys with a range for each channel: keys (tokens, channels) and bits -> the rounded keys."""
+    import torch
+    from torch import Tensor
+
+    from edgelab.storage.kv_cache import dequantize_keys, quantize_keys
+
+    keys = torch.tensor([[0.0, -90.0, 1.0], [1.25, -60.0, 1.5], [2.0, -77.0, 2.125], [3.0, -66.0, 2.5]])
+
+    def solution(keys: Tensor, bits: int) -> Tensor:
+        return dequantize_keys(quantize_keys(keys[None, None], bits, len(keys)), keys.dtype)[0, 0]
+
+    def on_a_grid(keys: Tensor, steps: int, low: Tensor, high: Tensor) -> Tensor:
+        scale = (high - low) / steps
+        return ((keys - low) / scale).round() * scale + low
+
+    def by_token(keys: Tensor, bits: int) -> Tensor:
+        return on_a_grid(keys, 2**bits - 1, keys.amin(1, keepdim=True), keys.amax(1, keepdim=True))
+
+    def one_range(keys: Tensor, bits: int) -> Tensor:
+        return on_a_grid(keys, 2**bits - 1, keys.amin(), keys.amax())
+
+    def a_step_more(keys: Tensor, bits: int) -> Tensor:
+        return on_a_grid(keys, 2**bits, keys.amin(0), keys.amax(0))
+
+    return CodeExercise(
+        inputs=(keys, 2),
+        solution=solution,
+        why="The channel around -70 has a range of its own, so that it costs the others nothing.",
+        hint="low and high of each column, scale = (high - low) / (2^bits - 1); round (keys - low) / scale; go back.",
+        mistakes=[
+            (by_token, "that is a range for each token, a row. A channel is a column: dim=0."),
+            (one_range, "that is one range for everything; each channel has its own here."),
+            (a_step_more, "2^bits levels have 2^bits - 1 steps between them."),
+            (lambda keys, bits: solution(keys, bits) - keys.amin(0), "add the minimum of the channel again."),
         ],
     )

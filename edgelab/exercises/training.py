@@ -3,6 +3,7 @@
 import math
 
 from edgelab.exercises.checking import Exercise, exercise
+from edgelab.exercises.coding import CodeExercise
 
 
 @exercise
@@ -54,5 +55,52 @@ def gradient_of_a_step() -> Exercise:
             (0.1, "2.4 counts, too: it is rounded to 1 · s, which grows by 1 as s does."),
             (2.0, "that is the sum of the levels; a weight on the grid also counts - w / s."),
             (-1.1, "the sign: 0.6 is rounded up to 1, so that rounding adds 0.4."),
+        ],
+    )
+
+
+@exercise
+def straight_through() -> CodeExercise:
+    """The gradient that reaches a weight behind its rounding: weight, scale, low, high, outer -> by_weight."""
+    import torch
+    from torch import Tensor
+
+    from edgelab.techniques.quantization.qat import FakeQuantize
+
+    weight = torch.tensor([[0.26, -0.9, 0.8, 1.55], [-1.2, 0.05, 1.8, -0.49]])
+    outer = torch.tensor([[1.0, -2.0, 0.5, 4.0], [3.0, 0.25, -1.0, 2.0]])
+
+    def solution(weight: Tensor, scale: float, low: int, high: int, outer: Tensor) -> Tensor:
+        leaf = weight.clone().requires_grad_()
+        ones = torch.ones(len(weight), 1)
+        FakeQuantize.apply(leaf, scale * ones, 0 * ones, low, high, True, torch.float32).backward(outer)
+        return leaf.grad
+
+    def clamped_only(weight: Tensor, scale: float, low: int, high: int, outer: Tensor) -> Tensor:
+        return outer - solution(weight, scale, low, high, outer)
+
+    def before_rounding(weight: Tensor, scale: float, low: int, high: int, outer: Tensor) -> Tensor:
+        return outer * ((weight / scale >= low) & (weight / scale <= high))
+
+    return CodeExercise(
+        inputs=(weight, 0.5, -2, 3, outer),
+        solution=solution,
+        why="Rounding counts as if it were not there; clamping counts as what it is.",
+        hint="integers = (weight / scale).round(); the gradient passes where low <= integers <= high, and is 0 elsewhere.",
+        mistakes=[
+            (
+                lambda weight, *_: 0 * weight,
+                "that is the true gradient of rounding, with which nothing is trained.",
+            ),
+            (lambda *given: given[-1], "a weight beyond the ends of the grid is clamped, and gets nothing."),
+            (
+                before_rounding,
+                "1.55 lies above the last level and is rounded to it: ask after rounding whether it is on the grid.",
+            ),
+            (clamped_only, "the other way round: clamped weights get nothing."),
+            (
+                lambda *given: given[1] * solution(*given),
+                "the scale cancels: divided by it before rounding, multiplied by it after.",
+            ),
         ],
     )

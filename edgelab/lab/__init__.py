@@ -1,7 +1,7 @@
 """From recipes to rows: question, plan, and the road that goes through them."""
 
 from edgelab.lab.question import MeasureError, Question, Settings
-from edgelab.lab.road import DEFAULT_SET, compare, planned, sample, stream
+from edgelab.lab.road import DEFAULT_SET, compare, estimate_s, follow, planned, sample, stream
 from edgelab.lab.road import run as measure
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "Question",
     "Settings",
     "compare",
+    "estimate_s",
+    "follow",
     "measure",
     "planned",
     "sample",

@@ -26,6 +26,7 @@ from edgelab.measure import (
     protocols,
     sample,
 )
+from edgelab.model.finite import NotFiniteError
 from edgelab.model.shapes import skeleton
 from edgelab.runtimes.session import Session
 from edgelab.storage import variants
@@ -121,11 +122,22 @@ class Bench:
         """What runs: fields that a loaded session knows."""
         return {"kernel": self.session.kernel, "badge": self.session.badge}
 
-    def answers(self) -> list[parity.Answer]:
-        """What the deployment answers to the prompts of the parity gate, taken from the text."""
-        asked = parity.prompts(corpora.tokenize(self.asked.corpus, self.tokenizer).ids)
+    def gate(self) -> dict[str, str]:
+        """The verdict of the parity gate: the deployment against PyTorch in dense floats, over the same variant."""
+        twin = runtimes.load("simulated", self.folder)  # kernels of `torch` round as much as an engine does
+        if self.session.gives_logits:
+            cut = self.cut[: parity.WINDOWS]
+            verdict = parity.by_logits(
+                perplexity.logit_slices(self.session.logits, cut), perplexity.slices(twin.model, cut)
+            )
+        else:
+            asked = parity.prompts(corpora.tokenize(self.asked.corpus, self.tokenizer).ids)
+            verdict = parity.by_answers(self._answers(self.session, asked), self._answers(twin, asked))
+        return {"parity": "passed" if verdict.passed else "failed", "parity_detail": verdict.detail}
+
+    def _answers(self, speaker: Session, asked: list[list[int]]) -> list[parity.Answer]:
         found = []
-        for answer in parity.answers(self.session, asked):
+        for answer in parity.answers(speaker, asked):
             found.append(answer)
             self.report(len(found), len(asked))
         return found
@@ -148,7 +160,12 @@ class Bench:
         """Warm up with the first tokens of the text as prompt, repeated where they are too few."""
         wanted = self.asked.prompt_tokens
         ids = self.text.ids[:wanted].tolist()
-        self.timed = latency.Timed(self.session, (ids * math.ceil(wanted / len(ids)))[:wanted])
+        prompt = (ids * math.ceil(wanted / len(ids)))[:wanted]
+        if not math.isfinite(self.session.top(prompt, 1)[0][1]):
+            raise NotFiniteError(
+                "The model answers the prompt with NaN or infinity; measure its quality, which names the layer."
+            )
+        self.timed = latency.Timed(self.session, prompt)
         self.meter, self.tokens = None, 0
         return self.timed.warm_up()
 

@@ -1,7 +1,7 @@
 """From questions to what has to be done: rows to make, prerequisites first, each once.
 
-A row has to wait for the baseline that it is compared with, an engine's row for the same weights in PyTorch, and a
-recipe for the stages that are kept. What the ledger or the cache has already is in the plan, too, as known.
+A row has to wait for the baseline that it is compared with, and a recipe for the stages that are kept. What the ledger
+or the cache has already is in the plan, too, as known.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from pathlib import Path
 from edgelab import ledger
 from edgelab.lab.question import NOTHING, Question, known
 from edgelab.ledger import Row
-from edgelab.measure import chosen, protocols
+from edgelab.measure import protocols
 from edgelab.recipes import Recipe
 from edgelab.storage import stages
 
-GATE_WINDOWS = 4  # that an engine is compared on before its speed is measured alone
 SECONDS = {"quality": 1 / 900, "tasks": 70.0, "speed": 4.0, "memory": 1.0}  # quality: of each token
 MAKING_S = {False: 3.0, True: 90.0}  # a technique whose stage is kept, or not, where no row says more
 
@@ -110,15 +109,9 @@ def plan(questions: list[Question]) -> list[Step]:
 
 def prerequisites(question: Question) -> Iterable[Question]:
     """Questions whose rows this one's is compared with."""
-    here = replace(question.settings, force=False)
     if question.outputs and not question.is_baseline:
+        here = replace(question.settings, force=False)
         yield Question(NOTHING, question.source, here, question.outputs)
-    if question.gated and question.recipe.family != "native":
-        if "quality" in question.parts:
-            yield Question(question.recipe.on("torch"), question.source, here, question.outputs)
-        elif question.timed:
-            few = replace(here, windows=min(here.windows, GATE_WINDOWS), only="quality")
-            yield Question(question.recipe, question.source, few, tuple(chosen("quality")))
 
 
 class _Seconds:

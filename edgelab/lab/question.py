@@ -19,6 +19,7 @@ from edgelab.measure import (
     Measurement,
     chosen,
     energy,
+    parity,
     protocols,
     save_measurements,
     saved_measurements,
@@ -110,6 +111,11 @@ class Question:
         return not self.recipe.deployment.in_torch
 
     @property
+    def has_twin(self) -> bool:
+        """Whether PyTorch runs the same weights; what an engine rounds itself, nothing else has."""
+        return self.gated and self.recipe.family != "native"
+
+    @property
     def timed(self) -> bool:
         return self.recipe.deployment.timed and any(one.needs in TIMED for one in self.measurements)
 
@@ -131,6 +137,8 @@ class Question:
         found = {"techniques": "+".join(map(str, technique_versions)), "export": deployment.version}
         if self._reads_text:
             found["protocol"] = protocols.protocol(self.settings.protocol).version
+        if self.has_twin:
+            found["gate"] = parity.VERSION
         return found | {one.name: one.version for one in self.measurements if self._applies(one)}
 
     @property

@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from edgelab import assets, ledger
 from edgelab.lab.plan import Step, plan
 from edgelab.lab.question import NOTHING, MeasureError, Question, Settings, ask, known, quick
-from edgelab.ledger import Row
+from edgelab.ledger import Row, ValueNotFinite
 from edgelab.measure import MEASUREMENTS, Asked
 from edgelab.measure.isolation import Isolated, IsolatedError, get_ready
 from edgelab.measure.turn import timing_lock
-from edgelab.recipes import Recipe, RecipeError
+from edgelab.recipes import RecipeError
 from edgelab.reference import EMBEDDED
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ DEFAULT_SET = (
 )
 OWN_WEIGHTS = ("own weights", "rounded by the engine itself: compare its quality, not its kernel")
 Progress = Callable[[int, int], None]
+Show = Callable[[str], Progress]
 
 
 def run(recipe: str, *, model: str = EMBEDDED, **settings: object) -> Row:
@@ -59,7 +60,8 @@ def compare(
     A recipe that fails becomes a row with status and reason, and the comparison goes on. Settings as in `measure`.
     """
     steps = planned(recipes, model=model, **settings)
-    return ledger.frame(row for _, row in sorted(_go(steps), key=lambda pair: pair[0].place))
+    asked = [(step.place, row) for step, row in follow(steps) if step.place is not None]
+    return ledger.frame(row for _, row in sorted(asked, key=lambda pair: pair[0]))
 
 
 def stream(
@@ -69,21 +71,23 @@ def stream(
 
     A row that others are compared with comes before them.
     """
-    for _, row in _go(planned(recipes, model=model, interleave=interleave, **settings)):
-        yield row
+    for step, row in follow(planned(recipes, model=model, interleave=interleave, **settings)):
+        if step.place is not None:
+            yield row
 
 
-def _go(steps: list[Step]) -> Iterator[tuple[Step, Row]]:
-    """The rows that were asked for, each as soon as it is there."""
+def follow(steps: list[Step], show: Show | None = None) -> Iterator[tuple[Step, Row | None]]:
+    """Do the steps of a plan. Each comes as soon as it is done, with its row; a stage has none.
+
+    show: given the name of each part of a step, returns what its progress is told; without one a bar is drawn.
+    """
     to_do = [step.question for step in steps if not step.is_known and "quality" in step.question.parts]
     for question in to_do[:1]:
         with _bench(question) as bench:
             bench.call("check_text")
-    with _Road() as road:
+    with _Road(show or _bar) as road:
         for step in steps:
-            row = road.go(step)
-            if step.place is not None:
-                yield step, row
+            yield step, road.go(step)
 
 
 def planned(
@@ -98,6 +102,14 @@ def planned(
         return known
     get_ready(chosen.threads)
     return plan(ask(texts, chosen, interleave))
+
+
+def estimate_s(
+    recipes: Iterable[str], *, model: str = EMBEDDED, interleave: bool = True, **settings: object
+) -> float:
+    """Seconds that `stream` is likely to take; 0 where the ledger has every row."""
+    steps = plan(ask(list(recipes), _settings(model, settings), interleave))
+    return sum(step.estimate_s for step in steps if not step.is_known)
 
 
 def _all_known(texts: list[str], settings: Settings, interleave: bool) -> list[Step] | None:
@@ -140,7 +152,8 @@ def _settings(model: str, given: dict[str, object]) -> Settings:
 class _Road:
     """What goes through the steps of a plan: the rows so far, and the baseline that others take turns with."""
 
-    def __init__(self) -> None:
+    def __init__(self, show: Show) -> None:
+        self.show = show
         self.done: list[tuple[Question, Row]] = []
         self.lost: dict[str, IsolatedError] = {}  # stages that could not be made
         self.beside: _Timed | None = None
@@ -168,7 +181,7 @@ class _Road:
         """Make a stage in a process of its own. What goes wrong is said by the row that needs it."""
         try:
             with _bench(step.question, recipe=str(step.recipe)) as bench:
-                bench.call("build", progress=_bar(f"{step.recipe}: build"))
+                bench.call("build", progress=self.show(f"{step.recipe}: build"))
         except IsolatedError as error:
             self.lost[step.folder.name] = error
 
@@ -187,6 +200,8 @@ class _Road:
                 self._time(row, question)
         except IsolatedError as error:
             row.status, row.error = error.status, str(error)
+        except ValueNotFinite as error:
+            row.status, row.error = "error", str(error)
         row.duration_s = time.perf_counter() - started
         return ledger.add(row)
 
@@ -194,30 +209,26 @@ class _Road:
         """The baseline's row, for what is compared with it; None where nothing is, or this is the baseline."""
         if question.is_baseline or not question.outputs:
             return None
-        row = self._answer(question.source.sha, NOTHING, question)
+        wanted = {one.name for one in question.outputs}
+        row = next(
+            row
+            for asked, row in reversed(self.done)
+            if (asked.name, asked.source.sha) == (str(NOTHING), question.source.sha)
+            and wanted <= {one.name for one in asked.measurements}
+            and asked.settings.windows == question.settings.windows
+        )
         if row.status != "ok":
             raise IsolatedError(f"The baseline cannot be measured: {row.error}", row.status)
         return row
 
-    def _answer(self, sha: str, recipe: Recipe, like: Question) -> Row:
-        """The row of another recipe with the same windows, which the plan put before this one."""
-        wanted = {one.name for one in like.outputs}
-        return next(
-            row
-            for question, row in reversed(self.done)
-            if (question.recipe, question.source.sha) == (recipe, sha)
-            and wanted <= {one.name for one in question.measurements}
-            and question.settings.windows == like.settings.windows
-        )
-
     def _score(self, row: Row, question: Question, bench: Isolated) -> None:
         """Everything that is read from the variant and from one loaded session, and the verdict of the gate."""
         name = str(question.recipe)
-        bench.call("build", progress=_bar(f"{name}: build"))
+        bench.call("build", progress=self.show(f"{name}: build"))
         row.fill(bench.call("measure", names=question.of("variant")))
         for need in ("logits", "session"):
             if names := question.of(need):
-                row.fill(bench.call("measure", names=names, progress=_bar(f"{name}: {need}")))
+                row.fill(bench.call("measure", names=names, progress=self.show(f"{name}: {need}")))
         if question.of("logits") or question.of("session"):
             row.fill(bench.call("engine"))
         if question.gated:
@@ -225,27 +236,16 @@ class _Road:
 
     def _gate(self, row: Row, question: Question, bench: Isolated) -> None:
         """Compare an engine with PyTorch on the same weights; an engine's own quantizer has no such twin."""
-        from edgelab.measure import parity
-
-        if question.recipe.family == "native":
+        if not question.has_twin:
             row.parity, row.parity_detail = OWN_WEIGHTS
             return
         if "quality" not in question.parts:
             row.parity, row.parity_detail = ledger.verdict(row)
-            return
-        twin = self._answer(question.source.sha, question.recipe.on("torch"), question)
-        if twin.status != "ok":
-            verdict = parity.Verdict(False, f"PyTorch could not be asked: {twin.error}")
-        elif row.ppl is not None:
-            verdict = parity.by_quality(vars(row), vars(twin))
-        else:
-            verdict = parity.by_answers(*self._both_answer(question, bench))
-        row.parity, row.parity_detail = "passed" if verdict.passed else "failed", verdict.detail
-
-    def _both_answer(self, question: Question, bench: Isolated) -> tuple[list, list]:
-        show = _bar(f"{question.recipe}: parity")
-        with _bench(question, recipe=str(question.recipe.on("torch"))) as other:
-            return bench.call("answers", progress=show), other.call("answers", progress=show)
+        if row.parity is None and question.parts.intersection(("quality", "speed")):
+            try:
+                row.fill(bench.call("gate", progress=self.show(f"{question.recipe}: parity")))
+            except IsolatedError as error:
+                row.parity, row.parity_detail = "failed", f"PyTorch could not be asked: {error}"
 
     def _time(self, row: Row, question: Question) -> None:
         """Latency in turns with the baseline, and what is left to read from the process afterwards.
@@ -259,7 +259,7 @@ class _Road:
                     row.fill(mine.opened)
                     for name in question.of("turns"):
                         run = MEASUREMENTS[name].run
-                        show = _bar(f"{question.recipe}: speed")
+                        show = self.show(f"{question.recipe}: speed")
                         row.fill(run(mine, theirs, Asked(**question.asked()), show))
                     row.fill(mine.process.call("measure", names=question.of("process")))
                 return

@@ -1,6 +1,6 @@
 """Pictures: functions to a matplotlib `Figure`, without pyplot state; from rows, from weights, from devices."""
 
-from edgelab.plots.activations import activation_outliers
+from edgelab.plots.activations import activation_outliers, channel_magnitudes
 from edgelab.plots.allocation import bit_allocation, largest_factor, predicted_measured, predictions
 from edgelab.plots.cache import context_reach
 from edgelab.plots.devices import device_rates, published_rates, step_operations
@@ -20,6 +20,7 @@ __all__ = [
     "NothingToDraw",
     "activation_outliers",
     "bit_allocation",
+    "channel_magnitudes",
     "context_reach",
     "decode_limit",
     "device_rates",

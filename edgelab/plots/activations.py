@@ -1,4 +1,4 @@
-"""Outliers of activations."""
+"""Magnitudes and outliers of activations, by channel."""
 
 from __future__ import annotations
 
@@ -64,4 +64,34 @@ def activation_outliers(
         style_axes(axes, f"{title}\n{heading}" if title and axes is panels[0] else heading, legend)
         axes.grid(visible=False)
     panels[1].set_xlabel("Input channel", fontsize=9.5)
+    return figure
+
+
+def channel_magnitudes(magnitudes: np.ndarray, share: float, title: str = "") -> Figure:
+    """Mean magnitude of each input channel of a layer, the largest first; the first `share` of them stand out.
+
+    magnitudes: (in_features,), mean |x| over tokens. Raises NothingToDraw where there are none, or all are zero.
+    """
+    ordered = np.sort(np.asarray(magnitudes, dtype=float).ravel())[::-1]
+    if not ordered.any():
+        raise NothingToDraw("Channels are drawn by their magnitudes, which are missing or all zero.")
+    count = max(1, round(share * len(ordered)))
+    figure = new_chart(8.5, 3.4)
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    floor = ordered[ordered > 0][-1] / 1.6
+    tints = [OUTLIERS] * count + [FAMILY_COLOURS["quantize"]] * (len(ordered) - count)
+    axes.vlines(np.arange(len(ordered)), floor, np.maximum(ordered, floor), color=tints, linewidth=1.1)
+    axes.axhline(np.median(ordered), color="black", linestyle="--", linewidth=0.9)
+    axes.set_xlim(-3, len(ordered))
+    axes.set_ylim(floor, ordered[0] * 1.6)
+    axes.set_xlabel("Input channels, the largest first", fontsize=9.5)
+    axes.set_ylabel("Mean |x|", fontsize=9.5)
+    legend = [
+        Line2D([], [], color=OUTLIERS, linewidth=2, label=f"the largest {count} of {len(ordered)}"),
+        Line2D([], [], color="black", linestyle="--", linewidth=0.9, label="median channel"),
+    ]
+    ratio = f"the largest channel is {ordered[0] / max(np.median(ordered), floor):,.0f} times the median"
+    style_axes(axes, f"{title}: {ratio}" if title else ratio.capitalize(), legend)
+    axes.grid(visible=False)
     return figure

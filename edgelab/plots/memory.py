@@ -20,7 +20,7 @@ NEED_PARTS = {  # field of a MemoryNeed: words, colour of the same palette
     "optimizer_gb": ("optimizer", "#CC79A7"),
     "activations_gb": ("activations", "#009E73"),
 }
-SYSTEM_SHARE = 0.1  # a device with less than this share of its memory left is called tight
+TIGHT = 0.1  # a device that has less than this share of the room for a model left is called tight
 
 
 def memory_bars(
@@ -31,12 +31,13 @@ def memory_bars(
 ) -> Figure:
     """Needs by what fills them above the memory of devices; a line carries the `chosen` need down to those.
 
-    `chosen` is a key of `needs`, by default the first. Devices without a memory figure are left out. Where
-    the axis is too short for a bar, its label ends in an arrow.
+    `chosen` is a key of `needs`, by default the first. The coloured part of a device's bar is what it leaves to a
+    model. Devices without a memory figure are left out. Where the axis is too short for a bar, its label ends in an
+    arrow.
     """
     chosen = chosen or next(iter(needs))
     need = needs[chosen]
-    known = sorted((device for device in devices if device.memory_gb), key=lambda device: device.memory_gb)
+    known = sorted((device for device in devices if device.memory_gb), key=lambda device: device.room_gb)
     longest = max(need.total_gb, *(device.memory_gb for device in known))
     limit = min(1.32 * longest, 4 * max(each.total_gb for each in needs.values()))
 
@@ -55,14 +56,15 @@ def memory_bars(
         upper.barh(position, widths, left=starts, height=0.66, color=tints, alpha=alpha, linewidth=0)
         _label_bar(upper, position, each.total_gb, limit, gigabytes(each.total_gb), fontweight=weight)
     for position, device in enumerate(known):
-        left = device.memory_gb - need.total_gb
+        left = device.room_gb - need.total_gb
         if not device.holds(need):
             verdict, tint, text = f"{gigabytes(-left)} too small", "#D9D9D9", GREY
-        elif left < SYSTEM_SHARE * device.memory_gb:
+        elif left < TIGHT * device.room_gb:
             verdict, tint, text = f"tight, {gigabytes(left)} left", "#8FD3BC", "#00664B"
         else:
             verdict, tint, text = f"fits, {gigabytes(left)} left", "#009E73", "#00664B"
-        lower.barh(position, device.memory_gb, height=0.66, color=tint, linewidth=0)
+        lower.barh(position, device.memory_gb, height=0.66, color="#F0F0F0", linewidth=0)
+        lower.barh(position, device.room_gb, height=0.66, color=tint, linewidth=0)
         _label_bar(lower, position, max(device.memory_gb, need.total_gb), limit, verdict, color=text)
 
     upper.set_yticks(range(len(needs)), list(needs), parse_math=False)
@@ -77,7 +79,7 @@ def memory_bars(
             tick.set_fontweight("bold" if tick.get_text().startswith(marked) else "normal")
     legend = [Patch(facecolor=tint, label=words) for words, tint in parts.values()]
     style_axes(upper, f"{title} (analytic: computed from shapes)", legend)
-    style_axes(lower, f"Memory of devices, beside the {gigabytes(need.total_gb)} of {chosen}")
+    style_axes(lower, f"Devices: the {gigabytes(need.total_gb)} of {chosen} have to fit the coloured part")
     for axes in (upper, lower):
         axes.grid(axis="y", visible=False)
     lower.set_xlabel("Memory (GB of 10⁹ bytes)", fontsize=9.5)

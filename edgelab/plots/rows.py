@@ -48,7 +48,7 @@ from edgelab.plots.style import (
     stamp,
     style_axes,
 )
-from edgelab.rows import BASELINE, PROTOCOL, find_metric, interval_ends, pareto_front
+from edgelab.rows import BASELINE, PROTOCOL, find_metric, interval_ends, pareto_front, tokens_per_unit
 
 if TYPE_CHECKING:  # measuring imports torch, drawing does not need it
     from edgelab.measure.perplexity import Perplexity
@@ -257,7 +257,8 @@ def window_delta(rows: Rows, baseline: str = "none") -> Figure:
             mean, low, high = found.mean, found.low, found.high
         axes.plot([low, high], [position + 0.14] * 2, color="black", linewidth=2, marker="|", markersize=8)
         axes.plot(mean, position + 0.14, marker="D", color="black", markersize=5)
-        text = f"mean {mean:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], perplexity × {math.exp(mean):.3f}"
+        times = math.exp(mean * tokens_per_unit(row.to_frame().T).item())
+        text = f"mean {mean:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], perplexity × {times:.3f}"
         place = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
         axes.annotate(text, (0.995, position + 0.32), fontsize=7.5, color=GREY, **place)
     axes.axvline(0, **BASELINE_LINE)
@@ -289,7 +290,7 @@ def protocols(
             look = {"height": 0.5, "linewidth": 0}
             strips.barh(position, rule.window - 6, left=begin + 3, color="#e6e6e6", **look)
             strips.barh(position, rule.window - skipped - 6, left=begin + skipped + 3, color=dark, **look)
-            if rule.bos and (begin == 0 or rule.scored != "rolling"):
+            if rule.bos == "always" and begin == 0:
                 strips.barh(position, 16, left=begin + 3, color=bos, **look)
         for axes, value, digits in ((perplexities, found.ppl, 2), (bits, found.bits_per_byte, 3)):
             axes.barh(position, value, 0.5, color=dark, linewidth=0)

@@ -1,13 +1,15 @@
-"""Widgets: the only place that imports ipywidgets. They draw into an Image, which works on any ipykernel.
+"""Widgets: the only place that imports ipywidgets. They draw into a Picture, which works on any ipykernel.
 
-JupyterLab with ipykernel 7 handles widget messages on a second thread, where pyplot and Output widgets lose
-their target. A Figure rendered to PNG bytes and put into an Image needs neither.
+JupyterLab with ipykernel 7 can handle widget messages on a second thread, where pyplot and Output widgets lose
+their target. A Figure that is rendered and put into HTML needs neither.
 """
 
-import io
+import base64
+import html
 
 import ipywidgets
-from matplotlib.figure import Figure
+
+from edgelab.plots.style import Chart
 
 BITS = tuple(range(2, 9))
 GROUP_SIZES = (32, 64, 96, 192, 0)  # 0: a whole row
@@ -18,13 +20,16 @@ def group_words(size: int) -> str:
     return f"groups of {size}" if size else "one group per row"
 
 
-def picture(width: int = 850) -> ipywidgets.Image:
-    """An empty picture, as wide as the page or `width` pixels."""
-    return ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", width=f"{width}px"))
+class Picture(ipywidgets.HTML):
+    """A picture as wide as the page or `width` pixels, with its alt text, for which ipywidgets.Image has no place."""
 
+    def __init__(self, width: int = 850) -> None:
+        super().__init__()
+        self.pixels = width
 
-def figure_png(figure: Figure, dpi: int = 100) -> bytes:
-    """The figure as a PNG file, to be the value of an ipywidgets.Image."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=dpi)
-    return picture.getvalue()
+    def draw(self, chart: Chart) -> None:
+        """Show a chart in place of what is there."""
+        png, about = chart._repr_png_()
+        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        style = f"width:{self.pixels}px;max-width:100%"
+        self.value = f'<img src="{source}" alt="{html.escape(about["alt"])}" style="{style}">'

@@ -20,8 +20,8 @@ from edgelab.devices import (
     this_machine,
 )
 from edgelab.plots import gigabytes, memory_bars
-from edgelab.plots.memory import SYSTEM_SHARE
-from edgelab.widgets import figure_png, picture
+from edgelab.plots.memory import TIGHT
+from edgelab.widgets import Picture
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 READING_TOK_S = 5  # about 230 words a minute
@@ -52,7 +52,7 @@ def device_picker(
     precision = ipywidgets.Dropdown(options=list(precisions), description="Precision", **wide)
     context = ipywidgets.SelectionSlider(options=CONTEXTS, value=2048, description="Context", **wide)
     power = ipywidgets.BoundedFloatText(min=0, max=2000, step=0.5, description="Power (W)", **wide)
-    answer, image = ipywidgets.HTML(), picture()
+    answer, image = ipywidgets.HTML(), Picture()
 
     def offer_power(change: dict | None = None) -> None:
         power.value = places[place.value].power_w or 0
@@ -66,7 +66,7 @@ def device_picker(
         )
         answer.value = verdict(device, row, context.value, shapes[model.value].context_length)
         need = MemoryNeed(row["weights_mb"] / 1000, row["kv_cache_mb"] / 1000)
-        image.value = figure_png(memory_bars({precision.value: need}, [device], title=model.value))
+        image.draw(memory_bars({precision.value: need}, [device], title=model.value))
 
     offer_power()
     place.observe(offer_power, "value")
@@ -81,10 +81,10 @@ def verdict(device: Device, row: Mapping, context: int, trained_context: int = 0
     need_gb = (row["weights_mb"] + row["kv_cache_mb"]) / 1000
     name = f"<b>{html.escape(row['model'])}</b> in {html.escape(row['precision'])}"
     if not row["fits"]:
-        return f"<b>No</b>: {name} needs {gigabytes(need_gb)}, {html.escape(device.name)} has {device.memory_gb:g} GB."
-    tight = device.memory_gb - need_gb < SYSTEM_SHARE * device.memory_gb
+        return f"<b>No</b>: {name} needs {gigabytes(need_gb)}, {html.escape(device.name)} {_room(device)}."
+    tight = device.room_gb - need_gb < TIGHT * device.room_gb
     text = "<b>Tight</b>: " if tight else "<b>Fits</b>: "
-    text += f"{name} needs {gigabytes(need_gb)} of {device.memory_gb:g} GB. "
+    text += f"{name} needs {gigabytes(need_gb)}, {html.escape(device.name)} {_room(device)}. "
     if row["decode_tok_s"] is None:
         return text + "How fast is not known: no source gives this device's bandwidth."
     rate = row["decode_tok_s"]
@@ -103,3 +103,9 @@ def verdict(device: Device, row: Mapping, context: int, trained_context: int = 0
     if 0 < trained_context < context:
         text += f" The model was made for {trained_context:,} tokens of context, not {context:,}."
     return text
+
+
+def _room(device: Device) -> str:
+    if device.room_gb is None:
+        return "has an unknown memory"
+    return f"leaves {device.room_gb:.3g} of its {device.memory_gb:g} GB to a model"

@@ -1,14 +1,13 @@
 """Recipes to explore: method, bits, groups and embedding, over saved rows and one measured live."""
 
-import html
-
 import ipywidgets
 import pandas as pd
 
 from edgelab import ledger, rows
-from edgelab.errors import EdgeLabError
+from edgelab.ledger import Row
 from edgelab.plots import NothingToDraw, label, method_lines, tradeoff
-from edgelab.widgets import BITS, GROUP_SIZES, WIDE, figure_png, group_words, picture
+from edgelab.widgets import BITS, GROUP_SIZES, WIDE, Picture, group_words
+from edgelab.widgets.live import Live
 
 BROKEN_PPL = 1000  # a row above is drawn only where it is the chosen one: it presses all others into a line
 FIRST = "quantize.rtn"
@@ -33,8 +32,7 @@ def explorer(
     widths = [("32 bits, as it is", 0), *((f"{width} bits", width) for width in BITS)]
     embedding = ipywidgets.Dropdown(options=widths, description="Embedding", **WIDE)
     x = ipywidgets.ToggleButtons(options=OVER, value=over, description="Over", **WIDE)
-    button = ipywidgets.Button(description="Measure live", button_style="primary")
-    answer, image = ipywidgets.HTML(), picture()
+    answer, image = ipywidgets.HTML(), Picture()
     measured = []  # rows of this widget
 
     def chosen() -> str:
@@ -56,34 +54,24 @@ def explorer(
                 figure = method_lines(rows.by_method(shown), level, recipe)
             else:
                 figure = tradeoff(shown, highlight=recipe if len(found) else None)
-            image.value = figure_png(figure)
+            image.draw(figure)
         except NothingToDraw:
             answer.value += " Nor has anything else; the button measures it and the baseline."
 
     controls = (method, bits, group_size, embedding, x)
 
-    def measure_live(_: ipywidgets.Button) -> None:
-        from edgelab import lab  # imports torch, which saved rows do without
+    def add(new: list[Row]) -> None:
+        measured.extend(new)
+        redraw()
 
-        recipe = chosen()
-        for control in (*controls, button):
-            control.disabled = True
-        try:
-            for step in (rows.BASELINE, recipe):
-                answer.value = f"Measuring <b>{step}</b> on {windows} windows; calibration may take minutes …"
-                measured.append(lab.measure(step, only="quality", windows=windows))
-            redraw()
-        except EdgeLabError as error:
-            answer.value = html.escape(str(error))
-        finally:
-            for control in (*controls, button):
-                control.disabled = False
-
+    live = Live(lambda: [rows.BASELINE, chosen()], add, controls, only="quality", windows=windows)
     for control in controls:
         control.observe(redraw, "value")
-    button.on_click(measure_live)
+    for control in controls[:-1]:
+        control.observe(lambda change: live.offer(), "value")
     redraw()
-    return ipywidgets.VBox([*controls, button, answer, image])
+    live.offer()
+    return ipywidgets.VBox([*controls, live.box, answer, image])
 
 
 def recipe_of(method: str, bits: int, group_size: int, embedding_bits: int = 0) -> str:

@@ -9,7 +9,7 @@ import ipywidgets
 
 from edgelab.measure.protocols import PROTOCOLS, Protocol
 from edgelab.plots import protocols
-from edgelab.widgets import figure_png, picture
+from edgelab.widgets import Picture
 
 if TYPE_CHECKING:
     from edgelab.measure.perplexity import Perplexity
@@ -27,11 +27,11 @@ def protocol_picker(results: Mapping[str, Perplexity], known: str = "edgelab-512
     `known` is the protocol that the sentence compares with.
     """
     choice = ipywidgets.Dropdown(options=list(results), description="Protocol")
-    answer, image = ipywidgets.HTML(), picture(950)
+    answer, image = ipywidgets.HTML(), Picture(950)
 
     def redraw(change: dict | None = None) -> None:
         answer.value = protocol_sentence(PROTOCOLS[choice.value], results, known)
-        image.value = figure_png(protocols(results, PROTOCOLS, choice.value))
+        image.draw(protocols(results, PROTOCOLS, choice.value))
 
     choice.observe(redraw, "value")
     redraw()
@@ -41,8 +41,10 @@ def protocol_picker(results: Mapping[str, Perplexity], known: str = "edgelab-512
 def protocol_sentence(rule: Protocol, results: Mapping[str, Perplexity], known: str) -> str:
     """HTML: what the protocol does, what it gives, and how that compares with the protocol `known`."""
     found = results[rule.name]
-    start = "starts with" if rule.scored == "rolling" else "has in every window"
-    bos = f" The text {start} a BOS token." if rule.bos else ""
+    bos = {
+        "added": " Where the tokenizer adds a BOS token, every window begins with it.",
+        "always": " The text begins with a BOS token.",
+    }.get(rule.bos, "")
     text = (
         f"<b>{rule.name}</b>: windows of {rule.window:,} tokens; {SCORED[rule.scored]}.{bos} "
         f"{found.n_tokens:,} tokens scored, <b>perplexity {found.ppl:.2f}</b> per {rule.unit}, "

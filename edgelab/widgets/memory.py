@@ -15,7 +15,7 @@ from edgelab.devices import (
     training_memory,
 )
 from edgelab.plots import NEED_PARTS, gigabytes, memory_bars
-from edgelab.widgets import figure_png, picture
+from edgelab.widgets import Picture
 
 INFERENCE_BITS = (32, 16, 8, 4, 3, 2)
 TRAINING_BITS = (32, 16)
@@ -39,7 +39,7 @@ def memory_calculator(
     use.style.button_width, bits.style.button_width = "100px", "48px"
     context = ipywidgets.SelectionSlider(options=CONTEXTS, value=4096, description="Context", **wide)
     batch = ipywidgets.SelectionSlider(options=BATCHES, description="Batch", **wide)
-    answer, image = ipywidgets.HTML(), picture()
+    answer, image = ipywidgets.HTML(), Picture()
 
     def offer_bits(change: dict) -> None:
         kept = bits.value
@@ -54,7 +54,7 @@ def memory_calculator(
             shape, needs[chosen], devices, f"{use.value} in {bits.value} bits", context.value
         )
         title = f"{shape.name}, {use.value}"
-        image.value = figure_png(memory_bars(needs, devices, chosen, title))
+        image.draw(memory_bars(needs, devices, chosen, title))
 
     use.observe(offer_bits, "value")
     for control in (model, use, bits, context, batch):

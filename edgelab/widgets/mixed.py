@@ -6,7 +6,7 @@ import numpy as np
 from edgelab.plots import bit_allocation
 from edgelab.recipes import parse
 from edgelab.techniques.quantization.mixed import SensitivityTable
-from edgelab.widgets import figure_png, picture
+from edgelab.widgets import Picture
 
 
 def allocation_slider(table: SensitivityTable, bits: float = 4) -> ipywidgets.VBox:
@@ -27,7 +27,7 @@ def allocation_slider(table: SensitivityTable, bits: float = 4) -> ipywidgets.VB
         style={"description_width": "100px"},
         layout=ipywidgets.Layout(width="auto", max_width="560px"),
     )
-    answer, image = ipywidgets.HTML(), picture(1000)
+    answer, image = ipywidgets.HTML(), Picture(1000)
     group_size = table.formats[0][1]
 
     def redraw(change: dict | None = None) -> None:
@@ -35,7 +35,7 @@ def allocation_slider(table: SensitivityTable, bits: float = 4) -> ipywidgets.VB
         choice = table.allocate(asked, group_size)
         answer.value = allocation_sentence(table, choice, asked, group_size)
         title = f"Bits of each layer within the bytes of {asked:g}-bit quantization"
-        image.value = figure_png(bit_allocation(table.frame(choice), title))
+        image.draw(bit_allocation(table.frame(choice), title))
 
     budget.observe(redraw, "value")
     redraw()

@@ -7,7 +7,7 @@ import pandas as pd
 
 from edgelab.plots import tradeoff
 from edgelab.rows import comparable, find_metric, recommend
-from edgelab.widgets import WIDE, figure_png, picture
+from edgelab.widgets import WIDE, Picture
 
 BUDGETS = ("weights_mb", "peak_rss_mb")
 QUALITIES = ("ppl", "last_word", "story_cloze")
@@ -38,7 +38,7 @@ def budget_slider(rows: pd.DataFrame, budget_mb: float = 200) -> ipywidgets.VBox
         )
         for names in (BUDGETS, QUALITIES)
     )
-    answer, image = ipywidgets.HTML(), picture(800)
+    answer, image = ipywidgets.HTML(), Picture(800)
 
     def redraw(change: dict | None = None) -> None:
         best, sentence = recommend(rows, budget.value, of.value, by.value)
@@ -48,7 +48,7 @@ def budget_slider(rows: pd.DataFrame, budget_mb: float = 200) -> ipywidgets.VBox
         axes.set_xlim(axes.get_xlim())  # the beam below must not widen the picture
         axes.axvspan(budget.value, 10 * largest, color="#000000", alpha=0.07, linewidth=0, zorder=0)
         axes.axvline(budget.value, color="#000000", linewidth=1.2, zorder=1)
-        image.value = figure_png(figure)
+        image.draw(figure)
 
     for control in (budget, of, by):
         control.observe(redraw, "value")
