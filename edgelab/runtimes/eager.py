@@ -5,6 +5,8 @@
 | 2 to 4 bits, groups that 32 divides, or whole rows  | `_weight_int4pack_mm_for_cpu`, bfloat16                    |
 | 5 to 8 bits, one scale per row                      | `_weight_int8pack_mm`, bfloat16                            |
 | one scale per row, symmetric, int8 activations      | `_int_mm`, int8 x int8 -> int32                            |
+| floats, compressed sparse rows                      | torch's sparse product, in their own dtype                 |
+| without its zeros, any other                        | as the same matrix with them: filled in at loading         |
 | any other                                           | unpacked to one byte, dequantized whenever it is used      |
 
 Fewer bits are unpacked at loading to the next width that has a kernel; bits per weight on disk stay as they are.
@@ -13,6 +15,7 @@ Fewer bits are unpacked at loading to the next width that has a kernel; bits per
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from edgelab.model.logits import CHUNK, head_logits
+from edgelab.model.logits import CHUNK, head_logits, hidden_states
 from edgelab.model.marks import marks_of
 from edgelab.runtimes.session import Can, Session, taken
 from edgelab.storage import variants
+from edgelab.storage.csr import CompressedRows
 from edgelab.storage.description import Description
 from edgelab.storage.kv_cache import QuantizedCacheError
 from edgelab.storage.layers import ActivationGrid, PackedLinear, dense_linear, packed_layers
 from edgelab.storage.matrix import Matrix
+from edgelab.storage.sparse import SparseMatrix
 from edgelab.storage.uniform import QuantizedTensor
 
 LONG = 16  # tokens from which int8 goes through a dense bfloat16 product
@@ -127,6 +132,25 @@ class Int8ActivationLinear(nn.Module):
         return outputs.to(inputs.dtype).reshape(*inputs.shape[:-1], -1)
 
 
+class SparseRowsLinear(nn.Module):
+    """A linear layer on torch's product of compressed sparse rows with a dense matrix."""
+
+    kernel = "sparse csr mm"
+
+    def __init__(self, rows: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bias = bias
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            self.register_buffer("rows", rows.to_sparse_csr(), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.reshape(-1, inputs.shape[-1])  # (tokens, in_features)
+        outputs = torch.sparse.mm(self.rows, flat.T.to(self.rows.dtype)).T
+        outputs = outputs.to(inputs.dtype).reshape(*inputs.shape[:-1], -1)
+        return outputs if self.bias is None else outputs + self.bias
+
+
 def int4_group_size(tensor: QuantizedTensor) -> int:
     """The largest group size of the int4 kernel that divides the tensor's groups; 0 where none does."""
     return next((size for size in (256, 128, 64, 32) if tensor.group_size % size == 0), 0)
@@ -197,7 +221,7 @@ class Eager(Session):
     def __init__(self, variant: Path) -> None:
         super().__init__()
         self.model: PreTrainedModel = variants.load(variant)
-        self.vocabulary = self.model.config.vocab_size
+        self.vocabulary = self.model.config.get_text_config().vocab_size
         self.kernel = self._prepare()
         if "bf" in self.kernel:  # what is summed in another order is rounded to 8 significant bits
             self.tolerance = 0.05
@@ -241,11 +265,6 @@ class Eager(Session):
         del self.model, self._cache
 
 
-def hidden_states(model: PreTrainedModel, inputs: Tensor, cache: Cache) -> Tensor:
-    """Hidden states before the head, (batch, time, hidden), of the next tokens (batch, time) of a cached sequence."""
-    return model.base_model(input_ids=inputs, past_key_values=cache, use_cache=True).last_hidden_state
-
-
 def use_kernels(model: PreTrainedModel) -> tuple[str, bool]:
     """Put kernels in place of packed layers; returns their names, and whether inputs are rounded without one."""
     names: dict[str, None] = {}
@@ -254,10 +273,17 @@ def use_kernels(model: PreTrainedModel) -> tuple[str, bool]:
     for name, layer in packed_layers(model).items():
         if not isinstance(layer, PackedLinear):
             continue
+        filled = ""
+        if isinstance(layer.tensor, SparseMatrix):
+            layer, filled = _filled_in(layer), ", zeros filled in"
+            model.set_submodule(name, layer)
+            if not isinstance(layer, PackedLinear):
+                names[getattr(layer, "kernel", f"{dtype} linear{filled}")] = None
+                continue
         fast = kernel_for(layer.tensor, layer.activation)
         if fast is None:
             rounds = layer.activation is not None
-            names[f"unpacked when used, {dtype}{' after rounding the inputs' * rounds}"] = None
+            names[f"unpacked when used, {dtype}{' after rounding the inputs' * rounds}{filled}"] = None
             simulates = simulates or rounds
             continue
         if id(layer.tensor) not in made:
@@ -265,9 +291,21 @@ def use_kernels(model: PreTrainedModel) -> tuple[str, bool]:
             made[id(layer.tensor)] = fast(layer.tensor, layer.bias, *grids)
         stored = layer.tensor.bits
         width = 4 if fast is Int4Linear else 8
-        names[fast.kernel + (f" ({stored} bits unpacked to {width})" if stored < width else "")] = None
+        names[fast.kernel + (f" ({stored} bits unpacked to {width})" if stored < width else "") + filled] = (
+            None
+        )
         model.set_submodule(name, made[id(layer.tensor)])
     return " + ".join(names) or f"{dtype} linear", simulates
+
+
+def _filled_in(layer: PackedLinear) -> nn.Module:
+    """What runs a layer that is stored without its zeros: sparse rows as they are, all else with the zeros back."""
+    dense = layer.tensor.dense
+    if isinstance(dense, QuantizedTensor):
+        return PackedLinear(dense, layer.bias, layer.activation)
+    if isinstance(layer.tensor, CompressedRows):
+        return SparseRowsLinear(dense, layer.bias)
+    return dense_linear(nn.Parameter(dense, requires_grad=False), layer.bias)
 
 
 def _round_inputs(grid: ActivationGrid, layer: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Removing weights, heads, channels, layers, directions and tokens."""

@@ -1,0 +1,108 @@
+"""Low rank: the error is what was left out, whitened beats plain where inputs lean, factors go through the disk."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgelab.recipes import Context, RecipeError, Record, parse
+from edgelab.reference import resolve
+from edgelab.storage import variants
+from edgelab.techniques import calibration
+from edgelab.techniques.lowrank import break_even, factorize
+
+IDS = torch.arange(2, 66)[None]
+
+
+@pytest.fixture
+def context(byte_tokenizer, monkeypatch, story) -> Context:
+    """A context whose calibration text is the story of the tests."""
+    monkeypatch.setattr(calibration.corpora, "tokenize", lambda corpus, tokenizer, split: story)
+    return Context(tokenizer=byte_tokenizer, record=Record())
+
+
+def leaning(tokens: int, inputs: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=generator) * torch.logspace(-1, 1, inputs)
+    return torch.randn(tokens, inputs, generator=generator) @ mixing
+
+
+def output_error(weight, pair, inputs) -> float:
+    moved = inputs.double() @ (weight.double() - pair.left @ pair.right).T
+    return float(moved.square().sum() / len(inputs))
+
+
+def test_break_even_by_hand():
+    assert break_even(576, 576) == 287
+    assert break_even(192, 576) == 143
+    assert break_even(1536, 576) == 418
+
+
+@given(seed=st.integers(0, 50), rank=st.integers(1, 12), plain=st.booleans())
+@settings(max_examples=30)
+def test_the_error_of_a_layer_is_the_sum_of_the_singular_values_left_out(seed, rank, plain):
+    weight = torch.randn(20, 24, generator=torch.Generator().manual_seed(seed))
+    inputs = leaning(500, 24, seed)
+    products = inputs.double().T @ inputs.double() / len(inputs)
+    pair = factorize(weight, rank, None if plain else products)
+    assert pair.left.shape == (20, rank) and pair.right.shape == (rank, 24)
+    if plain:
+        error = float((weight.double() - pair.left @ pair.right).square().sum())
+        sizes = torch.linalg.svdvals(weight.double())
+        assert error == pytest.approx(float(sizes[rank:].square().sum()), rel=1e-4)
+    else:
+        error = output_error(weight, pair, inputs)
+        assert error <= output_error(weight, factorize(weight, rank), inputs) * (1 + 1e-6)
+    assert error == pytest.approx(pair.left_out, rel=1e-4)
+
+
+def test_inputs_of_too_few_tokens_are_no_obstacle():
+    weight, inputs = torch.randn(16, 24), leaning(5, 24, 1)  # X X^T has rank 5
+    pair = factorize(weight, 5, inputs.T @ inputs / 5)
+    assert output_error(weight, pair, inputs) < 1e-6 * float((inputs @ weight.T).square().sum())
+
+
+@pytest.mark.parametrize("layout", ["llama", "qwen3", "gemma", "phi", "stablelm"])
+@pytest.mark.parametrize("whitened", ["true", "false"])
+def test_full_rank_is_the_identity_and_is_merged_back(layout, whitened, new_model, context):
+    model = new_model(layout)
+    recipe = f"lowrank.svd:share=4,whitened={whitened},samples=2,length=64"
+    same = parse(recipe).apply(model, context)
+    assert "merged back" in context.record.notes[0]
+    assert not any(isinstance(module, torch.nn.Sequential) for module in same.modules())
+    torch.testing.assert_close(same(IDS).logits, model(IDS).logits, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["llama", "phi"])
+def test_factors_hold_the_share_that_was_asked_for(layout, new_model, context):
+    model = new_model(layout)
+    small = parse("lowrank.svd:share=0.5,samples=2,length=64").apply(model, context)
+    for name, layer in small.named_modules():
+        if isinstance(layer, torch.nn.Sequential):
+            first, second = layer
+            whole = model.get_submodule(name).weight.numel()
+            held = first.weight.numel() + second.weight.numel()
+            assert held <= 0.5 * whole < held + first.in_features + second.out_features
+            assert (second.bias is None) == (model.get_submodule(name).bias is None) and first.bias is None
+
+
+@pytest.mark.parametrize("tail", ["", " + quantize.rtn:bits=8,group_size=0"])
+def test_factors_are_saved_loaded_and_quantized(tail, tiny):
+    source = resolve(str(tiny))
+    recipe = parse("lowrank.svd:share=0.5,whitened=false" + tail)
+    folder = variants.build(recipe, source, 0, lambda done, total: None)
+    loaded = variants.load(folder)
+    from edgelab.reference import load
+
+    made = recipe.apply(load(str(tiny)).model, Context())
+    torch.testing.assert_close(loaded(IDS).logits, made(IDS).logits, atol=1e-5, rtol=1e-5)
+    about = variants.read_description(folder)
+    assert about.shapes["model.layers.0.mlp.up_proj.0"] == [24, 64]  # 0.5 * 64 * 192 / 256
+    assert about.shapes["model.layers.0.mlp.up_proj.1"] == [192, 24]
+
+
+def test_shares_that_mean_nothing_are_refused(new_model, context):
+    with pytest.raises(RecipeError, match="above 0"):
+        parse("lowrank.svd:share=0")
+    with pytest.raises(RecipeError, match=r"leaves a layer of .* no rank"):
+        parse("lowrank.svd:share=0.001,whitened=false").apply(new_model("llama"), context)
