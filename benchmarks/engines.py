@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from edgelab import corpora, devices, lab, ledger, recipes, reference, runtimes
-from edgelab.devices import PRECISIONS, Precision
 from edgelab.ledger import Row
 from edgelab.measure import bandwidth
 from edgelab.measure.isolation import Isolated
@@ -29,10 +28,6 @@ RECIPES = {engine: f"{INT4} @ {engine}" for engine in ("torch", "onnxruntime", "
     engine: f"native.int4 @ {engine}" for engine in ("litert", "executorch")
 }
 INT8 = "quantize.rtn:bits=8,group_size=0,symmetric=true + quantize.embedding:bits=8"
-ROOFLINE = {  # bits of linear layers and head as the engine stores them, of 4 bits, 8 bits and float32
-    "onnxruntime": [Precision("4 bits", 4.56, 8.5, "int8"), Precision("8 bits", 8.5, 8.5, "int8")],
-    "llamacpp": [PRECISIONS["Q4_1"], PRECISIONS["Q8_0"]],
-}
 CONTEXT = 160  # tokens in the middle of a timed stretch
 EXPORT_S = {"llamacpp": 15, "onnxruntime": 30, "openvino": 15, "litert": 120, "executorch": 180}
 OWN_TOOLS = ("llamacpp", "onnxruntime", "litert")
@@ -106,7 +101,7 @@ def speeds() -> Iterator[tuple[str, str, str]]:
 
     The limit counts the bytes that a token reads: all weights but ExecuTorch's embedding, beside which its head lies.
     """
-    others = [f"{weights} @ {engine}" for engine in ROOFLINE for weights in (INT8, "none")]
+    others = [f"{weights} @ {engine}" for engine in devices.STORED_AS for weights in (INT8, "none")]
     reads = [bandwidth.read_gb_s() for _ in range(3)]
     rows = list(lab.stream(["none", *RECIPES.values(), *others], only="speed", force=True))
     read = max(*reads, *(bandwidth.read_gb_s() for _ in range(3)))
@@ -137,26 +132,25 @@ def speeds() -> Iterator[tuple[str, str, str]]:
 def roofline(rows: list[Row], read: float) -> Iterator[tuple[str, str, str]]:
     """Rates of 8-bit and float weights, predicted from that of 4 bits on the same engine, ÷ the measured ones."""
     shape = devices.models()["SmolLM2-135M"]
-    here = devices.Device("this machine", "", None, memory_bandwidth_gb_s=read)
     by_recipe = {row.recipe: (row.decode_ratio or 1) * rows[0].decode_tok_s for row in rows}
-    pairs = {
-        engine: [
-            (precision, by_recipe[str(recipes.parse(f"{weights} @ {engine}"))])
-            for precision, weights in zip([*two, PRECISIONS["float32"]], (INT4, INT8, "none"), strict=True)
-        ]
-        for engine, two in ROOFLINE.items()
+    measured = {
+        engine: {
+            precision: by_recipe[str(recipes.parse(f"{weights} @ {engine}"))]
+            for precision, weights in zip(stored, (INT4, INT8, "none"), strict=True)
+        }
+        for engine, stored in devices.STORED_AS.items()
     }
-    split = devices.choose_split(shape, pairs.values(), read, context=CONTEXT)
-    yield "split of the time beyond the limit, chosen on these rates", f"{split:g}", ""
-    for engine, (anchor, *checked) in pairs.items():
-        calibrated = devices.calibrate(shape, *anchor, read, split, CONTEXT)
-        for precision, rate in checked:
-            predicted = devices.decode_tok_s(here, shape, precision, CONTEXT, engine=calibrated)
-            yield (
-                f"{engine}: predicted ÷ measured, {precision.name} ({rate:.0f} tok/s)",
-                f"{predicted / rate:.2f}",
-                "0.75 to 1.25",
-            )
+    fit = devices.fit_engines(shape, measured, read, CONTEXT)
+    yield "split of the time beyond the limit, chosen on these rates", f"{fit.split:g}", ""
+    for row in (
+        fit.check.groupby("engine", sort=False).tail(-1).itertuples()
+    ):  # without the rate it was set by
+        ratio = f"{row.predicted / row.measured:.2f}"
+        yield (
+            f"{row.engine}: predicted ÷ measured, {row.weights} ({row.measured:.0f} tok/s)",
+            ratio,
+            "0.75 to 1.25",
+        )
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
@@ -294,7 +293,7 @@ def _stream(rows: Any, as_json: bool, finish: Callable[[Any], None] | None = Non
         for row in rows:
             done.append(row)
             if as_json:
-                sys.stdout.write(json.dumps(row.flat()) + "\n")
+                sys.stdout.write(ledger.strict_json(row.flat()) + "\n")
                 sys.stdout.flush()
             elif row.status == "ok":
                 err.print(f"{len(done)}: {row.recipe} done in {row.duration_s:.0f} s", highlight=False)
@@ -340,7 +339,9 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        sys.stdout.writelines(json.dumps(row) + "\n" for row in rows)
+        from edgelab.ledger import strict_json
+
+        sys.stdout.writelines(strict_json(row) + "\n" for row in rows)
         return
     if not rows:
         err.print("Nothing yet; `edgelab compare` measures a first set of recipes.")

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import edgelab as el
 from edgelab import ledger
 
 
@@ -149,3 +150,10 @@ def test_doctor_says_how_to_mend_what_is_missing():
     assert done.returncode == 0 and checks["torch"]["state"] == "ok"
     assert {one for one in checks if one.startswith("runtime ")} <= {"runtime litert", "runtime executorch"}
     assert "runtime litert" not in checks or checks["runtime litert"]["mend"] == "make phone"
+
+
+def test_the_machine_is_named_in_one_line():
+    known = ledger.machine()
+    line = el.machine()
+    assert known["cpu"] in line and known["os"] in line and "\n" not in line
+    assert f"{known['ram_gb']:.0f} GB of memory" in line

@@ -103,3 +103,17 @@ def test_a_quantized_cache_is_refused(new_model, tmp_path):
     folder = variant("quantize.kv:bits=8", new_model("llama"), tmp_path / "variant")
     with pytest.raises(runtimes.RuntimeRefused, match="runs on 'torch'"):
         runtimes.load("compiled", folder)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "words"),
+    [
+        ("falcon", {"alibi": True}, r"no one graph over a cache of fixed length \(.*\); use 'torch'"),
+        ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, "no one graph over a cache of fixed length"),
+        ("mamba", {}, "a mamba model keeps a state; use 'torch'"),
+    ],
+    ids=["alibi", "learned positions", "state"],
+)
+def test_a_model_that_cannot_be_one_graph_is_refused(layout, changes, words, new_model, tmp_path, traced):
+    with pytest.raises(CompileError, match=words):
+        Compiled(variant("none", new_model(layout, **changes), tmp_path / "variant")).compile()

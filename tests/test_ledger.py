@@ -59,14 +59,16 @@ def test_the_newest_whole_answer_counts():
 
 
 def test_a_verdict_of_the_gate_belongs_to_every_row_of_variant_and_export():
-    same = {"variant": "abc", "runtime": "llamacpp", "made_by": '{"export": 1}'}
+    same = {"variant": "abc", "runtime": "llamacpp", "made_by": '{"export": 1, "gate": 2}'}
     before = Row("r @ llamacpp", **same, started_at="2026-01-01")
-    other = Row("r @ llamacpp", **same | {"made_by": '{"export": 2}'}, started_at="2026-01-02")
+    other = Row("r @ llamacpp", **same | {"made_by": '{"export": 2, "gate": 2}'}, started_at="2026-01-02")
+    earlier = Row("r @ llamacpp", **same | {"made_by": '{"export": 1, "gate": 1}'}, started_at="2026-01-02")
     gated = Row("r @ llamacpp", **same, parity="passed", parity_detail="+0.1%", started_at="2026-01-03")
-    for row in (before, other, gated):
+    for row in (before, other, earlier, gated):
         ledger.add(row)
-    assert [row.parity for row in ledger.own()] == ["passed", None, "passed"]
-    assert ledger.verdict(before) == ("passed", "+0.1%") and ledger.verdict(other) == (None, None)
+    assert [row.parity for row in ledger.own()] == ["passed", None, None, "passed"]
+    assert ledger.verdict(before) == ("passed", "+0.1%")
+    assert ledger.verdict(other) == ledger.verdict(earlier) == (None, None)
 
 
 def test_a_column_of_numbers_is_numeric_also_where_nothing_was_measured():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgelab import runtimes
 from edgelab.recipes import Context, RecipeError, Record, parse
 from edgelab.reference import resolve
 from edgelab.storage import variants
@@ -106,3 +107,9 @@ def test_shares_that_mean_nothing_are_refused(new_model, context):
         parse("lowrank.svd:share=0")
     with pytest.raises(RecipeError, match=r"leaves a layer of .* no rank"):
         parse("lowrank.svd:share=0.001,whitened=false").apply(new_model("llama"), context)
+
+
+def test_engines_that_multiply_by_one_matrix_refuse_two(new_model):
+    about = variants.describe(parse("lowrank.svd:whitened=false").apply(new_model("llama"), Context()))
+    for engine in ("llamacpp", "onnxruntime", "openvino", "executorch", "litert"):
+        assert "self_attn.q_proj" in runtimes.find(engine).refusal(about), engine

@@ -172,6 +172,38 @@ def test_a_damaged_graph_is_refused(variant):
         runtimes.load("onnxruntime", folder)
 
 
+def test_what_the_builder_says_is_one_sentence(variant, monkeypatch):
+    monkeypatch.setattr("edgelab.runtimes.onnxruntime.ACTIVATIONS", ("quick_gelu",))
+    folder = variant("none", hidden_act="quick_gelu")
+    with pytest.raises(
+        RuntimeRefused, match=r"^The export to onnxruntime.*quick_gelu activation.*; use 'torch'\.$"
+    ):
+        runtimes.load("onnxruntime", folder)
+    assert not list((folder / "exports").iterdir())
+
+
+def test_a_text_longer_than_the_models_positions_is_refused(variant):
+    folder = variant("none", max_position_embeddings=48)
+    runtime = runtimes.load("onnxruntime", folder)
+    ids = torch.randint(0, 300, (48,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.inference_mode():
+        expected = variants.load(folder)(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(runtime.logits(ids), expected, rtol=1e-4, atol=1e-4)
+    assert (
+        runtime.prefill(ids[:47]) == expected[46].argmax()
+        and runtime.decode(ids[47]) == expected[47].argmax()
+    )
+    for ask in (runtime.decode, lambda token: runtime.prefill([token] * 49)):
+        with pytest.raises(RuntimeRefused, match="the model's 48 positions; use a shorter text"):
+            ask(5)
+
+
+def test_settings_that_the_model_does_not_have_are_not_followed(variant):
+    """The builder caps the logits of any model whose config says so; a Llama has no such cap."""
+    folder = variant("none", final_logit_softcapping=2.0, attn_logit_softcapping=3.0)
+    assert apart(runtimes.load("onnxruntime", folder), folder) < 1e-5
+
+
 def test_the_engines_own_rounding_is_another_one(variant):
     folder = variant("native.int4")
     runtime = runtimes.load("onnxruntime", folder)

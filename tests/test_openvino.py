@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from edgelab import runtimes
+from edgelab.measure import parity
+from edgelab.measure.perplexity import Window, logit_slices
 from edgelab.runtimes import RuntimeRefused
 from edgelab.runtimes.openvino import GRAPH, LAYOUTS
 from edgelab.storage import variants
@@ -106,6 +108,31 @@ def test_nncf_rounds_in_its_own_way(variant, text):
 def test_what_it_cannot_run_is_refused_in_one_sentence(variant, text, words):
     with pytest.raises(RuntimeRefused, match=words):
         runtimes.load("openvino", variant(text))
+
+
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_parameters": SCALED}, {"attention_bias": True}], ids=str)
+def test_what_the_reader_leaves_out_would_fail_the_gate(variant, monkeypatch, changes):
+    monkeypatch.setattr("edgelab.runtimes.openvino._foreign_model", lambda about: None)
+    folder = variant("quantize.fp16", **changes)
+    cut = [
+        Window(ids, 1, 128)
+        for ids in torch.randint(0, 300, (3, 129), generator=torch.Generator().manual_seed(0))
+    ]
+    engine, twin = (
+        logit_slices(runtimes.load(name, folder).logits, cut) for name in ("openvino", "simulated")
+    )
+    verdict = parity.by_logits(engine, twin)
+    assert verdict.passed == (not changes), verdict.detail
 
 
 def test_a_damaged_graph_is_refused(variant):

@@ -1,65 +1,91 @@
 """The parity gate, by hand: what passes, what fails, and by which of its numbers."""
 
-import json
+import copy
 import math
 
 import pytest
 import torch
 
-from edgelab.assets import data_dir
-from edgelab.measure import parity
+from edgelab.measure import parity, perplexity
+from edgelab.measure.perplexity import Slice, Window
 
 
 def answer(written=range(16), likely=None):
     return list(written), likely or [(token, math.log(0.5 / (token + 1))) for token in range(20)]
 
 
-def test_perplexities_within_one_per_cent_pass():
-    assert parity.by_perplexity(20.19, 20).passed and parity.by_perplexity(19.81, 20).passed
-    wrong = parity.by_perplexity(20.21, 20)
-    assert not wrong.passed and "20.210 against 20.000" in wrong.detail and "+1.05%" in wrong.detail
-    assert not parity.by_perplexity(math.inf, 20).passed and not parity.by_perplexity(math.nan, 20).passed
+def slices(probabilities, target, positions=10):
+    """One slice of equal positions, with the logits of these probabilities."""
+    logits = torch.tensor(probabilities).log().repeat(positions, 1)
+    return [Slice(0, logits, torch.full((positions,), target), None)]
 
 
-def quality(ppl=20.0, kld=0.2, agreement=0.75):
-    return {"ppl": ppl, "kld_mean": kld, "top1_agreement": agreement}
+def test_the_three_numbers_by_hand():
+    """KL = 1/2 ln 2 + 1/4 ln 1/2 = 0.1733; the target has half the probability, so the perplexity is twice as large."""
+    same = parity.by_logits(slices([0.5, 0.25, 0.25], 0), slices([0.5, 0.25, 0.25], 0))
+    assert same.passed
+    for words in ("10 tokens", "perplexity +0.00%", "0.0000 nats", "same most likely token 100.0%"):
+        assert words in same.detail
+    wrong = parity.by_logits(slices([0.25, 0.5, 0.25], 0), slices([0.5, 0.25, 0.25], 0))
+    assert not wrong.passed
+    for words in ("perplexity +100.00%", "0.1733 nats", "same most likely token 0.0%"):
+        assert words in wrong.detail
 
 
 @pytest.mark.parametrize(
-    ("engine", "passes"),
+    ("engine", "torch_", "target", "numbers"),
     [
-        (quality(), True),
-        (quality(20.15, 0.215, 0.72), True),  # each within its bound
-        (quality(ppl=20.21), False),
-        (quality(kld=0.221), False),
-        (quality(kld=0.179), False),
-        (quality(agreement=0.70), False),
-        (quality(kld=math.nan), False),
+        # of a rare token only: 2 % off in perplexity
+        ([0.9, 0.0902, 0.0098], [0.9, 0.09, 0.01], 2, ("+2.04%", "0.0000 nats", "100.0%")),
+        # as far from a reference of (0.5, 0.2, 0.2, 0.1) as its twin, with its perplexity: 0.2 ln 3 apart
+        ([0.5, 0.1, 0.3, 0.1], [0.5, 0.3, 0.1, 0.1], 0, ("+0.00%", "0.2197 nats", "100.0%")),
+        # two tokens nearly as likely, in the other order
+        (
+            [0.299, 0.301, 0.2 - 1e-3, 0.2],
+            [0.301, 0.299, 0.2 - 1e-3, 0.2],
+            2,
+            ("+0.00%", "0.0000 nats", "0.0%"),
+        ),
     ],
+    ids=["perplexity", "divergence", "agreement"],
 )
-def test_each_number_of_quality_can_fail_alone(engine, passes):
-    assert parity.by_quality(engine, quality()).passed == passes
-
-
-def test_an_engine_whose_perplexity_is_right_by_luck_fails():
-    """An engine that lost the scaling of rotary frequencies, beside the reference in PyTorch."""
-    verdict = parity.by_quality(quality(20.03, 0.099, 0.75), quality(20, None, None))
+def test_each_number_of_logits_can_fail_alone(engine, torch_, target, numbers):
+    verdict = parity.by_logits(slices(engine, target), slices(torch_, target))
     assert not verdict.passed
-    for words in ("+0.15%", "0.0990 against 0.0000", "75.0% against 100.0%"):
+    for words in numbers:
         assert words in verdict.detail
 
 
-def test_committed_rows_of_engines_pass():
-    rows = [json.loads(line) for line in (data_dir() / "reference" / "rows.jsonl").read_text().splitlines()]
-    scored = {row["recipe"]: row for row in rows if row["ppl"] is not None}
-    pairs = [
-        (row, scored[recipe.partition(" @ ")[0]])
-        for recipe, row in scored.items()
-        if row["badge"] == "runtime" and not recipe.startswith("native")
-    ]
-    assert len(pairs) >= 9
-    for engine, twin in pairs:
-        assert parity.by_quality(engine, twin).passed, engine["recipe"]
+def test_small_differences_pass():
+    """As int8 activations make them: perplexity +0.5 %, and one token in twenty another."""
+    near, other = slices([0.5, 0.3, 0.2], 0, 95), slices([0.34, 0.33, 0.33], 0, 5)
+    moved, swapped = slices([0.4975, 0.302, 0.2005], 0, 95), slices([0.33, 0.34, 0.33], 0, 5)
+    assert parity.by_logits(moved + swapped, near + other).passed
+    assert not parity.by_logits(slices([math.nan] * 3, 0), slices([0.5, 0.3, 0.2], 0)).passed
+
+
+@pytest.mark.parametrize("lost", ["rope_parameters", "bias"])
+def test_an_engine_that_leaves_a_part_of_the_model_out_fails(new_model, lost):
+    scaled = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = new_model("llama", rope_parameters=scaled, attention_bias=True)
+    other = new_model("llama", attention_bias=True)
+    other.load_state_dict(model.state_dict())
+    if lost == "bias":
+        other = copy.deepcopy(model)
+        for layer in other.model.layers:
+            torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
+            torch.nn.init.zeros_(layer.self_attn.v_proj.bias)
+    ids = torch.randint(0, 300, (3, 129), generator=torch.Generator().manual_seed(0))
+    cut = [Window(one, 1, 128) for one in ids]
+    assert parity.by_logits(perplexity.slices(model, cut), perplexity.slices(model, cut)).passed
+    assert not parity.by_logits(perplexity.slices(other, cut), perplexity.slices(model, cut)).passed
 
 
 def test_equal_answers_pass_and_their_numbers_are_said():

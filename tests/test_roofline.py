@@ -18,6 +18,7 @@ from edgelab.devices import (
     class_engine,
     decode_tok_s,
     estimate,
+    fit_engines,
     fits_and_speed,
     kv_cache_mb_per_1k,
     models,
@@ -167,6 +168,25 @@ def test_the_split_that_made_the_rates_is_found_again(true_split):
         (PRECISIONS[name], decode_tok_s(machine, shape, PRECISIONS[name], engine=made)) for name in names
     ]
     assert choose_split(shape, [rates], 26.0) == true_split
+
+
+def test_a_fit_predicts_the_other_rates_of_the_engine_that_made_them():
+    shape, names = models()["SmolLM2-135M"], ("Q4_1", "Q8_0", "float32")
+    machine = Device("here", "", 24, memory_bandwidth_gb_s=26.0)
+    made = {"fast": 97.0, "slow": 31.0}
+    measured = {}
+    for name, rate in made.items():
+        engine = calibrate(shape, PRECISIONS["Q4_1"], rate, 26.0, split=0.5)
+        forms = [PRECISIONS[each] for each in names]
+        measured[name] = {form: decode_tok_s(machine, shape, form, engine=engine) for form in forms}
+    measured["slow"][PRECISIONS["float32"]] *= 1.01
+    fit = fit_engines(shape, measured, 26.0)
+    assert fit.split == 0.5 and set(fit.engines) == set(made)
+    assert fit.check["error"].tolist() == pytest.approx([0, 0, 0, 0, 0, 1 / 1.01 - 1])
+    alone = fit_engines(shape, {"fast": {PRECISIONS["Q4_1"]: 97.0}}, 26.0)
+    assert alone.check["predicted"].tolist() == pytest.approx([97.0])
+    nothing = fit_engines(shape, {"missing": {}}, 26.0)
+    assert nothing.check.empty and not nothing.engines
 
 
 def test_calibration_refuses_rates_and_splits_out_of_range():

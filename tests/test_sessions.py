@@ -72,6 +72,31 @@ def test_pieces_and_going_back_give_the_logits_of_the_whole(session):
     assert apart(session, session.extend(IDS), whole) < 1
 
 
+def test_a_model_that_keeps_a_state_goes_on_and_back(variant):
+    """Jamba: a state in the first layer, keys and values in the second."""
+    mixed = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False}
+    session = Eager(variant("none", "jamba", **mixed))
+    whole = session.logits(IDS)
+    session.prefill(IDS[:10])
+    assert apart(session, session.extend(IDS[10:17]), whole[10:17]) < 1
+    session.extend(OTHER)
+    session.rewind(len(OTHER))
+    (found,) = session.continuations([IDS[17:20]])
+    expected = whole[16:19].log_softmax(-1).gather(1, torch.tensor(IDS[17:20])[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert apart(session, session.extend(IDS[17:]), whole[17:]) < 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"), [("mamba", {}), ("openai-gpt", {"n_embd": 64, "n_layer": 2, "n_head": 4})]
+)
+def test_a_model_that_does_not_go_on_from_keys_and_values_says_so(variant, layout, changes):
+    session = Eager(variant("none", layout, **changes))
+    assert session.logits(IDS).shape == (40, 300)
+    with pytest.raises(SessionError, match=f"A {layout} model does not go on .* use only=quality"):
+        session.decode(5)
+
+
 CANDIDATES = [OTHER[:5], OTHER[5:6], IDS[20:23], OTHER[:5]]
 
 

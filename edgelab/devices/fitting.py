@@ -44,9 +44,10 @@ def fit_engines(
     """Calibrate every engine on the first of its decoding rates, with the one split that predicts the others best.
 
     measured: tokens per second by precision, by engine. read_gb_s: what this machine reads. An engine with one rate is
-    predicted by nothing but itself. Raises ShapeError for rates or a bandwidth that are not positive.
+    predicted by nothing but itself, and one with none is left out. Raises ShapeError for rates or a bandwidth that are
+    not positive.
     """
-    rates = {name: list(by_precision.items()) for name, by_precision in measured.items()}
+    rates = {name: list(by_precision.items()) for name, by_precision in measured.items() if by_precision}
     split = choose_split(shape, rates.values(), read_gb_s, context=context)
     engines = {name: calibrate(shape, *pairs[0], read_gb_s, split, context) for name, pairs in rates.items()}
     here = Device("this machine", "", None, memory_bandwidth_gb_s=read_gb_s)

@@ -86,7 +86,7 @@ def straight_through() -> CodeExercise:
         inputs=(weight, 0.5, -2, 3, outer),
         solution=solution,
         why="Rounding counts as if it were not there; clamping counts as what it is.",
-        hint="integers = (weight / scale).round(); the gradient passes where low <= integers <= high, and is 0 elsewhere.",
+        hint="integers = (weight / scale).round(); the gradient passes where low <= integers <= high, else it is 0.",
         mistakes=[
             (
                 lambda weight, *_: 0 * weight,

@@ -245,7 +245,9 @@ class Row:
     train_tokens: int | None = declared("Training tokens", "cost", **LOWER)
     train_corpus: str | None = declared("Training text", "cost")
     calibration_tokens: int | None = declared("Calibration tokens", "cost", **LOWER)
-    notes: str | None = declared("Notes", "cost", meaning="What a technique has to say about this run.")
+    notes: str | None = declared(
+        "Notes", "cost", meaning="What the checkpoint and the techniques have to say about this run."
+    )
 
     energy_j_per_token: float | None = declared(
         "Energy", "energy", unit="J per token", **LOWER, within="machine"

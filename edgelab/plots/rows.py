@@ -268,7 +268,7 @@ def window_delta(rows: Rows, baseline: str = "none") -> Figure:
     axes.margins(x=0.1)
     axes.set_xlabel(f"NLL minus that of {label(baseline)} (nats per token), lower is better", fontsize=9.5)
     windows = " or ".join(str(length) for length in sorted({len(delta) for _, delta in pairs}))
-    style_axes(axes, f"NLL beside {label(baseline)}, {windows} windows, and mean")
+    style_axes(axes, f"Difference to {label(baseline)}: {windows} windows and their mean")
     return stamp(figure, frame, notes + cautions(shown.assign(hollow=False), ["delta_nll"]))
 
 

@@ -35,6 +35,7 @@ FAMILY_COLOURS = {
     "qat": "#882255",
     "native": "#999933",  # an engine's own
     "prune": "#D55E00",
+    "lowrank": "#44AA99",
     "distill": "#009E73",
     "lora": "#CC79A7",
     "hybrid": "#E69F00",

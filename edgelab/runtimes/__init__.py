@@ -11,9 +11,7 @@ import dataclasses
 import importlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +53,42 @@ class Export:
     seconds: float
 
 
+def cannot_load(engine: str, folder: Path, reason: object, spare: tuple[str, ...] = ()) -> RuntimeRefused:
+    """An export that an engine does not load, and what it says. Writing it anew helps only where files have changed."""
+    said = _first_line(reason)
+    if _is_as_written(folder, spare):
+        return RuntimeRefused(f"{engine} cannot load what was exported of this model ({said}); use 'torch'.")
+    return RuntimeRefused(
+        f"{engine} cannot load {folder}, changed since it was written ({said}); remove it, and it is written anew."
+    )
+
+
+def _is_as_written(folder: Path, spare: tuple[str, ...]) -> bool:
+    """Whether no file of an export is missing, or was changed after its note was written."""
+    note = folder / NOTE
+    try:
+        noted, written = json.loads(note.read_text())["file_bytes"], note.stat().st_mtime_ns
+    except (OSError, ValueError, KeyError):
+        return False
+    changed = any(file.stat().st_mtime_ns > written for file in folder.rglob("*"))
+    return noted == _file_bytes(folder, spare) and not changed
+
+
+def _file_bytes(folder: Path, spare: tuple[str, ...]) -> int:
+    """Bytes of the files of an export that an engine reads."""
+    return cache.tree_bytes(folder) - sum(
+        (folder / name).stat().st_size for name in (NOTE, *spare) if (folder / name).is_file()
+    )
+
+
+def _first_line(reason: object) -> str:
+    """The first line of an engine's message that says something."""
+    lines = [line.strip(" .") for line in str(reason).splitlines()]
+    return next(
+        (line[:200] for line in lines if line and not line.startswith("Exception from")), repr(reason)
+    )
+
+
 def find(runtime: str) -> type[Session]:
     """The class of a runtime, whose module is imported now: an engine may be an optional dependency."""
     module, _, name = recipes.deployments()[runtime].engine.partition(":")
@@ -71,7 +105,7 @@ def exported(where: Deployment | str, variant: Path) -> Export | None:
     deployment, kind = _both(where)
     if reason := kind.refusal(variants.read_description(variant)):
         raise RuntimeRefused(reason)
-    if deployment.in_torch:
+    if kind.export is None:
         return None
     settings = _settings(deployment)
     folder = (
@@ -83,19 +117,26 @@ def exported(where: Deployment | str, variant: Path) -> Export | None:
     if not note.is_file():
         with cache.locked(variant):
             if not note.is_file():
-                _export(partial(kind.export, **settings), kind.spare, variant, folder)
+                _export(deployment, variant, folder)
         cache.trim(keep=variant)
     return Export(folder, **json.loads(note.read_text()))
 
 
-def _export(write: Callable[[Path, Path], int], spare: tuple[str, ...], variant: Path, folder: Path) -> None:
+def _export(deployment: Deployment, variant: Path, folder: Path) -> None:
+    kind = find(deployment.name)
     with assets.staged(folder) as draft:
         draft.mkdir()
         started = time.perf_counter()
-        weights = write(variant, draft)
+        try:
+            weights = kind.export(variant, draft, **_settings(deployment))
+        except (EdgeLabError, OSError, MemoryError):
+            raise
+        except Exception as error:  # those of exporters have no common class
+            raise RuntimeRefused(
+                f"The export to {deployment.name} cannot hold this model ({_first_line(error)}); use 'torch'."
+            ) from error
         spent = time.perf_counter() - started
-        files = cache.tree_bytes(draft) - sum((draft / name).stat().st_size for name in spare)
-        found = {"weights_bytes": weights, "file_bytes": files, "seconds": spent}
+        found = {"weights_bytes": weights, "file_bytes": _file_bytes(draft, kind.spare), "seconds": spent}
         (draft / NOTE).write_text(json.dumps(found))
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import PreTrainedModel, StaticCache
 
 from edgelab import assets
 from edgelab.errors import EdgeLabError
-from edgelab.model.logits import head_logits
-from edgelab.runtimes.eager import Eager, hidden_states
+from edgelab.model.logits import head_logits, hidden_states
+from edgelab.runtimes.eager import Eager
 from edgelab.runtimes.session import Can, Session
 from edgelab.storage.description import Description
 
@@ -74,6 +75,11 @@ class Compiled(Eager):
     def __init__(self, variant: Path) -> None:
         use_compiler()
         super().__init__(variant)
+        if self._cache.recurrent:
+            raise CompileError(
+                f"The runtime 'compiled' needs keys and values, and a {self.model.config.model_type} model keeps a "
+                "state; use 'torch'."
+            )
         self.kernel = f"compiled, {self.kernel}"
         self._static: StaticCache | None = None
         self._room = 0
@@ -87,6 +93,17 @@ class Compiled(Eager):
         return time.perf_counter() - started
 
     def _feed(self, ids: list[int], every: bool) -> Tensor:
+        try:
+            return self._go_on(ids, every)
+        except (RuntimeError, FailOnRecompileLimitHit) as error:
+            reason = str(error).split("\n")[0].strip(" .")
+            if "allocate memory" in reason:
+                raise
+            raise CompileError(
+                f"The decode step of this model is no one graph over a cache of fixed length ({reason}); use 'torch'."
+            ) from error
+
+    def _go_on(self, ids: list[int], every: bool) -> Tensor:
         length = self.length + len(ids)
         fresh = not self.ids or length > self._room  # what outgrows the cache is read into a longer one
         if fresh:

@@ -26,7 +26,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from edgelab.model.logits import CHUNK, head_logits, hidden_states
 from edgelab.model.marks import marks_of
-from edgelab.runtimes.session import Can, Session, taken
+from edgelab.runtimes.session import Can, Session, SessionError, taken
 from edgelab.storage import variants
 from edgelab.storage.csr import CompressedRows
 from edgelab.storage.description import Description
@@ -182,8 +182,23 @@ class TorchCache:
             self.grid.new_cache(self._config) if self.grid else DynamicCache(config=self._config)
         )
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a layer keeps a state in place of keys and values, which is neither cut nor copied."""
+        return any(not hasattr(layer, "batch_repeat_interleave") for layer in self.values.layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are kept; 0 for a model without any."""
+        try:
+            return self.values.get_seq_length()
+        except ValueError:  # no layer has keys and values
+            return 0
+
     def cut(self, length: int) -> bool:
         """Keep the first tokens; False where they are packed, or where a window has forgotten what comes back."""
+        if self.recurrent:
+            return False
         surplus = self.values.get_seq_length() - length
         try:
             self.values.crop(-surplus)
@@ -236,7 +251,17 @@ class Eager(Session):
         return kernel
 
     def _feed(self, ids: list[int], every: bool) -> Tensor:
-        pieces = torch.tensor([ids]).split(CHUNK if every and self._cache.grid else len(ids), 1)
+        if self.ids and self._cache.length != self.length:
+            raise SessionError(
+                f"A {self.model.config.model_type} model does not go on from keys and values, so that nothing can be "
+                "written or timed with it here; use only=quality."
+            )
+        size = CHUNK if every and self._cache.grid else len(ids)
+        if (
+            self.ids and self._cache.recurrent
+        ):  # many of these models take several tokens at the beginning only
+            size = 1
+        pieces = torch.tensor([ids]).split(size, 1)
         with torch.inference_mode():
             hidden = [hidden_states(self.model, piece, self._cache.values) for piece in pieces]
             return head_logits(self.model, torch.cat(hidden, 1)[0] if every else hidden[-1][0, -1:])
@@ -249,6 +274,8 @@ class Eager(Session):
 
     def continuations(self, candidates: list[list[int]]) -> list[Tensor]:
         """As `Session.continuations`, all candidates in one batch: what fills up the shorter ones lies behind them."""
+        if self._cache.recurrent:
+            return super().continuations(candidates)
         first, longest = self._next(), max(map(len, candidates))
         if longest == 1:
             return [taken(first, candidate) for candidate in candidates]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgelab.runtimes import EngineMissing, RuntimeRefused, refusals
+from edgelab.runtimes import EngineMissing, RuntimeRefused, cannot_load, refusals
 from edgelab.runtimes.session import Session
 from edgelab.storage import variants
 from edgelab.storage.description import Description
@@ -67,10 +67,8 @@ class ExecuTorch(Session):
             self.room, self.chunk, rounded = (
                 int(program.load_method(name).execute([])[0]) for name in ("room", "chunk", "bits")
             )
-        except (RuntimeError, KeyError):
-            raise RuntimeRefused(
-                f"{file} is no program that ExecuTorch can run; remove its folder, and it is written anew."
-            ) from None
+        except (RuntimeError, KeyError) as error:
+            raise cannot_load("ExecuTorch", folder, error) from None
         self.kernel = "XNNPACK float32" if rounded == 32 else f"XNNPACK int{rounded}, int8 activations"
         self.vocabulary = self._method.metadata.output_tensor_meta(0).sizes()[-1]
 

@@ -67,7 +67,7 @@ def stored_as(bits: int, zero_point: str | None) -> Type | None:
 
 def refusal(about: Description) -> str | None:
     """Why a variant cannot be written as GGUF or llama.cpp would compute it otherwise, in one sentence; else None."""
-    return _foreign_matrix(about) or _foreign_model(about)
+    return refusals.factored(about, "llama.cpp") or _foreign_matrix(about) or _foreign_model(about)
 
 
 def _foreign_matrix(about: Description) -> str | None:
@@ -86,6 +86,11 @@ def _foreign_matrix(about: Description) -> str | None:
                 f"GGUF gives each {BLOCK} weights a scale, and {name} has groups of {how['group_size']}; use a "
                 f"group_size that {BLOCK} divides."
             )
+        if "scale_exponent" in how:
+            return (
+                f"GGUF keeps scales in float16, whose range does not hold those of {name}; run it on torch or "
+                "onnxruntime."
+            )
     return None
 
 
@@ -95,8 +100,14 @@ def _foreign_model(about: Description) -> str | None:
         return reason
     if config["hidden_act"] not in ("silu", "swish"):
         return f"llama.cpp computes {kind} models with silu, and this one has {config['hidden_act']}; run it on torch."
-    if kind != "llama" and config.get("attention_bias"):
+    if kind == "qwen3" and config.get("attention_bias"):
         return f"llama.cpp has no place for the attention biases of a {kind} model; run it on torch."
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if kind == "qwen2" and head * config["num_attention_heads"] != config["hidden_size"]:
+        return (
+            f"llama.cpp makes the heads of a qwen2 model as wide as its hidden states, and this one has "
+            f"{config['num_attention_heads']} of {head} for {config['hidden_size']}; run it on torch."
+        )
     uneven = refusals.differing(about)
     if kind == "llama":  # as `deci`, whose layers have widths of their own
         uneven = [name for name in uneven if not OF_A_BLOCK.search(name)]
@@ -287,16 +298,18 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, model:
     """
     file = folder / "tokenizer.json"
     described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if described.get("model", {}).get("type") != "BPE" or described["model"].get("byte_fallback"):
+    bpe = described.get("model", {})
+    if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or not bpe["merges"]:
         writer.add_tokenizer_model("none")
         return
     # The package's own list of tokens, BpeVocab, calls special ones normal and knows no vocabulary with gaps.
     texts = [f"[PAD{index}]" for index in range(vocabulary)]
     types = [gguf.TokenType.UNUSED] * vocabulary
-    for text, index in described["model"]["vocab"].items():
-        texts[index], types[index] = text, gguf.TokenType.NORMAL
-    known = [token for token in described["added_tokens"] if token["id"] < vocabulary]
-    for token in known:  # a class of transformers may add some that the model has no row for
+    # A tokenizer may know some that the model has no row for.
+    for text, index in bpe["vocab"].items():
+        if index < vocabulary:
+            texts[index], types[index] = text, gguf.TokenType.NORMAL
+    for token in (token for token in described["added_tokens"] if token["id"] < vocabulary):
         texts[token["id"]] = token["content"]
         types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
@@ -306,7 +319,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, model:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
     # Asked of the tokenizer: the package guesses it from a template, and knows none without one.
-    special.add_special_token = {"bos": tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id}
+    special.add_special_token = {"bos": tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]}
     template, special.chat_template = special.chat_template, None  # comes last, as in files of this version
     special.add_to_gguf(writer, quiet=True)
     writer.add_add_space_prefix(False)

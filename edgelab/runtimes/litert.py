@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from edgelab.runtimes import EngineMissing, RuntimeRefused, refusals
+from edgelab.runtimes import EngineMissing, RuntimeRefused, cannot_load, refusals
 from edgelab.runtimes.session import Can, Session
 from edgelab.storage import variants
 from edgelab.storage.description import Description
@@ -111,10 +111,8 @@ class LiteRt(Session):
             native = _read_note(folder)
             self._engine = CompiledModel.from_file(str(folder / MODEL), options=options)
             shapes = self._engine.get_input_tensor_details("decode")
-        except (RuntimeError, ValueError, KeyError, OSError):
-            raise RuntimeRefused(
-                f"{folder / MODEL} is no model that LiteRT can run; remove its folder, and it is written anew."
-            ) from None
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            raise cannot_load("LiteRT", folder, error, self.spare) from None
         self.room = int(shapes["mask"]["shape"][-1])
         self.vocabulary = int(self._engine.get_output_tensor_details("decode")["logits"]["shape"][-1])
         self._cache = {}

@@ -88,6 +88,7 @@ class Timings(Structure):
 
 
 TESTED = "2026.10.11549"
+ERROR = 4  # GGML_LOG_LEVEL_ERROR
 DEFAULTS = {  # from the first field used to the last: another layout would show other values
     "n_batch": 2048,
     "n_ubatch": 512,
@@ -128,9 +129,14 @@ FUNCTIONS = {  # name -> (result, *arguments)
 }
 
 
+said: list[str] = []  # errors that llama.cpp has logged
+
+
 @Logger
-def _silent(level: int, text: bytes, data: int) -> None:
-    """llama.cpp's log, which is pages long, goes nowhere."""
+def _listen(level: int, text: bytes, data: int) -> None:
+    """Of llama.cpp's log, which is pages long, only the errors are kept."""
+    if level == ERROR:
+        said.append(text.decode(errors="replace").strip())
 
 
 @cache
@@ -147,7 +153,7 @@ def library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except AttributeError as error:
         raise LlamaError(f"This build of xllamacpp hides llama.cpp's C functions ({error}).") from None
-    found.llama_log_set(_silent, None)
+    found.llama_log_set(_listen, None)
     found.llama_backend_init()
     defaults = found.llama_context_default_params()
     if any(getattr(defaults, name) != value for name, value in DEFAULTS.items()):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab.runtimes import gguf
+from edgelab.runtimes import cannot_load, gguf, llama_c
 from edgelab.runtimes.llama_c import LlamaError, library
 from edgelab.runtimes.session import Session
 from edgelab.storage.description import Description
@@ -52,11 +53,13 @@ class LlamaCpp(Session):
         self._c = library()
         self._threads = threads
         self._context: int | None = None
+        llama_c.said.clear()
         self._model = self._c.llama_model_load_from_file(
-            str(file).encode(), self._c.llama_model_default_params()
+            os.fsencode(file), self._c.llama_model_default_params()
         )
         if not self._model:
-            raise LlamaError(f"llama.cpp cannot load {file}; remove its folder, and it is written again.")
+            reason = next(iter(llama_c.said), "").rpartition("error loading model: ")[2]
+            raise cannot_load("llama.cpp", folder, reason)
         self.kernel = self._kernel()
         self.vocabulary = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
         self._open(CONTEXT)

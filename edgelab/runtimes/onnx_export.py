@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from edgelab.runtimes.onnxruntime import SCORING
 from edgelab.storage import variants
@@ -36,6 +37,14 @@ from edgelab.storage.layers import PackedEmbedding, PackedLinear, packed_layers,
 from edgelab.storage.uniform import QuantizedTensor
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
+ROTARY_SETTINGS = (  # of the kinds of scaling that are exported
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 SMALL = 1024  # bytes; smaller tensors stay in the graph's own file
 
 
@@ -87,10 +96,24 @@ def weights_bytes(graph) -> int:
 
 def _save_dense(model: PreTrainedModel, variant: Path, folder: Path) -> None:
     """The model in float32 as a folder of transformers, with its tokenizer."""
-    (unpacked(model) if packed_layers(model) else model).save_pretrained(folder)
+    dense = unpacked(model) if packed_layers(model) else model
+    dense.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(own_settings(dense.config)))
     for file in variant.iterdir():
         if file.is_file() and file.name not in ("model.safetensors", "variant.json", "config.json"):
             shutil.copy(file, folder / file.name)
+
+
+def own_settings(config: PretrainedConfig) -> dict:
+    """The settings that a class of transformers has: the builder follows every one that it finds in the file."""
+    has = {*type(config)().to_dict(), "head_dim"}
+    kept = {name: value for name, value in config.to_dict().items() if name in has}
+    kept["rope_parameters"] = {
+        name: value for name, value in kept["rope_parameters"].items() if name in ROTARY_SETTINGS
+    }
+    if "sliding_window" in kept:  # longer than any text; others are refused
+        kept["sliding_window"] = None
+    return kept
 
 
 def _build(dense: Path, folder: Path, precision: str, fuse_qkv: bool) -> None:

@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab.runtimes import EngineMissing, RuntimeRefused, refusals
+from edgelab.runtimes import EngineMissing, RuntimeRefused, cannot_load, refusals
 from edgelab.runtimes.session import Graph, TwoGraphs
 from edgelab.storage import variants
 from edgelab.storage.description import Description
 
 LAYOUTS = ("llama", "mistral", "qwen2", "qwen3")  # that the export knows
 ROTARY = {"llama": ("llama3",)}  # scaling of rotary frequencies; of a llama, the builder leaves 'linear' out
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
+HEADS = 16  # what the attention kernel wants the size of a head to be a multiple of
 SCORING = "scoring.onnx"
 PAGE = 1024  # tokens the cache is made for; a longer text doubles them
 
@@ -62,6 +64,7 @@ class OnnxRuntime(TwoGraphs):
             refusals.foreign_layout(about, LAYOUTS, "ONNX")
             or refusals.own_shape(about, "The export to ONNX")
             or refusals.rotary_scaling(about, ROTARY.get(about.layout, ("linear",)), "The export to ONNX")
+            or _foreign_block(about)
         )
 
     @staticmethod
@@ -86,11 +89,18 @@ class OnnxRuntime(TwoGraphs):
             self.engine = onnxruntime_genai.Model(config)
             self.kernel = describe(folder)
             self._about = json.loads((folder / "genai_config.json").read_text())["model"]
-        self.vocabulary = self._about["vocab_size"]
+        self.vocabulary, self.room = self._about["vocab_size"], self._about["context_length"]
+
+    def _feed(self, ids: list[int], every: bool) -> Tensor:
+        if self.length + len(ids) > self.room:
+            raise RuntimeRefused(
+                f"An ONNX graph has rotary tables for the model's {self.room} positions; use a shorter text."
+            )
+        return super()._feed(ids, every)
 
     def _open(self, every: bool) -> Graph:
         if not every:
-            return Writing(self.engine)
+            return Writing(self.engine, self.room)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = self.threads, 3
         with _refusing(self.folder):
@@ -103,11 +113,22 @@ class OnnxRuntime(TwoGraphs):
         self.engine = None
 
 
+def _foreign_block(about: Description) -> str | None:
+    """An activation or a size of heads that has no operator."""
+    config = about.config
+    if config["hidden_act"] not in ACTIVATIONS:
+        return f"The export to ONNX knows {', '.join(ACTIVATIONS)}, not {config['hidden_act']}; use 'torch'."
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if head % HEADS:
+        return f"ONNX Runtime's attention wants heads whose size {HEADS} divides, not {head}; use 'torch'."
+    return None
+
+
 class Writing:
     """The generation library: logits of the last token, keys and values in a buffer of fixed length."""
 
-    def __init__(self, engine: onnxruntime_genai.Model) -> None:
-        self._engine, self._ids = engine, []
+    def __init__(self, engine: onnxruntime_genai.Model, limit: int) -> None:
+        self._engine, self._limit, self._ids = engine, limit, []
         self._room, self._generator = 0, None
 
     @property
@@ -116,8 +137,8 @@ class Writing:
 
     def read(self, ids: list[int]) -> Tensor:
         self._ids = self._ids + ids
-        if len(self._ids) >= self._room:  # all of it again, into a longer buffer
-            self._start(max(PAGE, 2 * len(self._ids)))
+        if len(self._ids) >= self._room < self._limit:  # all of it again, into a longer buffer
+            self._start(min(max(PAGE, 2 * len(self._ids)), self._limit))
             ids = self._ids
         self._generator.append_tokens(np.array([ids], dtype=np.int32))
         return torch.from_numpy(self._generator.get_logits()[0, -1:])
@@ -161,10 +182,7 @@ def _refusing(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        raise RuntimeRefused(
-            f"{folder} holds no graph that ONNX Runtime can load ({reason}); remove it, and it is written anew."
-        ) from None
+        raise cannot_load("ONNX Runtime", folder, error) from None
 
 
 def describe(folder: Path) -> str:

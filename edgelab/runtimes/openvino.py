@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab.runtimes import EngineMissing, RuntimeRefused, refusals
+from edgelab.runtimes import EngineMissing, RuntimeRefused, cannot_load, refusals
 from edgelab.runtimes.session import Graph, TwoGraphs
 from edgelab.storage import variants
 from edgelab.storage.description import Description
@@ -75,9 +75,14 @@ class OpenVino(TwoGraphs):
         if native is None:
             gguf.write(variant, file)
         else:  # float16 is the only float that the reader takes
-            model = variants.load(variant).half()
+            model = halved(variants.load(variant))
             gguf.write_model(model, variant, file, model.config.model_type, f"native.{native}")
-        openvino_genai.LLMPipeline(str(file), "CPU", enable_save_ov_model=True)
+        try:
+            openvino_genai.LLMPipeline(str(file), "CPU", enable_save_ov_model=True)
+        except (RuntimeError, IndexError):
+            # For its tokenizer, or for the pipeline as a whole; the graph, all that runs here, is written before.
+            if not (folder / GRAPH).with_suffix(".bin").is_file():
+                raise
         file.unlink()
         if native is not None:
             compress(folder / GRAPH, native)
@@ -113,15 +118,13 @@ class OpenVino(TwoGraphs):
     def _refusing(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError:
-            raise RuntimeRefused(
-                f"{self.file} is no graph that OpenVINO can run; remove its folder, and it is written anew."
-            ) from None
+        except RuntimeError as error:
+            raise cannot_load("OpenVINO", self.file.parent, error) from None
 
 
 def _foreign_model(about: Description) -> str | None:
     """What the reader leaves out without a word is refused."""
-    if about.config.get("attention_bias") or about.config.get("mlp_bias"):
+    if about.layout == "llama" and (about.config.get("attention_bias") or about.config.get("mlp_bias")):
         return f"OpenVINO's reader leaves the biases of a {about.layout} model out; use 'torch'."
     return (
         refusals.foreign_layout(about, LAYOUTS, "OpenVINO")
@@ -156,6 +159,19 @@ class Stateful:
             for kept in self._request.query_state():  # (1, heads, tokens, head_dim) each
                 kept.state = openvino.Tensor(np.ascontiguousarray(kept.state.data[:, :, :length]))
         self.length = length
+
+
+def halved(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in float16, in place. Raises RuntimeRefused where that moves a tensor by more than its precision."""
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        largest = values.abs().amax()
+        if not (values.half().float() - values).abs().amax() <= 2**-10 * largest:
+            raise RuntimeRefused(
+                f"OpenVINO's quantizer starts from float16 here, whose range does not hold {name}, with values up to "
+                f"{float(largest):.3g}; use 'torch' or 'onnxruntime'."
+            )
+    return model.half()
 
 
 def compress(file: Path, width: str) -> None:

@@ -10,12 +10,20 @@ TRACEABLE = ("linear", "llama3", "yarn")  # scaling of rotary frequencies that d
 
 
 def foreign_layout(about: Description, layouts: tuple[str, ...], engine: str) -> str | None:
-    """Another layout than these, or one whose attention forgets what is far back."""
+    """Another layout than these, or attention that forgets what is far back."""
     if about.layout not in layouts:
         return f"The export to {engine} knows {', '.join(layouts)}, not {about.layout}; use 'torch'."
-    if about.config.get("use_sliding_window"):
+    if forgets(about.config):
         return f"The export to {engine} knows no sliding window here; use 'torch'."
     return None
+
+
+def forgets(config: dict) -> bool:
+    """Whether any layer sees a window of the text only. A window as long as the longest text is none."""
+    if kinds := config.get("layer_types"):
+        return any(kind != "full_attention" for kind in kinds)
+    window = config.get("sliding_window") or config.get("attention_chunk_size")
+    return bool(window) and window < config["max_position_embeddings"]
 
 
 def own_shape(about: Description, engine: str) -> str | None:
@@ -27,6 +35,15 @@ def own_shape(about: Description, engine: str) -> str | None:
         f"{engine} gives every layer the shape that the configuration says, and {name} is "
         f"{' x '.join(map(str, shape))}; use 'torch'."
     )
+
+
+def factored(about: Description, engine: str) -> str | None:
+    """A layer that is the product of two."""
+    for name in about.shapes:
+        layer, _, place = name.rpartition(".")
+        if place.isdecimal():
+            return f"{engine} multiplies by one matrix, and {layer} is the product of two; use 'torch'."
+    return None
 
 
 def differing(about: Description) -> list[str]:

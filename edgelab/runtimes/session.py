@@ -7,8 +7,8 @@ written here once, on these two.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -46,7 +46,9 @@ class Session(ABC):
     vocabulary: how many tokens there are. ids: the sequence so far.
     tolerance: root-mean-square change of the logits, in their standard deviations, when a sequence is read in other
     pieces; about what they are off from PyTorch's anyway. cache_bits: of a key or value that an engine keeps.
-    spare: files of an export that running does not need.
+    export: writes all that an engine loads of a variant into an empty folder and returns the bytes of the weights in
+    it, `export(variant, folder)`; None in PyTorch, which loads variants themselves. spare: files of an export that
+    running does not need.
     """
 
     badge = "runtime"
@@ -56,6 +58,7 @@ class Session(ABC):
     vocabulary: int
     tolerance: ClassVar[float]
     cache_bits: ClassVar[int]
+    export: ClassVar[Callable[..., int] | None] = None
     spare: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
@@ -74,11 +77,6 @@ class Session(ABC):
     @abstractmethod
     def _refusal(cls, about: Description) -> str | None:
         """What this runtime has to say against a variant."""
-
-    @staticmethod
-    def export(variant: Path, folder: Path) -> int:
-        """Write all that an engine loads into an empty folder; returns the bytes of the weights in it."""
-        raise NotImplementedError  # PyTorch loads variants themselves
 
     @abstractmethod
     def _feed(self, ids: list[int], every: bool) -> Tensor:
