@@ -133,7 +133,7 @@ SCORED := $(foreach recipe,$(LAYERS),"$(recipe) $(SMALL)") \
 	"$(UNDER_AWQ) + quantize.gptq:bits=3 $(SMALL)" "$(UNDER_AWQ) + quantize.autoround:bits=3 $(SMALL)" \
 	quantize.static quantize.static:range=percentile quantize.static:range=mse quantize.smooth \
 	quantize.kv:bits=8 quantize.kv:bits=4
-BARE := $(LAYERS) quantize.rtn:bits=3 quantize.rtn:bits=4,group_size=32 \
+BARE := $(LAYERS) quantize.rtn:bits=3 quantize.rtn:bits=4,group_size=32 quantize.rtn:bits=4,range=mse \
 	"$(UNDER_AWQ) + quantize.gptq:bits=3" "$(UNDER_AWQ) + quantize.autoround:bits=3"
 COMPILED := none "none @ compiled" "quantize.rtn:bits=4 $(SMALL)" "quantize.rtn:bits=4 $(SMALL) @ compiled"
 # The same integers on every engine, floats and 8 bits beside them, and the engines' own quantizers.

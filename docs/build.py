@@ -28,6 +28,8 @@ TYPES = {"int": "whole number", "float": "number", "bool": "true or false", "str
 FAMILIES = {
     "quantize": "Quantization",
     "qat": "Quantization-aware training",
+    "prune": "Pruning",
+    "lowrank": "Low rank",
     "native": "An engine's own quantizer",
 }
 GROUPS = {
