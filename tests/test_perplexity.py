@@ -15,7 +15,7 @@ from torch import Tensor
 from edgelab import corpora, reference
 from edgelab.corpora import CorpusError, TokenizedText, tokenize_text
 from edgelab.measure.isolation import Isolated
-from edgelab.measure.perplexity import Perplexity, evaluate, slices, windows
+from edgelab.measure.perplexity import Perplexity, Window, evaluate, slices, windows
 from edgelab.measure.protocols import PROTOCOLS, ProtocolError, protocol
 from edgelab.model.logits import SLICE
 
@@ -355,3 +355,11 @@ def test_embedded_gptq_protocol_equals_a_plain_loop(embedded, wiki):
         logits = embedded.model(ids).logits
     loss = torch.nn.CrossEntropyLoss()(logits[0, :-1].float(), ids[0, 1:])
     assert found.ppl == pytest.approx(math.exp(loss.item()), rel=1e-3)
+
+
+def test_who_stops_in_the_middle_still_has_gradients(new_model):
+    model, ids = new_model("llama"), torch.arange(2, 200)
+    pieces = slices(model, [Window(ids, 0, len(ids) - 1)])
+    next(pieces)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert model(ids[None]).logits.requires_grad

@@ -44,7 +44,7 @@ def test_every_layer_has_its_bits_at_its_place(layers):
     assert [text.get_text() for text in upper.get_legend().get_texts()] == [
         f"{bits} bits" for bits in (2, 3, 4, 6, 8)
     ]
-    assert figure._repr_png_().startswith(PNG)
+    assert figure._repr_png_()[0].startswith(PNG)
 
 
 def test_colours_follow_bits_and_sensitivity(layers):
@@ -114,7 +114,7 @@ def test_many_points_without_names():
     values = np.geomspace(1e-4, 1, 60)
     figure = predicted_measured(pd.DataFrame({"predicted": values, "measured": values}))
     assert figure.axes[0].get_title(loc="left").endswith("factor of 1.00")
-    assert figure.axes[0].get_xscale() == "log" and figure._repr_png_().startswith(PNG)
+    assert figure.axes[0].get_xscale() == "log" and figure._repr_png_()[0].startswith(PNG)
 
 
 def test_fast_points_are_stamped():

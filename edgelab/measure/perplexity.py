@@ -150,14 +150,17 @@ def slices(model: PreTrainedModel, cut: list[Window]) -> Iterator[Slice]:
     One window at a time: activations of 511 tokens stay in the cache of a CPU, those of a batch do not.
     """
     device = device_of(model)
-    with torch.inference_mode(), prepacked(model, max((len(window.ids) - 1 for window in cut), default=1)):
+    inference = torch.inference_mode  # never across a yield: a consumer that stops would be left in it
+    with prepacked(model, max((len(window.ids) - 1 for window in cut), default=1)):
         for index, window in enumerate(cut):
             ids = window.ids[None, :-1].to(device)  # (1, time)
-            hidden = last_hidden_states(model, ids)  # (1, time, hidden)
-            states = hidden[0, -window.scored :]  # (scored, hidden)
+            with inference():
+                hidden = last_hidden_states(model, ids)  # (1, time, hidden)
+                states = hidden[0, -window.scored :].split(SLICE)  # each (positions, hidden)
             targets = window.ids[-window.scored :].to(device)
-            for part, answers in zip(states.split(SLICE), targets.split(SLICE), strict=True):
-                piece = Slice(index, head_logits(model, part), answers, part)
+            for part, answers in zip(states, targets.split(SLICE), strict=True):
+                with inference():
+                    piece = Slice(index, head_logits(model, part), answers, part)
                 if not piece.is_finite:
                     raise not_finite(model, ids)
                 yield piece
