@@ -141,7 +141,7 @@ INT4 := quantize.gptq:bits=4,range=mse $(SMALL)
 INT8 := quantize.rtn:bits=8,group_size=0,symmetric=true $(SMALL)
 ENGINES := "$(INT4)" "$(INT4) @ onnxruntime" "$(INT4) @ openvino" "$(INT4) @ llamacpp" \
 	"$(INT8)" "$(INT8) @ onnxruntime" "$(INT8) @ openvino" "$(INT8) @ llamacpp" \
-	"none @ onnxruntime" "none @ llamacpp" "quantize.fp16 @ openvino" \
+	"none @ onnxruntime" "none @ llamacpp" quantize.fp16 "quantize.fp16 @ openvino" \
 	"native.int4 @ onnxruntime" "native.int4 @ openvino" "native.int8 @ openvino"
 ON_PHONES := "none @ litert" "native.int8 @ litert" "native.int4 @ litert" \
 	"none @ executorch" "native.int8 @ executorch" "native.int4 @ executorch"

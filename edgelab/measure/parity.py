@@ -4,9 +4,9 @@ An engine that gives the logits of a whole text is compared with PyTorch positio
 the same weights in dense floats. Three numbers have to be small, each for a reason of its own:
 
 - perplexity within 1 %: twice what rounding inputs to 8 bits costs on the embedded model (at most 0.5 %);
-- KL divergence at most 0.02 nats: that rounding gives 0.003 to 0.01; an engine that dropped the scaling of rotary
+- KL divergence at most 0.02 nats: that rounding gives 0.002 to 0.006; an engine that dropped the scaling of rotary
   frequencies was at 0.099, with a perplexity only 0.15 % off, right by luck;
-- the same most likely token at nine positions in ten: rounding changes 4 to 7 % of them, where two tokens are nearly as
+- the same most likely token at nine positions in ten: rounding changes 3 to 5 % of them, where two tokens are nearly as
   likely; that engine changed a quarter.
 
 PyTorch runs in dense floats because its packed kernels round inputs as well, and by as much as an engine.
