@@ -219,7 +219,9 @@ def test_a_file_that_is_none_is_refused_in_silence(damage, new_model, tmp_path, 
         file.write_bytes(
             content[: len(content) // 2] if damage == "truncated" else b"PK\x03\x04" + content[4:]
         )
-    with pytest.raises(RuntimeRefused, match=r"llama\.cpp cannot load .*llamacpp-1, changed since it was written"):
+    with pytest.raises(
+        RuntimeRefused, match=r"llama\.cpp cannot load .*llamacpp-1, changed since it was written"
+    ):
         LlamaCpp(folder, 1)
     assert capfd.readouterr() == ("", "")
 
