@@ -6,6 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelab.recipes import Context, RecipeError, Record, parse
+from edgelab.reference import resolve
+from edgelab.storage import variants
+from edgelab.storage.layers import unpacked
 from edgelab.techniques import calibration
 from edgelab.techniques.pruning.masks import SparsityError, keep_mask
 from edgelab.techniques.pruning.owl import layer_sparsities, outlier_share
@@ -188,3 +191,47 @@ def test_a_pattern_that_does_not_divide_names_the_layer(new_model, context):
 def test_quantized_layers_are_refused(new_model, context):
     with pytest.raises(RecipeError, match="quantized already"):
         parse("quantize.rtn:bits=4 + prune.magnitude").apply(new_model("llama"), context)
+
+
+# Joint with quantization
+
+QUANTIZERS = [
+    "quantize.rtn:bits=4,group_size=32",
+    "quantize.rtn:bits=3,group_size=0,symmetric=true",
+    "quantize.rtn:bits=4,group_size=32,range=mse",
+    "quantize.rtn:bits=8,group_size=0,range=percentile",
+    "quantize.awq:bits=4,group_size=32,samples=2,length=64",
+    "quantize.mixed:bits=4,group_size=32,samples=2,length=64",
+    "quantize.smooth:samples=2,length=64",
+    "quantize.static:samples=2,length=64",
+    "quantize.dynamic",
+    "quantize.nf4:group_size=32",
+    "quantize.ternary:group_size=32",
+    "quantize.fp16",
+]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_what_quantizes_behind_pruning_keeps_every_zero(quantizer, new_model, context):
+    pruned = parse("prune.magnitude").apply(new_model("llama"), context)
+    rounded = unpacked(parse(quantizer).apply(pruned, context))
+    for name, layer in linear_layers(pruned).items():
+        after = rounded.get_submodule(name).weight
+        assert not after[layer.weight == 0].any(), name
+
+
+@pytest.mark.parametrize(
+    "technique",
+    ["quantize.gptq", "quantize.hqq", "quantize.autoround", "quantize.codebook", "quantize.binary", "qat",
+     "prune.sparsegpt", "prune.hidden", "lowrank.svd"],
+)  # fmt: skip
+def test_what_would_fill_zeros_in_is_refused(technique, new_model, context):
+    pruned = parse("prune.magnitude").apply(new_model("llama"), context)
+    with pytest.raises(RecipeError, match=rf"{technique} would fill in the zeros"):
+        parse(technique).apply(pruned, context)
+
+
+def test_a_variant_on_disk_still_knows_that_it_is_pruned(tiny):
+    folder = variants.build(parse("prune.magnitude"), resolve(str(tiny)), 0, lambda done, total: None)
+    with pytest.raises(RecipeError, match="would fill in the zeros"):
+        parse("quantize.hqq").apply(variants.load(folder), Context())

@@ -7,6 +7,8 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from edgelab.recipes import RecipeError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -17,10 +19,13 @@ ATTRIBUTE = "edgelab_marks"
 
 @dataclass(frozen=True)
 class Marks:
-    """cache: the grid on which keys and values are kept. native: the width asked of an engine's own quantizer."""
+    """cache: the grid on which keys and values are kept. native: the width asked of an engine's own quantizer. pruned:
+    single weights are zero because a technique removed them, and have to stay so.
+    """
 
     cache: CacheGrid | None = None
     native: str | None = None
+    pruned: bool = False
 
 
 def marks_of(model: PreTrainedModel) -> Marks:
@@ -33,6 +38,14 @@ def marked(model: PreTrainedModel, **marks: object) -> PreTrainedModel:
     twin = copy.copy(model)
     setattr(twin, ATTRIBUTE, replace(marks_of(model), **marks))
     return twin
+
+
+def refuse_zeros(model: PreTrainedModel, method: str) -> None:
+    """Raise RecipeError for a technique that would fill in the zeros of a pruned model."""
+    if marks_of(model).pruned:
+        raise RecipeError(
+            f"{method} would fill in the zeros that pruning has left; quantize.rtn, awq and mixed keep them."
+        )
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -42,6 +42,7 @@ class Description:
 
 def from_json(about: dict, config: dict) -> Description:
     """The inverse of `as_json`. Raises KeyError with the name of what is missing."""
-    cache = about["marks"]["cache"]
-    marks = Marks(CacheGrid(**cache) if cache else None, about["marks"]["native"])
+    marks = about["marks"]
+    cache = CacheGrid(**marks["cache"]) if marks["cache"] else None
+    marks = Marks(cache, marks["native"], marks.get("pruned", False))  # a variant of before has none
     return Description(about["dtype"], about["matrices"], marks, about["shapes"], config)

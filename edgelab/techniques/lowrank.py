@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from edgelab.model.blocks import Block, Group, blocks, half_precision, longest
+from edgelab.model.marks import refuse_zeros
 from edgelab.recipes import Context, RecipeError, register
+from edgelab.storage.layers import dense_linear
 from edgelab.techniques.calibration import Calibrated
 from edgelab.techniques.quantization.gptq import input_products
 from edgelab.techniques.quantization.rtn import linear_layers
@@ -86,8 +88,9 @@ class LowRank(Calibrated):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with two linear layers, one after the other, where there was one."""
+        refuse_zeros(model, self.method)
         model = copy.deepcopy(model)
-        layers = linear_layers(model)
+        layers = linear_layers(model, context.record)
         ranks = {name: self._rank(layer) for name, layer in layers.items()}
         merged = [name for name, layer in layers.items() if ranks[name] > break_even(*layer.weight.shape)]
         if merged:
@@ -150,7 +153,4 @@ def _product(layer: nn.Linear, rank: int, products: Tensor | None) -> nn.Module:
 
 
 def _linear(weight: Tensor, bias: nn.Parameter | None, like: nn.Linear) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.to(like.weight.dtype), requires_grad=like.weight.requires_grad)
-    made.bias = bias
-    return made
+    return dense_linear(nn.Parameter(weight.to(like.weight.dtype), like.weight.requires_grad), bias)

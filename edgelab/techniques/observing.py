@@ -7,7 +7,8 @@ taylor       mean over samples of |sum over tokens of a * dL/da|: to first order
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,7 @@ def input_sizes(
     def add(name: str, inputs: Tensor) -> None:
         sums[name] = sums.get(name, 0) + inputs.detach().float().flatten(0, -2).square().sum(0)
 
-    with torch.no_grad(), half_precision(), _Watched(model, layers, add):
+    with torch.no_grad(), half_precision(), watched(model, layers, add):
         for done, sample in enumerate(tokens, 1):
             model.base_model(input_ids=sample[None], use_cache=False)
             progress(done, len(tokens))
@@ -54,7 +55,7 @@ def taylor(
     try:
         model.requires_grad_(False)
         embedding.requires_grad_(True)  # a path for the gradient, at the price of one matrix
-        with _Watched(model, layers, keep):
+        with watched(model, layers, keep):
             for done, sample in enumerate(tokens, 1):
                 with half_precision():
                     loss = cross_entropy(model, sample[None])
@@ -79,13 +80,13 @@ def nll_behind(model: PreTrainedModel, found: list[Block], hidden: Tensor, token
     found: the blocks of the model, none of which is run. tokens: (samples, length).
     """
     _, modules = block_list(model)
-    in_tuple = isinstance(found[0].module(hidden[:1], **found[0].arguments), tuple)
     total = 0.0
     given: list[Tensor] = []
 
     def answer(states: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
-        states = given.pop() if given else states  # the first block gives them, the others hand them on
-        return (states,) if in_tuple else states
+        return found[0].answer(
+            given.pop() if given else states
+        )  # the first gives them, the others hand them on
 
     try:
         for module in modules:
@@ -101,20 +102,16 @@ def nll_behind(model: PreTrainedModel, found: list[Block], hidden: Tensor, token
     return total / (len(tokens) * (tokens.shape[1] - 1))
 
 
-class _Watched:
-    """Calls `visit(name, inputs)` whenever a layer of these names is about to run, for as long as this lasts."""
+@contextmanager
+def watched(model: nn.Module, names: list[str], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `visit(name, inputs)` whenever a module of these names is about to run, for as long as this lasts."""
 
-    def __init__(self, model: nn.Module, layers: list[str], visit: Callable[[str, Tensor], None]) -> None:
-        self.model, self.layers, self.visit = model, layers, visit
+    def before(name: str) -> Callable:
+        return lambda module, inputs: visit(name, inputs[0])
 
-    def __enter__(self) -> None:
-        self.hooks = [
-            self.model.get_submodule(name).register_forward_pre_hook(
-                lambda module, inputs, name=name: self.visit(name, inputs[0])
-            )
-            for name in self.layers
-        ]
-
-    def __exit__(self, *exception: object) -> None:
-        for hook in self.hooks:
+    hooks = [model.get_submodule(name).register_forward_pre_hook(before(name)) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelab.model.blocks import Block, Group, blocks, half_precision, longest
+from edgelab.model.marks import marked
 from edgelab.recipes import Context, RecipeError
 from edgelab.techniques.calibration import Calibrated
 from edgelab.techniques.pruning.masks import Sparse, check_pattern
@@ -29,7 +31,7 @@ def input_squares(inputs: Tensor) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibratedPruning(Sparse, Calibrated):
+class CalibratedPruning(Sparse, Calibrated, ABC):
     """Settings of pruning that looks at inputs.
 
     by_layer: how the sparsity of each block is chosen: uniform, or owl, where blocks with more outliers keep more.
@@ -57,7 +59,7 @@ class CalibratedPruning(Sparse, Calibrated):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with zeros in its linear layers."""
-        for name, layer in linear_layers(model).items():
+        for name, layer in linear_layers(model, context.record).items():
             check_pattern(self.pattern, layer.in_features, name)
         tokens = self.draw(context, longest(model))
         model = copy.deepcopy(model)
@@ -67,15 +69,15 @@ class CalibratedPruning(Sparse, Calibrated):
             for done, (block, sparsity) in enumerate(zip(found, sparsities, strict=True), 1):
                 hidden = self._prune_block(block, hidden, sparsity, context)
                 context.progress(done, len(found))
-        return model
+        return marked(model, pruned=True)
 
     def look_at(self, inputs: Tensor) -> tuple[Tensor, int]:
         """What `prune_layer` has to know of the inputs (..., in_features), and how many tokens were no numbers."""
         return input_products(inputs)
 
+    @abstractmethod
     def prune_layer(self, layer: nn.Linear, seen: Tensor, sparsity: float) -> None:
         """Set weights of a layer to zero, in place. seen: what `look_at` gave, as a rule the mean of x x^T."""
-        raise NotImplementedError
 
     def _sparsities(self, found: list[Block], hidden: Tensor) -> list[float]:
         if self.by_layer == "uniform":

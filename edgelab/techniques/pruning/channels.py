@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgelab.model.structures import mlps, narrow
-from edgelab.recipes import Context, RecipeError, register
-from edgelab.techniques.pruning.structured import Structured, stay
+from edgelab.recipes import Context, register
+from edgelab.techniques.pruning.structured import Share, Structured, stay
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,22 +18,12 @@ if TYPE_CHECKING:
 
 @register("prune.channels", shown=("share",))
 @dataclass(frozen=True, kw_only=True)
-class Channels(Structured):
-    """Remove channels of the MLPs: rows of what writes them and columns of what reads them.
-
-    share: of the channels that goes, 0 to 1. multiple: widths that stay are rounded up to one of it.
-    """
-
-    share: float = 0.25
-    multiple: int = 1
+class Channels(Share, Structured):
+    """Remove channels of the MLPs: rows of what writes them and columns of what reads them."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.share < 1 or self.multiple < 1:
-            raise RecipeError(
-                f"prune.channels:share={self.share},multiple={self.multiple} should be at least 0 and below 1, and "
-                "at least 1."
-            )
+        Share.__post_init__(self)
+        Structured.__post_init__(self)
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with narrower MLPs; its configuration says the width where all are alike."""

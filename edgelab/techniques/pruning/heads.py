@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from edgelab.model.structures import attentions, narrow
+from edgelab.model.structures import Part, attentions, narrow
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques.pruning.structured import Structured, stay
 
@@ -52,7 +52,10 @@ class Heads(Structured):
         for name, asked, there in (("groups", self.groups, groups), ("queries", self.queries, each)):
             if asked > there:
                 raise RecipeError(f"{name}={asked} is more than there are: {there}.")
-        scores = self.channel_scores(model, parts, context).view(len(parts), groups, each, size).sum(-1)
+        of_queries = [
+            Part(part.reader, part.writers[:1]) for part in parts
+        ]  # keys and values have fewer rows
+        scores = self.channel_scores(model, of_queries, context).view(len(parts), groups, each, size).sum(-1)
         if self.by == "magnitude":
             scores = scores + _key_value_squares(model, parts, groups, size)[..., None] / each
         model = copy.deepcopy(model)
@@ -65,9 +68,9 @@ class Heads(Structured):
             heads = [(torch.arange(groups)[:, None] * each + block) for block in best]
         with torch.no_grad():
             for part, stays, which in zip(parts, kept, heads, strict=True):
-                of_queries, of_groups = _channels(which.flatten(), size), _channels(stays, size)
-                narrow(model.get_submodule(part.reader), inputs=of_queries)
-                for name, outputs in zip(part.writers, (of_queries, of_groups, of_groups), strict=True):
+                rows, shared = _channels(which.flatten(), size), _channels(stays, size)
+                narrow(model.get_submodule(part.reader), inputs=rows)
+                for name, outputs in zip(part.writers, (rows, shared, shared), strict=True):
                     narrow(model.get_submodule(name), outputs=outputs)
                 attention = model.get_submodule(part.reader.rpartition(".")[0])
                 counts = {
@@ -90,7 +93,7 @@ def _channels(heads: Tensor, size: int) -> Tensor:
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
-def _key_value_squares(model: PreTrainedModel, parts: list, groups: int, size: int) -> Tensor:
+def _key_value_squares(model: PreTrainedModel, parts: list[Part], groups: int, size: int) -> Tensor:
     """Sum of squares of the key and value rows of each group, (blocks, groups)."""
     totals = []
     for part in parts:

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from edgelab.model.blocks import block_list, longest
+from edgelab.model.marks import refuse_zeros
 from edgelab.model.structures import attentions, mlps
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques.calibration import Calibrated
 from edgelab.techniques.folding import norm_offset
+from edgelab.techniques.observing import watched
+from edgelab.techniques.pruning.structured import Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,28 +38,21 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 @register("prune.hidden", shown=("share",))
 @dataclass(frozen=True, kw_only=True)
-class Hidden(Calibrated):
-    """Remove directions of the residual stream, the same in every layer, and leave an ordinary narrower model.
+class Hidden(Share, Calibrated):
+    """Remove directions of the residual stream, the same in every layer, and leave an ordinary narrower model."""
 
-    share: of the hidden size that goes, 0 to 1. multiple: the width that stays is rounded up to one of it.
-    """
-
-    share: float = 0.25
     multiple: int = 16
     samples: int = 16
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.share < 1 or self.multiple < 1:
-            raise RecipeError(
-                f"prune.hidden:share={self.share},multiple={self.multiple} should be at least 0 and below 1, and at "
-                "least 1."
-            )
+        Share.__post_init__(self)
+        Calibrated.__post_init__(self)
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with a narrower residual stream and a head of its own."""
         size = model.config.hidden_size
         width = min(size, -(-round(size * (1 - self.share)) // self.multiple) * self.multiple)
+        refuse_zeros(model, self.method)  # a rotation fills them in
         tokens = self.draw(context, longest(model))
         model = copy.deepcopy(model)
         norms = _norms(model)
@@ -100,20 +96,10 @@ def _normed_products(
         states = nn.functional.normalize(states.detach().float().flatten(0, -2), dim=-1)
         totals[name] = totals.get(name, 0) + (states.T @ states).double()
 
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, inputs, name=name: add(name, inputs[0])
-        )
-        for name in norms
-    ]
-    try:
-        with torch.no_grad():
-            for done, sample in enumerate(tokens, 1):
-                model.base_model(input_ids=sample[None], use_cache=False)
-                context.progress(done, len(tokens))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), watched(model, norms, add):
+        for done, sample in enumerate(tokens, 1):
+            model.base_model(input_ids=sample[None], use_cache=False)
+            context.progress(done, len(tokens))
     return {name: total / tokens.numel() for name, total in totals.items()}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from edgelab.model.marks import marked
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques.pruning.masks import Sparse, check_pattern, keep_mask
 from edgelab.techniques.quantization.rtn import linear_layers
@@ -38,18 +39,18 @@ class Magnitude(Sparse):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with zeros in its linear layers."""
-        for name, layer in linear_layers(model).items():
+        for name, layer in linear_layers(model, context.record).items():
             check_pattern(self.pattern, layer.in_features, name)
         model = copy.deepcopy(model)
         layers = linear_layers(model)
         if self.per == "global":
             self._all_together(layers)
-            return model
+            return marked(model, pruned=True)
         with torch.no_grad():
             for done, layer in enumerate(layers.values(), 1):
                 layer.weight *= keep_mask(layer.weight.abs(), self.sparsity, self.pattern, self.per)
                 context.progress(done, len(layers))
-        return model
+        return marked(model, pruned=True)
 
     @torch.no_grad()
     def _all_together(self, layers: dict[str, nn.Linear]) -> None:

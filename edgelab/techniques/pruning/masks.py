@@ -59,7 +59,7 @@ def check_pattern(pattern: Pattern, in_features: int, name: str = "A layer") -> 
 class Sparse:
     """Settings of every technique that sets single weights to zero.
 
-    sparsity: share of the weights that goes, above 0 and below 1. pattern: unstructured, or 2:4 or 4:8, where of so
+    sparsity: share of the weights that goes, from 0 to below 1. pattern: unstructured, or 2:4 or 4:8, where of so
     many neighbours in a row so many stay, half of them in each.
     """
 

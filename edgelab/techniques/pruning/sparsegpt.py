@@ -11,14 +11,19 @@ the output moves by 0.75; left at 1 it would have moved by 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from edgelab.recipes import RecipeError, register
+from edgelab.model.marks import refuse_zeros
+from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques.pruning.calibrated import CalibratedPruning
 from edgelab.techniques.pruning.masks import PATTERNS, Pattern, keep_mask
 from edgelab.techniques.quantization.gptq import LARGEST_DAMPING, inverse_factor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LAZY = 128  # columns whose mask is chosen together, and that are settled before the rest of the matrix hears of it
 
@@ -74,6 +79,11 @@ class SparseGPT(CalibratedPruning):
         super().__post_init__()
         if not 0 < self.damping <= LARGEST_DAMPING:
             raise RecipeError(f"prune.sparsegpt:damping={self.damping} is outside 0 to 1; 0.01 is usual.")
+
+    def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
+        """A copy of the model with zeros in its linear layers."""
+        refuse_zeros(model, self.method)
+        return super().apply(model, context)
 
     def prune_layer(self, layer: nn.Linear, seen: Tensor, sparsity: float) -> None:
         layer.weight.copy_(sparsegpt(layer.weight, seen, sparsity, self.pattern, self.damping))

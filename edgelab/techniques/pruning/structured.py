@@ -25,6 +25,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Share:
+    """Settings of techniques that make a dimension narrower.
+
+    share: of it that goes, 0 to 1. multiple: what stays is rounded up to a multiple of this.
+    """
+
+    share: float = 0.25
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1 or self.multiple < 1:
+            raise RecipeError(
+                f"{self.method}:share={self.share},multiple={self.multiple} should be at least 0 and below 1, and at "
+                "least 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Structured(Calibrated):
     """Settings of techniques that remove whole structures.
 
@@ -39,8 +57,8 @@ class Structured(Calibrated):
     def channel_scores(self, model: PreTrainedModel, parts: list[Part], context: Context) -> Tensor:
         """A score for each input of each part's reader, (parts, inputs); the lowest go first.
 
-        Of structures with several inputs the scores of taylor and activation are to be summed (activation: squares),
-        those of magnitude, squares too, are of the reader's column and of the writers' rows that make it.
+        A structure of several inputs, such as a head, has the sum of theirs. Those of activation and magnitude are
+        squares; magnitude counts the reader's column and the row of each writer.
         """
         names = [part.reader for part in parts]
         if self.by == "random":
@@ -61,14 +79,10 @@ class Structured(Calibrated):
 
 
 def _squares(model: PreTrainedModel, part: Part) -> Tensor:
-    """Sum of squares of the weights that make and read each channel; of keys and queries those of as many heads."""
-    reader = model.get_submodule(part.reader).weight.detach().float()
-    total = reader.square().sum(0)
-    for name in part.writers:
-        rows = model.get_submodule(name).weight.detach().float().square().sum(1)
-        if len(rows) == len(total):
-            total = total + rows
-    return total
+    """Sum of squares of the weights that make and read each input of the reader, (inputs,)."""
+    columns = model.get_submodule(part.reader).weight.detach().float().square().sum(0)
+    rows = [model.get_submodule(name).weight.detach().float().square().sum(1) for name in part.writers]
+    return columns + sum(rows)
 
 
 def stay(scores: Tensor, share: float, by_layer: str, multiple: int = 1) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from edgelab import assets
 from edgelab.model.blocks import Block, blocks, half_precision, longest
+from edgelab.model.marks import refuse_zeros
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.storage.layers import PackedLinear
 from edgelab.storage.scales import as_stored
@@ -115,6 +116,7 @@ class AutoRound(Calibrated):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear in place of the rounded layers."""
+        refuse_zeros(model, self.method)
         layers = linear_layers(model, context.record)
         check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
         tokens = self.draw(context, longest(model))

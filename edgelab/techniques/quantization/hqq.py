@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from edgelab.model.marks import refuse_zeros
 from edgelab.recipes import Context, register
 from edgelab.storage.uniform import QuantizedTensor
 from edgelab.techniques.quantization.ranges import affine_grid, round_to_grid
@@ -80,6 +81,7 @@ class HalfQuadratic:
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear in place of the linear layers."""
+        refuse_zeros(model, self.method)  # its zero-points lie between integers
         return replace_linear(
             model, context, quantize_half_quadratic, bits=self.bits, group_size=self.group_size
         )

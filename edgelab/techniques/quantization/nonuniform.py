@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgelab.model.marks import refuse_zeros
 from edgelab.recipes import Context, register
 from edgelab.storage.codebook import CodebookTensor
 from edgelab.storage.scales import eleven_bits
@@ -130,4 +131,5 @@ class Codebook:
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear in place of the linear layers."""
+        refuse_zeros(model, self.method)
         return replace_linear(model, context, quantize_codebook, bits=self.bits, group_size=self.group_size)

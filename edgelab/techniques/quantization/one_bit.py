@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from edgelab.model.marks import refuse_zeros
 from edgelab.recipes import Context, register
 from edgelab.storage.scales import as_stored, eleven_bits
 from edgelab.storage.uniform import QuantizedTensor
@@ -91,4 +92,5 @@ class Binary:
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with PackedLinear of 1 bit in place of the linear layers."""
+        refuse_zeros(model, self.method)
         return replace_linear(model, context, quantize_binary, group_size=self.group_size)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgelab.model.blocks import bfloat16_is_fast
+from edgelab.model.marks import refuse_zeros
 from edgelab.recipes import Context, RecipeError, Record, register
 from edgelab.storage.codebook import CodebookTensor
 from edgelab.storage.layers import ActivationGrid, PackedLinear
@@ -214,6 +215,7 @@ class QuantizationAwareTraining(Trained):
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model, trained, with PackedLinear in place of the linear layers."""
+        refuse_zeros(model, self.method)
         half = bfloat16_is_fast()
         given, model = model, self.prepare(model, context.record)
         loss = Divergence(self._reference(given, context, half)) if self.loss == "kl" else cross_entropy
