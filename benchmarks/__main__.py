@@ -1,4 +1,4 @@
-"""`make bench`: measure the measuring, about ten minutes on two cores. Writes results/bench.md and prints it."""
+"""`make bench`: measure the measuring, about fifteen minutes on two cores. Writes results/bench.md and prints it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks import evaluation, processes, road, sessions
+from benchmarks import evaluation, processes, road, sessions, training
 from edgelab import ledger
 
 
 def main() -> None:
-    rows = [*evaluation.rows(), *processes.rows(), *sessions.rows(), *road.rows()]
+    rows = [*evaluation.rows(), *processes.rows(), *sessions.rows(), *training.rows(), *road.rows()]
     machine = ledger.provenance(threads=2)
     versions = ", ".join(f"{name} {number}" for name, number in json.loads(machine["versions"]).items())
     lines = [

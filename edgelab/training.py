@@ -1,137 +1,56 @@
-"""The one training loop, and the losses of a language model, computed without all logits at once.
+"""The one training loop: AdamW on windows of text, for quantization-aware training, recovery, distillation and LoRA.
 
-cross-entropy   -log p[next token]                        gradient by the logits: p - onehot(next token)
-divergence      sum r (log r - log p), r the reference's  gradient by the logits: p - r
-
-Both gradients are known as soon as a slice of logits is, so that they are taken to the hidden states slice by slice and
-a tensor of positions x vocabulary never exists.
+A run can hold weights at zero, look at held-out text on its way, and be stopped and go on: with `steps` it ends at the
+same weights, bit for bit, as one that was never stopped.
 """
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import PreTrainedModel
 
 from edgelab import assets, corpora
-from edgelab.model.blocks import longest
-from edgelab.model.logits import head_logits, head_parameters, hidden_states
+from edgelab.keys import key
+from edgelab.model.blocks import block_list, longest
+from edgelab.model.losses import Loss, cross_entropy
 from edgelab.recipes import Context, RecipeError
+from edgelab.storage.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SLICE = 128  # positions whose logits exist at once: 25 MB in float32 at a vocabulary of 49,152
 FAST_STEPS = 4
 FAST_SECONDS = 20.0
 BETAS = (0.9, 0.95)  # a run of a hundred steps has no use for a memory of a thousand
+HELD_OUT = 0.1  # of the training windows, for validation
+LARGEST_HELD_OUT = 16  # windows that are looked at, so that a look costs about four steps
 
-Loss = Callable[[PreTrainedModel, Tensor], Tensor]  # model, token ids (batch, time) -> scalar
-Score = Callable[
-    [Tensor, slice], tuple[Tensor, Tensor]
-]  # logits, positions -> loss of each, gradient of logits
+Point = dict[str, float]
 
 
 class TrainingError(RecipeError):
     """Settings that nothing can be trained with, too little text, or a run that diverges."""
 
 
-def next_token_score(targets: Tensor, logits: Tensor, where: slice) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of positions `where` in nats, (positions,), and its gradient by their logits.
+def windows(tokenizer: PreTrainedTokenizerBase, length: int, text: str, split: str = "training") -> Tensor:
+    """One text as windows (windows, length) int64; what is left at its end is left out.
 
-    targets: (all positions,) int64. logits: (positions, vocabulary) float32.
+    text: a corpus with that split, or with split="evaluation" a text file. Raises CorpusError for any other.
     """
-    log_p = torch.log_softmax(logits, -1)
-    index = targets[where, None]
-    loss = -log_p.gather(-1, index)[:, 0]
-    return loss, log_p.exp_().scatter_add_(-1, index, torch.full_like(index, -1.0, dtype=log_p.dtype))
-
-
-def divergence_score(
-    reference: Callable[[slice], Tensor], logits: Tensor, where: slice
-) -> tuple[Tensor, Tensor]:
-    """KL(reference || model) of positions `where` in nats, (positions,), and its gradient by their logits.
-
-    reference: gives the reference's logits of positions. logits: (positions, vocabulary) float32.
-    """
-    log_p = torch.log_softmax(logits, -1)
-    log_r = torch.log_softmax(reference(where), -1)
-    r = log_r.exp()
-    loss = log_r.sub_(log_p).mul_(r).sum(-1)  # no vecdot, which autocast would take in bfloat16
-    return loss, log_p.exp_().sub_(r)
-
-
-class _Sliced(torch.autograd.Function):
-    """Mean of a score over positions. The backward pass only scales what the forward pass has found."""
-
-    @staticmethod
-    def forward(ctx, head: Callable[[Tensor], Tensor], score: Score, hidden: Tensor, *weights: Tensor):
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradients = [torch.zeros_like(tensor) for tensor in (hidden, *weights)]
-        for first in range(0, len(hidden), SLICE):
-            where = slice(first, first + SLICE)
-            part = hidden[where].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = head(part)
-            loss, gradient = score(logits.detach(), where)
-            total += loss.sum()
-            by_part, *by_weights = torch.autograd.grad(logits, (part, *weights), gradient)
-            gradients[0][where] = by_part
-            for sum_, by_weight in zip(gradients[1:], by_weights, strict=True):
-                sum_ += by_weight
-        ctx.save_for_backward(*gradients)
-        ctx.count = len(hidden)
-        return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx, outer: Tensor):
-        return None, None, *(gradient * (outer / ctx.count) for gradient in ctx.saved_tensors)
-
-
-def _mean_score(model: PreTrainedModel, score: Score, hidden: Tensor) -> Tensor:
-    weights = [weight for weight in head_parameters(model) if weight.requires_grad]
-    return _Sliced.apply(partial(head_logits, model), score, hidden.flatten(0, -2), *weights)
-
-
-def cross_entropy(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats of windows (batch, time); the first token of a window is given."""
-    score = partial(next_token_score, ids[:, 1:].flatten())
-    return _mean_score(model, score, hidden_states(model, ids)[:, :-1])
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Mean KL divergence in nats to a reference that runs on the same windows, at every position."""
-
-    reference: PreTrainedModel
-
-    def __call__(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = hidden_states(self.reference, ids).flatten(0, -2)
-
-        def logits_of(where: slice) -> Tensor:
-            return head_logits(self.reference, target[where])
-
-        return _mean_score(model, partial(divergence_score, logits_of), hidden_states(model, ids))
-
-
-def windows(tokenizer: PreTrainedTokenizerBase, length: int, corpus: str = "wiki/web/stories") -> Tensor:
-    """Training text as windows (windows, length) int64, none across two texts.
-
-    corpus: names of corpora with a training split, joined by a slash. Raises CorpusError for one without.
-    """
-    rows = []
-    for name in corpus.split("/"):
-        ids = corpora.tokenize(name, tokenizer, "training").ids
-        rows.append(ids[: len(ids) // length * length].view(-1, length))
-    return torch.cat(rows)
+    ids = corpora.tokenize(text, tokenizer, split).ids
+    return ids[: len(ids) // length * length].view(-1, length)
 
 
 def batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
@@ -153,6 +72,114 @@ def learning_rate_factor(done: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Held-out text that a run looks at on its way and at its end.
+
+    rows: (windows, length). losses: by the name that their mean has in the curve; the first decides. every: steps from
+    one look to the next, 0 for none before the end. patience: the run ends after so many looks without a lower value,
+    and takes its best weights back; 0 never.
+    """
+
+    rows: Tensor
+    losses: dict[str, Loss]
+    every: int = 0
+    patience: int = 0
+
+    @torch.no_grad()
+    def look(self, model: PreTrainedModel, size: int) -> Point:
+        """The mean of each loss in nats, over batches of so many windows."""
+        parts = self.rows.split(size)
+        return {
+            name: sum(float(loss(model, part)) * len(part) for part in parts) / len(self.rows)
+            for name, loss in self.losses.items()
+        }
+
+
+@contextmanager
+def recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Let each block forget its activations and run again for its gradients: less memory for more time.
+
+    Chen et al. 2016, arXiv:1604.06174.
+    """
+    _, modules = block_list(model)
+    try:
+        for module in modules:
+            module.forward = partial(recomputed, module.forward, use_reentrant=False)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+def zero_masks(parameters: list[nn.Parameter]) -> dict[int, Tensor]:
+    """True where parameters are not zero, by place in the list."""
+    return {place: parameter.detach() != 0 for place, parameter in enumerate(parameters)}
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Signals that ask this process to end, which wait for the end of a step: half a step cannot be gone on from."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield asked
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda which, frame: asked.append(which)) for number in signals]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Run:
+    """Where a run has got to: all that a checkpoint holds."""
+
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    curve: list[Point] = field(default_factory=list)
+    looks: list[float] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)  # weights at the lowest look, where there is patience
+    ended: bool = False
+
+    def save(self, kept: Checkpoint) -> None:
+        tensors = {"random": torch.get_rng_state()}
+        for place, parameter in enumerate(self.parameters):
+            tensors[f"{place}.weight"] = parameter
+            tensors |= {f"{place}.{name}": value for name, value in self.optimizer.state[parameter].items()}
+        tensors |= {f"{place}.best": value for place, value in enumerate(self.best)}
+        kept.save(tensors, {"curve": self.curve, "looks": self.looks, "ended": self.ended})
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        torch.set_rng_state(tensors.pop("random"))
+        state: list[dict[str, Tensor]] = [{} for _ in self.parameters]
+        for name, tensor in tensors.items():
+            place, _, what = name.partition(".")
+            state[int(place)][what] = tensor
+        self.best = [values.pop("best") for values in state if "best" in values]
+        for parameter, values in zip(self.parameters, state, strict=True):
+            parameter.copy_(values.pop("weight"))
+            self.optimizer.state[parameter] = values
+        self.curve, self.looks, self.ended = about["curve"], about["looks"], about["ended"]
+
+    def note(self, found: Point, patience: int) -> None:
+        """Add what a look has found to the last point; where patience is at its end, so is the run."""
+        self.curve[-1] |= found
+        self.looks.append(next(iter(found.values())))
+        lowest = self.looks.index(min(self.looks))
+        if patience and lowest == len(self.looks) - 1:
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+        self.ended = bool(patience) and len(self.looks) - 1 - lowest >= patience
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        for parameter, value in zip(self.parameters, self.best, strict=False):
+            parameter.copy_(value)
+
+
 def train(
     model: PreTrainedModel,
     data: Iterator[Tensor],
@@ -165,29 +192,48 @@ def train(
     warmup: float = 0.1,
     weight_decay: float = 0.0,
     clip: float = 1.0,
+    accumulate: int = 1,
+    masks: dict[int, Tensor] | None = None,
+    validation: Validation | None = None,
+    kept: Checkpoint | None = None,
     seed: int = 0,
     half: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict[str, float]]:
+) -> list[Point]:
     """Train `parameters` of the model in place with AdamW; returns the curve, a point for each step.
 
     seconds: stops by the clock instead of after `steps` where above 0; only steps can be repeated exactly. warmup:
-    share of the run. clip: largest norm of the gradient, 0 for none. half: matrix products in bfloat16. The model
-    stays in its mode, train or eval. FAST shortens the run. A point is {"step", "tokens", "seconds", "loss"}, the
-    loss in nats, of that batch before the step. Raises TrainingError where it is not finite.
-    Loshchilov and Hutter 2019, arXiv:1711.05101.
+    share of the run. clip: largest norm of the gradient, 0 for none. accumulate: batches whose gradients make one step.
+    masks: True where weights may move, by place in `parameters`; what is zero elsewhere stays zero. kept: where the run
+    is kept every so often and when it is stopped, and from where it goes on. half: matrix products in bfloat16. The
+    model stays in its mode, train or eval. FAST shortens the run. A point is {"step", "tokens", "seconds", "loss"}, the
+    loss in nats, of its batches before the step; and, where the run then looked at held-out text, what it found.
+    Raises TrainingError where the loss is not finite. Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
     if assets.fast():
         steps, seconds = min(steps, FAST_STEPS), min(seconds, FAST_SECONDS)
     optimizer = torch.optim.AdamW(
         parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=True
     )
-    curve: list[dict[str, float]] = []
-    tokens, step, elapsed = 0, 0, 0.0
-    started = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
+    run, precision = _Run(parameters, optimizer), partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(seed)
-        while step == 0 or (elapsed * (step + 1) / step <= seconds if seconds else step < steps):
+        if kept is not None and (found := kept.load()):
+            run.load(*found)
+            for _ in range(len(run.curve) * accumulate):
+                next(data)
+        for place, mask in (masks or {}).items():
+            stack.callback(parameters[place].register_hook(mask.mul).remove)
+        asked = stack.enter_context(_asked_to_stop())
+        last = run.curve[-1] if run.curve else {"step": 0, "tokens": 0, "seconds": 0.0}
+        step, tokens, elapsed = int(last["step"]), int(last["tokens"]), last["seconds"]
+        saved, started = elapsed, time.perf_counter() - elapsed
+
+        def goes_on() -> bool:
+            return step == 0 or (elapsed * (step + 1) / step <= seconds if seconds else step < steps)
+
+        while goes_on() and not run.ended:
             # Half a step on, so that neither the first step nor the last is lost to a rate of zero.
             done = (
                 min(1.0, elapsed * (step + 0.5) / max(step, 1) / seconds) if seconds else (step + 0.5) / steps
@@ -195,22 +241,37 @@ def train(
             rate = learning_rate * learning_rate_factor(done, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            ids = next(data)
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                value = loss(model, ids)
-            if not math.isfinite(value.item()):
-                raise TrainingError(
-                    f"The loss is {value.item()} at step {step + 1}; use a learning_rate below {learning_rate}."
-                )
-            value.backward()
+            value = 0.0
+            for _ in range(accumulate):
+                ids = next(data)
+                with precision():
+                    part = loss(model, ids) / accumulate
+                if not math.isfinite(part.item()):
+                    raise TrainingError(
+                        f"The loss is {part.item()} at step {step + 1}; use a learning_rate below {learning_rate}."
+                    )
+                part.backward()
+                value, tokens = value + part.item(), tokens + ids.numel()
             if clip:
                 nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             optimizer.zero_grad()
-            step, tokens, elapsed = step + 1, tokens + ids.numel(), time.perf_counter() - started
-            curve.append({"step": step, "tokens": tokens, "seconds": elapsed, "loss": value.item()})
+            step, elapsed = step + 1, time.perf_counter() - started
+            run.curve.append({"step": step, "tokens": tokens, "seconds": elapsed, "loss": value})
+            every = validation.every if validation else 0
+            if validation and ((every and step % every == 0) or not goes_on()):
+                with precision():
+                    run.note(validation.look(model, len(ids)), validation.patience)
+            if kept is not None and (asked or elapsed - saved >= kept.every_s):
+                run.save(kept)
+                saved = elapsed
+            if asked:
+                raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
             progress(*((min(int(elapsed), int(seconds)), int(seconds)) if seconds else (step, steps)))
-    return curve
+        run.take_best()
+    if kept is not None:
+        kept.remove()
+    return run.curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +279,12 @@ class Trained:
     """Settings of every technique that trains.
 
     steps: of AdamW. minutes: stop by the clock instead, where above 0; steps give the same weights again, minutes do
-    not. learning_rate: its peak. batch: windows a step. length: tokens of each. corpus: training texts, joined by a
-    slash. The seed of the recipe decides the order of the windows.
+    not. learning_rate: its peak. batch: windows of which the gradient is taken at a time. accumulate: such batches a
+    step. length: tokens of a window. corpus: training texts, joined by a slash. text: a UTF-8 file to train on in their
+    place; its last tenth is held out. validate: steps from one look at held-out text to the next, 0 for none. patience:
+    stop after so many looks without a lower loss, and take the best weights; 0 never. activation_checkpointing: compute
+    activations again for the gradients, which needs less memory and more time. The seed of the recipe decides the
+    order of the windows.
     """
 
     kept: ClassVar[bool] = True  # as a stage: training costs
@@ -228,41 +293,98 @@ class Trained:
     minutes: float = 0.0
     learning_rate: float = 1e-4
     batch: int = 4
+    accumulate: int = 1
     length: int = 256
     corpus: str = "wiki/web/stories"
+    text: str = ""
+    validate: int = 0
+    patience: int = 0
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch) < 1 or self.length < 2:
+        if min(self.steps, self.batch, self.accumulate) < 1 or self.length < 2:
             raise TrainingError(
                 "Training needs at least 1 step of 1 window of 2 tokens, not "
-                f"steps={self.steps},batch={self.batch},length={self.length}."
+                f"steps={self.steps},batch={self.batch},accumulate={self.accumulate},length={self.length}."
             )
         if not (self.learning_rate > 0 and self.minutes >= 0):
             raise TrainingError(
                 f"learning_rate={self.learning_rate},minutes={self.minutes} should be above 0 and at least 0."
             )
+        if min(self.validate, self.patience) < 0 or (self.patience and not self.validate):
+            raise TrainingError(
+                f"validate={self.validate},patience={self.patience} should be at least 0, and patience needs looks: "
+                "validate=20 looks every 20 steps."
+            )
+
+    def reads(self) -> list[str]:
+        """What decides the result beside the model: the content of the text file."""
+        return [corpora.identity(self.text)] if self.text else []
 
     def fit(
-        self, model: PreTrainedModel, loss: Loss, parameters: list[nn.Parameter], context: Context, half: bool
+        self,
+        model: PreTrainedModel,
+        loss: Loss,
+        parameters: list[nn.Parameter],
+        context: Context,
+        half: bool,
+        masks: dict[int, Tensor] | None = None,
     ) -> None:
-        """Train `parameters` of the model in place, and record tokens and curve. half: products in bfloat16."""
+        """Train `parameters` of the model in place, and record tokens and curve. half: products in bfloat16.
+
+        masks: as in `train`. A run of a model that has an address is kept on its way, and goes on where it was stopped.
+        """
         if self.length > longest(model):
             raise TrainingError(
                 f"length={self.length} is longer than the {longest(model)} tokens the model can see."
             )
-        rows = windows(context.tokenizer, self.length, self.corpus)
-        curve = train(
-            model,
-            batches(rows, self.batch, context.seed),
-            loss,
-            parameters,
-            steps=self.steps,
-            seconds=60 * self.minutes,
-            learning_rate=self.learning_rate,
-            seed=context.seed,
-            half=half,
-            progress=context.progress,
-        )
+        rows, held_out = self._rows(context.tokenizer)
+        losses = {"validation_loss": loss}
+        if loss is not cross_entropy:
+            losses["validation_nll"] = cross_entropy
+        with ExitStack() as stack:
+            if self.activation_checkpointing:
+                stack.enter_context(recomputing(model))
+            curve = train(
+                model,
+                batches(rows, self.batch, context.seed),
+                loss,
+                parameters,
+                steps=self.steps,
+                seconds=60 * self.minutes,
+                learning_rate=self.learning_rate,
+                accumulate=self.accumulate,
+                masks=masks,
+                validation=Validation(held_out, losses, self.validate, self.patience)
+                if len(held_out)
+                else None,
+                kept=self._kept(context),
+                seed=context.seed,
+                half=half,
+                progress=context.progress,
+            )
         context.record.train_tokens = (context.record.train_tokens or 0) + int(curve[-1]["tokens"])
-        context.record.train_corpus = self.corpus
+        context.record.train_corpus = corpora.identity(self.text) if self.text else self.corpus
         context.record.curve.extend(curve)
+
+    def _rows(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        """Windows to train on, and held-out ones from the end of each text, none where nothing is to be validated."""
+        if self.text:
+            texts = [windows(tokenizer, self.length, self.text, "evaluation")]
+        else:
+            texts = [windows(tokenizer, self.length, name) for name in self.corpus.split("/")]
+        if not (self.text or self.validate):
+            return torch.cat(texts), texts[0][:0]
+        most = max(1, LARGEST_HELD_OUT // len(texts))
+        tails = [max(1, min(round(HELD_OUT * len(text)), most)) for text in texts]
+        if self.text:  # the whole tail is kept from training, even where less of it is looked at
+            tails = [max(1, round(HELD_OUT * len(texts[0])))]
+        pairs = [(text[:-tail], text[-tail:][:most]) for text, tail in zip(texts, tails, strict=True)]
+        return torch.cat([one for one, _ in pairs]), torch.cat([one for _, one in pairs])
+
+    def _kept(self, context: Context) -> Checkpoint | None:
+        if not context.stage:
+            return None
+        before = len(context.record.curve)  # a technique may train more than once
+        made_of = self.method, self.version, asdict(self), self.reads(), context.seed, assets.fast(), before
+        return Checkpoint(assets.home() / "training" / key("training", context.stage, *made_of))

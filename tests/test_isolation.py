@@ -13,7 +13,7 @@ import pytest
 
 from edgelab.errors import EdgeLabError
 from edgelab.measure import forking
-from edgelab.measure.isolation import Isolated, IsolatedError, report
+from edgelab.measure.isolation import Isolated, IsolatedError, Stop, Stopped, report
 from edgelab.measure.turn import timing_lock
 
 SUBJECT = """
@@ -47,6 +47,15 @@ class Subject:
 
     def threads(self):
         return [torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]]
+
+    def last_words(self, path):
+        try:
+            report(1, 2)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            with open(path, "w") as file:
+                file.write("kept")
+            raise
 
     def talk(self):
         print("from Python")
@@ -409,3 +418,23 @@ def test_an_object_that_cannot_be_made_leaves_no_process(target, arguments, mess
     assert children() == before
     with pytest.raises(IsolatedError, match="has ended already"):
         process.call("whoami")
+
+
+@pytest.mark.parametrize("how", ["stop", "interrupt"])
+def test_a_process_that_is_asked_to_stop_may_keep_what_it_has(place, tmp_path, how):
+    """By a button in another thread, and by Ctrl-C here; then it is gone."""
+    stop = Stop()
+
+    def halt(done: int, total: int) -> None:
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        stop()
+
+    with (
+        stop,
+        pytest.raises(Stopped if how == "stop" else KeyboardInterrupt),
+        Isolated(place, threads=2) as one,
+    ):
+        pid = one.call("whoami")["pid"]
+        one.call("last_words", progress=halt, path=str(tmp_path / "words"))
+    assert (tmp_path / "words").read_text() == "kept" and not psutil.pid_exists(pid)

@@ -16,7 +16,7 @@ from edgelab.model.logits import (
     head_parameters,
     hidden_states,
 )
-from edgelab.training import cross_entropy
+from edgelab.model.losses import cross_entropy
 
 LAYOUTS = {
     "llama": {},

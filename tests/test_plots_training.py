@@ -74,3 +74,12 @@ def test_nothing_to_draw(curves):
 def test_a_mean_of_no_batches_is_refused():
     with pytest.raises(NothingToDraw, match="mean_of=0 batches have no mean; use 1 or more"):
         plots.training_curve(RUNS, mean_of=0)
+
+
+def test_looks_at_held_out_text_are_squares():
+    run = curve(4.0, 2.0, 3.0, 1.0)
+    run[1]["validation_loss"], run[3]["validation_loss"] = 5.0, 2.5
+    axes = plots.training_curve({"run": run, "blind": curve(3.0)}, mean_of=1).axes[0]
+    squares = [line for line in axes.lines if line.get_marker() == "s"]
+    assert [line.get_xydata().tolist() for line in squares] == [[[200, 5], [400, 2.5]]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a batch", "held-out text"]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edgelab import training
+from edgelab.model import losses
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.storage import variants
 from edgelab.storage.codebook import CodebookTensor
@@ -176,7 +177,7 @@ def test_training_brings_every_layout_nearer_to_its_reference(new_model, layout,
     context = Context()
     trained = technique.apply(model, context)
     start = convert(technique.prepare(model))
-    divergence = training.Divergence(model)
+    divergence = losses.Divergence(model)
     with torch.no_grad():
         assert divergence(trained, ROWS) < 0.85 * divergence(start, ROWS)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -252,7 +253,7 @@ def test_a_quantized_model_is_drawn_to_the_reference_not_to_itself(new_model):
     rounded = RoundToNearest(bits=2, group_size=32).apply(reference, Context())
     technique = QuantizationAwareTraining(bits=2, **SHORT | {"steps": 12}, learning_rate=2e-2)
     trained = technique.apply(rounded, Context(reference=reference))
-    divergence = training.Divergence(reference)
+    divergence = losses.Divergence(reference)
     with torch.no_grad():
         assert divergence(trained, ROWS) < 0.85 * divergence(rounded, ROWS)
 

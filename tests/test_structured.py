@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from edgelab.model.blocks import blocks, half_precision
+from edgelab.model.losses import cross_entropy
 from edgelab.recipes import Context, RecipeError, Record, parse
 from edgelab.reference import resolve
 from edgelab.storage import variants
@@ -11,7 +12,6 @@ from edgelab.techniques import calibration
 from edgelab.techniques.observing import input_sizes, nll_behind, taylor
 from edgelab.techniques.pruning.layers import without
 from edgelab.techniques.pruning.structured import stay
-from edgelab.training import cross_entropy
 
 LAYOUTS = ["llama", "qwen3", "gemma", "phi", "stablelm"]
 IDS = torch.arange(2, 66)[None]

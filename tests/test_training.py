@@ -1,25 +1,27 @@
-"""The training loop and its losses: slices against plain autograd, the schedule by hand, repeatable runs."""
+"""The training loop: the schedule by hand, repeatable runs, looks at held-out text, and runs that are stopped."""
 
 import dataclasses
 import math
+import signal
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from edgelab import assets, corpora, training
 from edgelab.corpora import CorpusError
+from edgelab.model.losses import cross_entropy
 from edgelab.recipes import Context
+from edgelab.storage.checkpoints import Checkpoint
 from edgelab.training import (
-    Divergence,
     Trained,
     TrainingError,
+    Validation,
     batches,
-    cross_entropy,
     learning_rate_factor,
     train,
     windows,
+    zero_masks,
 )
 
 IDS = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -36,75 +38,6 @@ def texts(home):
             "".join(f"{name[0]}{n:038d}\n" for n in range(lines)), encoding="utf-8"
         )
     assets._record(home / "assets", [f"texts/{name}.txt" for name in corpora.EMBEDDED])
-
-
-def gradients(model, loss) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
-def plain_cross_entropy(model, ids):
-    logits = model(ids).logits[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-
-
-def plain_divergence(model, reference, ids):
-    log_p = torch.log_softmax(model(ids).logits, -1)
-    log_r = torch.log_softmax(reference(ids).logits.detach(), -1)
-    return functional.kl_div(log_p, log_r, log_target=True, reduction="none").sum(-1).mean()
-
-
-@pytest.mark.parametrize(
-    "size", [7, 20, 1000]
-)  # slices that do not divide, cross windows, and hold everything
-@pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_slices_equal_all_logits_at_once(new_model, layout, loss, size, monkeypatch):
-    """Loss and the gradients of every parameter, heads with biases and tied heads among them."""
-    monkeypatch.setattr(training, "SLICE", size)
-    model, reference = new_model(layout), new_model(layout)
-    with torch.no_grad():
-        for weight in reference.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
-    sliced = cross_entropy(model, IDS) if loss == "ce" else Divergence(reference)(model, IDS)
-    plain = plain_cross_entropy(model, IDS) if loss == "ce" else plain_divergence(model, reference, IDS)
-    torch.testing.assert_close(sliced, plain, rtol=1e-5, atol=1e-6)
-    ours, theirs = gradients(model, sliced), gradients(model, plain)
-    assert ours.keys() == theirs.keys() == {name for name, _ in model.named_parameters()}
-    for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
-    assert not any(weight.grad is not None for weight in reference.parameters())
-
-
-def test_slices_with_a_softcap_equal_all_logits_at_once(new_model, monkeypatch):
-    monkeypatch.setattr(training, "SLICE", 16)
-    model = new_model("gemma2", head_dim=16, final_logit_softcapping=2.0)
-    torch.testing.assert_close(
-        cross_entropy(model, IDS), plain_cross_entropy(model, IDS), rtol=1e-5, atol=1e-6
-    )
-
-
-def test_a_frozen_head_gets_no_gradient(new_model):
-    model = new_model("phi")
-    model.lm_head.weight.requires_grad_(False)
-    found = gradients(model, cross_entropy(model, IDS))
-    assert "lm_head.weight" not in found and "lm_head.bias" in found and "model.embed_tokens.weight" in found
-
-
-def test_divergence_of_a_model_to_itself_is_zero(new_model):
-    model = new_model("llama")
-    assert abs(Divergence(model)(model, IDS).item()) < 1e-6
-
-
-def test_two_tokens_by_hand():
-    """Logits (0, log 3): p = (1/4, 3/4). The reference is even: KL = log 2 - log 3 / 2, gradient p - 1/2."""
-    logits = torch.tensor([[0.0, math.log(3)]])
-    loss, gradient = training.divergence_score(lambda where: torch.zeros(1, 2), logits, slice(0, 1))
-    torch.testing.assert_close(loss, torch.tensor([math.log(2) - math.log(3) / 2]))
-    torch.testing.assert_close(gradient, torch.tensor([[-0.25, 0.25]]))
-    loss, gradient = training.next_token_score(torch.tensor([9, 1]), logits, slice(1, 2))
-    torch.testing.assert_close(loss, torch.tensor([math.log(4 / 3)]))
-    torch.testing.assert_close(gradient, torch.tensor([[0.25, -0.25]]))
 
 
 def test_the_learning_rate_by_hand():
@@ -135,7 +68,7 @@ def test_too_few_windows_for_a_batch():
 
 def test_training_windows_are_no_text_that_is_evaluated_or_calibrated_on(texts, byte_tokenizer):
     """Every line of the stand-ins is unique, so that a line seen twice would be an overlap."""
-    rows = windows(byte_tokenizer, 128)
+    rows = Trained(length=128)._rows(byte_tokenizer)[0]
     assert rows.shape[1] == 128 and rows.dtype == torch.int64
     trained = {
         line for row in rows for line in byte_tokenizer.decode(row.tolist()).splitlines()[1:-1]
@@ -145,7 +78,7 @@ def test_training_windows_are_no_text_that_is_evaluated_or_calibrated_on(texts, 
         if split != "training":
             assert not trained & {line.strip() for line in corpora.load(name, split)["text"]}
     with pytest.raises(CorpusError, match="'code' is not for training"):
-        windows(byte_tokenizer, 64, "wiki/code")
+        windows(byte_tokenizer, 64, "code")
 
 
 class Line(nn.Module):
@@ -270,12 +203,18 @@ def test_bfloat16_products_give_nearly_the_same_loss(new_model, settings):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": 0}, "at least 1 step of 1 window of 2 tokens, not steps=0,batch=4,length=256"),
-        ({"batch": 0}, "not steps=80,batch=0,length=256"),
-        ({"length": 1}, "not steps=80,batch=4,length=1"),
+        (
+            {"steps": 0},
+            "at least 1 step of 1 window of 2 tokens, not steps=0,batch=4,accumulate=1,length=256",
+        ),
+        ({"batch": 0}, "not steps=80,batch=0,accumulate=1,length=256"),
+        ({"length": 1}, "not steps=80,batch=4,accumulate=1,length=1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0,minutes=0.0 should be above 0 and at least 0"),
         ({"learning_rate": math.nan}, "learning_rate=nan"),
         ({"minutes": -1.0}, "minutes=-1.0 should be"),
+        ({"accumulate": 0}, "accumulate=0,length=256"),
+        ({"patience": 2}, "validate=0,patience=2 should be at least 0, and patience needs looks"),
+        ({"validate": -1}, "validate=-1,patience=0 should be at least 0"),
     ],
 )
 def test_bad_settings(values, message):
@@ -287,3 +226,183 @@ def test_windows_longer_than_the_model_can_see(new_model):
     model = new_model("llama")
     with pytest.raises(TrainingError, match="length=5000 is longer than the 4096 tokens the model can see"):
         Trained(length=5000).fit(model, cross_entropy, list(model.parameters()), Context(), half=False)
+
+
+def test_accumulated_batches_are_one_large_one(new_model):
+    """Two batches of two windows move the weights as one of four does."""
+    rows, found = torch.randint(2, 300, (4, 20), generator=torch.Generator().manual_seed(3)), []
+    for size, accumulate in ((4, 1), (2, 2)):
+        model = new_model("llama")
+        data = iter(rows.split(size) * 3)
+        curve = train(
+            model,
+            data,
+            cross_entropy,
+            list(model.parameters()),
+            steps=3,
+            accumulate=accumulate,
+            learning_rate=1e-3,
+        )
+        found.append((curve, model.model.layers[0].mlp.up_proj.weight.detach()))
+    (whole, weight), (pieces, again) = found
+    assert [point["tokens"] for point in whole] == [point["tokens"] for point in pieces] == [80, 160, 240]
+    assert [point["loss"] for point in pieces] == pytest.approx([point["loss"] for point in whole], rel=1e-5)
+    torch.testing.assert_close(again, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_masked_weights_stay_zero_and_the_others_move():
+    model = Line()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([0.0, 2.0, -1.0]))
+    start = model.weight.detach().clone()
+    train(
+        model, iter(lambda: IDS, None), squared, [model.weight],
+        steps=4, learning_rate=0.1, weight_decay=0.1, masks=zero_masks([model.weight]),
+    )  # fmt: skip
+    assert model.weight[0] == 0 and (model.weight[1:] != start[1:]).all()
+    train(model, iter(lambda: IDS, None), squared, [model.weight], steps=1, learning_rate=0.1)
+    assert model.weight[0] != 0  # the mask is gone with its run
+
+
+def test_recomputed_activations_give_the_same_weights(new_model, settings):
+    weights = []
+    for recompute in (False, True):
+        model = new_model("llama")
+        one = dataclasses.replace(settings, activation_checkpointing=recompute, steps=3)
+        one.fit(model, cross_entropy, list(model.parameters()), Context(), half=False)
+        assert not any("forward" in block.__dict__ for block in model.model.layers)
+        weights.append([weight.detach() for weight in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+# Held-out text
+
+
+def test_a_look_is_the_mean_over_windows_whatever_the_batch(new_model):
+    model = new_model("llama")
+    with torch.no_grad():
+        expected = sum(cross_entropy(model, row[None]).item() for row in IDS) / 3
+    for size in (1, 2, 3):
+        found = Validation(IDS, {"validation_nll": cross_entropy}).look(model, size)
+        assert found == {"validation_nll": pytest.approx(expected, rel=1e-5)}
+
+
+def looking(
+    values: list[float], every: int, patience: int, steps: int = 9
+) -> tuple[Line, list[dict[str, float]]]:
+    """A run whose looks find these values."""
+    model, left = Line(), iter(values)
+    validation = Validation(IDS, {"validation_loss": lambda *_: torch.tensor(next(left))}, every, patience)
+    data = iter(lambda: IDS, None)
+    return model, train(
+        model, data, squared, [model.weight], steps=steps, learning_rate=0.1, validation=validation
+    )
+
+
+def test_looks_come_every_so_many_steps_and_at_the_end():
+    _, curve = looking([5.0, 4.0, 3.0], every=2, patience=0, steps=5)
+    assert {point["step"]: point["validation_loss"] for point in curve if "validation_loss" in point} == {
+        2: 5.0, 4: 4.0, 5: 3.0
+    }  # fmt: skip
+    _, curve = looking([1.0], every=0, patience=0, steps=3)
+    assert [point.get("validation_loss") for point in curve] == [None, None, 1.0]
+
+
+def test_patience_stops_a_run_and_takes_its_best_weights_back():
+    """Looks after 1, 2, 3 and 4 steps find 5, 3, 4, 6: the lowest is the second, and two looks later the run ends."""
+    model, curve = looking([5.0, 3.0, 4.0, 6.0], every=1, patience=2)
+    assert [point["validation_loss"] for point in curve] == [5.0, 3.0, 4.0, 6.0]
+    best, data = Line(), iter(lambda: IDS, None)
+
+    def stop_after_two(done: int, total: int) -> None:
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(best, data, squared, [best.weight], steps=9, learning_rate=0.1, progress=stop_after_two)
+    assert torch.equal(model.weight, best.weight)
+
+
+def test_the_readers_own_text_keeps_its_tail_for_looks(tmp_path, byte_tokenizer):
+    file = tmp_path / "mine.txt"
+    file.write_text("".join(f"{n:09d}\n" for n in range(100)))  # 1,000 bytes, as many tokens
+    trained, held_out = Trained(text=str(file), length=20)._rows(byte_tokenizer)
+    lines = [byte_tokenizer.decode(rows.flatten().tolist()).split() for rows in (trained, held_out)]
+    assert [len(rows) for rows in (trained, held_out)] == [45, 5]
+    assert [int(line) for line in lines[0]] == list(range(90)) and int(lines[1][0]) == 90
+
+
+def test_a_file_is_named_by_its_content(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("one")
+    before = Trained(text=str(file)).reads()
+    file.write_text("other")
+    assert before != Trained(text=str(file)).reads() and before[0].startswith("mine.txt-")
+    assert Trained().reads() == []
+
+
+def test_no_look_no_text_held_out(texts, byte_tokenizer):
+    rows, held_out = Trained(length=64)._rows(byte_tokenizer)
+    fewer, looked_at = Trained(length=64, validate=5)._rows(byte_tokenizer)
+    assert len(held_out) == 0 and len(looked_at) > 0 and len(fewer) + len(looked_at) == len(rows)
+    assert not {tuple(row) for row in fewer.tolist()} & {tuple(row) for row in looked_at.tolist()}
+
+
+# Runs that are stopped
+
+
+def stopped_after(step: int) -> object:
+    """Progress that sends this process the signal of Ctrl-C in the middle of the step that follows."""
+
+    def progress(done: int, total: int) -> None:
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return progress
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_run_that_was_stopped_ends_at_the_same_weights(new_model, tmp_path, patience):
+    """Stopped twice, once before and once after the lowest look."""
+    ids = torch.randint(2, 300, (6, 20), generator=torch.Generator().manual_seed(4))
+
+    def run(kept: Checkpoint | None, progress=lambda done, total: None):
+        model = new_model("llama", attention_dropout=0.1).train()  # random numbers are part of the state
+        validation = Validation(ids[4:], {"validation_loss": cross_entropy}, 2, patience)
+        curve = train(
+            model, batches(ids[:4], 2, 0), cross_entropy, list(model.parameters()), steps=9, accumulate=2,
+            learning_rate=0.01, validation=validation, kept=kept, progress=progress, seed=5,
+        )  # fmt: skip
+        return model, [{name: value for name, value in point.items() if name != "seconds"} for point in curve]
+
+    expected, points = run(None)
+    kept = Checkpoint(tmp_path / "run")
+    for step in (2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            run(kept, stopped_after(step))
+        assert len(kept.load()[1]["curve"]) == step + 1  # the step that was under way is finished
+    model, curve = run(kept)
+    assert curve == points
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert kept.load() is None
+
+
+def test_a_run_is_kept_every_so_often(tmp_path, monkeypatch):
+    """A killed process loses what came after the last checkpoint. Steps take a second here."""
+    now = iter(range(1000))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(now)))
+    kept, model = Checkpoint(tmp_path / "run", every_s=2.0), Line()
+    seen = []
+
+    def progress(done: int, total: int) -> None:
+        found = kept.load()
+        seen.append(len(found[1]["curve"]) if found else 0)
+
+    train(model, iter(lambda: IDS, None), squared, [model.weight], steps=5, kept=kept, progress=progress)
+    assert seen == [0, 2, 2, 4, 4]
+
+
+def test_signals_are_heard_again_after_a_run():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run(1)
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))

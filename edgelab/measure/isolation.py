@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -28,6 +29,7 @@ from edgelab.errors import EdgeLabError
 from edgelab.measure import forking
 
 WATCH_S = 1.0  # how often a fresh interpreter looks whether its parent is still there
+GRACE_S = 20.0  # for a process that is asked to stop: training ends its step and keeps what it has
 
 
 class IsolatedError(EdgeLabError):
@@ -45,7 +47,7 @@ class Stopped(BaseException):
 class Stop:
     """Ends what one thread measures, from another: `with stop:` there, `stop()` here.
 
-    The other thread's process is killed, and what waits for it raises Stopped.
+    The other thread's process ends, and what waits for it raises Stopped.
     """
 
     def __init__(self) -> None:
@@ -109,10 +111,10 @@ class _Forked:
             os.close(theirs_out)
         self._code: int | None = None
 
-    def kill(self) -> None:
+    def send(self, signal_: int) -> None:
         if self._code is None:  # until it is reaped the number is its own
             with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, signal_)
 
     def wait(self) -> int:
         if self._code is None:
@@ -139,8 +141,8 @@ class _Spawned:
         self.pid = self._process.pid
         self.stdin, self.stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
 
-    def kill(self) -> None:
-        self._process.kill()
+    def send(self, signal_: int) -> None:
+        self._process.send_signal(signal_)
 
     def wait(self) -> int:
         return self._process.wait()
@@ -220,6 +222,7 @@ class Isolated:
             while b"\n" not in self._received:
                 ready = selector.select(timeout=max(deadline - time.monotonic(), 0))
                 if any(key.data is not None for key, _ in ready):
+                    self._interrupt()
                     self.close()
                     raise Stopped
                 if not ready:
@@ -244,12 +247,22 @@ class Isolated:
         last = said[-1].strip() if said else "it said nothing"
         return IsolatedError(f"The process ended with exit code {code}: {last}")
 
+    def _interrupt(self) -> None:
+        """Ask the process to end, and give it time to: it may have something to keep."""
+        if self._closed or not self._made:
+            return
+        self._process.send(signal.SIGINT)
+        pipe, deadline = self._process.stdout, time.monotonic() + GRACE_S
+        while (left := deadline - time.monotonic()) > 0 and select.select([pipe], [], [], left)[0]:
+            if not os.read(pipe, 1 << 16):  # its end: the process is gone
+                return
+
     def close(self) -> None:
         """End the process, at once."""
         if self._closed:
             return
         self._closed = True
-        self._process.kill()
+        self._process.send(signal.SIGKILL)
         self._process.wait()
         self._process.close()
         self._log.close()
@@ -257,7 +270,9 @@ class Isolated:
     def __enter__(self) -> Isolated:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:
+            self._interrupt()
         self.close()
 
 

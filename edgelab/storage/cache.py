@@ -23,6 +23,7 @@ KINDS = {
     "variants": "packed weights, and what engines made of them",
     "states": "hidden states of references",
     "sensitivity": "sensitivities of layers",
+    "training": "runs of training that were stopped",
     "inductor": "compiled code",
 }
 DEFAULT_LIMIT_GB = 20.0

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from edgelab.model.blocks import Block, block_list, half_precision
 from edgelab.model.logits import SLICE, head_logits, hidden_states
-from edgelab.training import cross_entropy
+from edgelab.model.losses import cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

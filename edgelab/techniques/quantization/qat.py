@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgelab.model.blocks import bfloat16_is_fast
+from edgelab.model.losses import Divergence, cross_entropy
 from edgelab.model.marks import refuse_zeros
 from edgelab.recipes import Context, RecipeError, Record, register
 from edgelab.storage.codebook import CodebookTensor
@@ -31,7 +32,7 @@ from edgelab.techniques.quantization.floats import BFloat16
 from edgelab.techniques.quantization.one_bit import binary_scale, ternary_scale
 from edgelab.techniques.quantization.ranges import Range, find_grid
 from edgelab.techniques.quantization.rtn import check_group_size, check_settings, linear_layers
-from edgelab.training import Divergence, Trained, cross_entropy
+from edgelab.training import Trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
