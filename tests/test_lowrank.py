@@ -87,6 +87,73 @@ def test_factors_hold_the_share_that_was_asked_for(layout, new_model, context):
             assert (second.bias is None) == (model.get_submodule(name).bias is None) and first.bias is None
 
 
+def numbers(model) -> int:
+    """What the linear layers and factors of the blocks hold."""
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layers" in name
+    )
+
+
+ALLOCATED = "lowrank.svd:by_layer=allocated,samples=2,length=64"
+
+
+@pytest.mark.parametrize("layout", ["llama", "qwen3", "gemma", "phi", "stablelm"])
+@pytest.mark.parametrize("whitened", ["true", "false"])
+def test_allocated_ranks_hold_as_many_numbers_as_uniform_ones(layout, whitened, new_model, context):
+    model = new_model(layout)
+    uniform = parse(f"lowrank.svd:whitened={whitened},samples=2,length=64").apply(model, context)
+    other = parse(f"{ALLOCATED},whitened={whitened}").apply(model, context)
+    assert numbers(uniform) - 384 < numbers(other) <= numbers(uniform)  # 64 + 192 numbers in the largest rank
+    ranks = {
+        name: module.out_features for name, module in other.named_modules() if name.endswith("proj.0")
+    } | {name: module.out_features for name, module in other.named_modules() if name.endswith("fc1.0")}
+    assert len(set(ranks.values())) > 1
+    assert context.record.numbers["predicted_kld"] > 0
+    assert other(IDS).logits.isfinite().all()
+
+
+def test_everything_allocated_is_the_model_itself(new_model, context):
+    model = new_model("llama")
+    same = parse(f"{ALLOCATED},share=1").apply(model, context)
+    assert torch.equal(same(IDS).logits, model(IDS).logits)
+    assert context.record.numbers["predicted_kld"] == 0
+
+
+def test_layers_that_change_nothing_get_the_least_rank(new_model, context):
+    model = new_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 1e-6
+    small = parse(ALLOCATED).apply(model, context)
+    for name, layer in model.model.layers[0].mlp.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            pair = small.get_submodule(f"model.layers.0.mlp.{name}")
+            assert pair[0].out_features == int(0.05 * 64 * 192 / 256)
+
+
+def test_uneven_widths_are_allocated(new_model, context):
+    uneven = "prune.channels:share=0.3,by=magnitude,by_layer=global,multiple=8"
+    model = new_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 0.9  # so that more of its channels go
+    model = parse(uneven).apply(model, context)
+    assert len({block.mlp.up_proj.out_features for block in model.model.layers}) == 2
+    uniform, other = (
+        parse(each).apply(model, context) for each in ("lowrank.svd:samples=2,length=64", ALLOCATED)
+    )
+    assert numbers(uniform) - 384 < numbers(other) <= numbers(uniform)
+
+
+def test_whole_layers_and_factors_are_saved_and_loaded(tiny, context):
+    recipe = parse(f"{ALLOCATED},share=0.8")
+    folder = variants.build(recipe, resolve(str(tiny)), 0, lambda done, total: None)
+    loaded = variants.load(folder)
+    kinds = {type(loaded.get_submodule(f"model.layers.{place}.mlp.{name}_proj")) for place in (0, 1)
+             for name in ("gate", "up", "down")}  # fmt: skip
+    assert torch.nn.Sequential in kinds and loaded(IDS).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("tail", ["", " + quantize.rtn:bits=8,group_size=0"])
 def test_factors_are_saved_loaded_and_quantized(tail, tiny):
     source = resolve(str(tiny))

@@ -14,6 +14,9 @@ from edgelab.plots import (
     method_lines,
     predicted_measured,
     predictions,
+    predictors_measured,
+    rank_correlations,
+    sparsity_allocation,
 )
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -66,6 +69,48 @@ def test_equal_layers_and_a_missing_one_are_drawn(layers):
     assert len(bit_allocation(layers.assign(sensitivity=0.0).iloc[:5]).axes[0].texts) == 5
     with pytest.raises(NothingToDraw, match="compute sensitivities first"):
         bit_allocation(layers.iloc[:0])
+
+
+def test_sparsities_are_percent_at_their_place(layers):
+    shares = layers.assign(sparsity=[0.5, 0.2, 0.35, 0.8, 0.0, 0.9])
+    upper, lower = sparsity_allocation(shares, "a title").axes[:2]
+    places = {tuple(text.get_position()): text.get_text() for text in upper.texts}
+    assert places == {(0, 0): "50", (0, 1): "20", (1, 0): "35", (1, 1): "80", (2, 0): "0", (2, 1): "90"}
+    assert {text.get_text(): text.get_color() for text in upper.texts}["90"] == "black"
+    assert "half of this layer" in lower.get_title(loc="left")
+    with pytest.raises(NothingToDraw, match="compute sensitivities first"):
+        sparsity_allocation(shares.iloc[:0])
+
+
+@pytest.fixture
+def measured():
+    """Four layers at two sparsities: at 0.5 Fisher has the order of the measurement, magnitude the opposite."""
+    at_half = {"kl": [1e-4, 1e-3, 1e-2, 1e-1], "fisher": [1, 2, 3, 4], "gradient": [1, 2, 4, 3],
+               "activation": [2, 1, 4, 3], "magnitude": [4, 3, 2, 0.0]}  # fmt: skip
+    half = pd.DataFrame(at_half).assign(sparsity=0.5)
+    return pd.concat([half.iloc[::-1].assign(sparsity=0.3), half], ignore_index=True)
+
+
+def test_predictors_are_ordered_by_spearman(measured):
+    half = measured[measured["sparsity"] == 0.5]
+    found = rank_correlations(half)
+    # Sum of squared rank differences d: 1 - 6 d / (n (n * n - 1)) with n = 4, so d = 0, 2, 4, 20.
+    assert found.to_dict() == pytest.approx(
+        {"fisher": 1, "gradient": 0.8, "activation": 0.6, "magnitude": -1}
+    )
+    figure = predictors_measured(measured, 0.5)
+    assert figure.get_suptitle() == "Fisher orders layers most as the measurement does"
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == [
+        "fisher: Spearman 1.00", "gradient: Spearman 0.80", "activation: Spearman 0.60", "magnitude: Spearman -1.00"
+    ]  # fmt: skip
+    np.testing.assert_allclose(
+        figure.axes[0].collections[0].get_offsets(), [[1, 1e-4], [2, 1e-3], [3, 1e-2], [4, 0.1]]
+    )
+    assert len(figure.axes[3].collections[0].get_offsets()) == 3  # nothing has no place on a logarithmic axis
+    assert figure._repr_png_()[0].startswith(PNG)
+    with pytest.raises(NothingToDraw, match=r"at sparsity 0.4, only at 0.3, 0.5"):
+        predictors_measured(measured, 0.4)
 
 
 def row(recipe, predicted, kld, **changes):

@@ -1,5 +1,7 @@
 """Unstructured and semi-structured pruning: by hand, exact counts, five layouts, and joint with quantization."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +12,15 @@ from edgelab.reference import resolve
 from edgelab.storage import variants
 from edgelab.storage.layers import unpacked
 from edgelab.techniques import calibration
+from edgelab.techniques.calibration import Calibrated
+from edgelab.techniques.observing import input_sizes
 from edgelab.techniques.pruning.masks import SparsityError, keep_mask
+from edgelab.techniques.pruning.measured import sensitivity, sparsity_table
 from edgelab.techniques.pruning.owl import layer_sparsities, outlier_share
 from edgelab.techniques.pruning.sparsegpt import sparsegpt
 from edgelab.techniques.pruning.wanda import wanda_scores
 from edgelab.techniques.quantization.rtn import linear_layers
+from edgelab.techniques.sensitivity import MEASURES
 
 
 @pytest.fixture
@@ -166,6 +172,121 @@ def test_owl_moves_sparsity_between_blocks_and_keeps_the_whole(new_model, contex
     assert abs(sum(by_block) - total / 2) <= rows  # each row removes a whole number of weights
 
 
+MEASURED = ["prune.wanda:by_layer=measured", "prune.sparsegpt:by_layer=measured"]
+FEW = "samples=2,length=64"
+
+
+def rows_of(model) -> int:
+    """What a count may miss, where all rows of a layer lose as many: less than the rows of the narrowest layer."""
+    return min(layer.out_features for layer in linear_layers(model).values())
+
+
+@pytest.mark.parametrize("layout", ["llama", "qwen3", "gemma", "phi", "stablelm"])
+@pytest.mark.parametrize("method", MEASURED)
+def test_measured_sparsity_differs_by_layer_and_keeps_the_whole(layout, method, new_model, context):
+    model = new_model(layout)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned = parse(f"{method},{FEW}").apply(model, context)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    counts, layers = zeros(pruned), linear_layers(model)
+    total = sum(layer.weight.numel() for layer in layers.values())
+    assert 0 <= sum(counts.values()) - total // 2 < rows_of(model)
+    assert len({count / layers[name].weight.numel() for name, count in counts.items()}) > 1
+    table = sparsity_table(model, parse(f"{method},{FEW}").techniques[0].draw(context, 64), "fisher", context)
+    uniform = table.costs_at(np.array([out * row // 2 for out, row in table.shapes])).sum()
+    assert 0 < context.record.numbers["predicted_kld"] <= uniform
+    assert torch.isfinite(pruned(torch.arange(2, 40)[None]).logits).all()
+
+
+@pytest.mark.parametrize("method", MEASURED)
+def test_measured_sparsity_in_a_model_of_uneven_widths(method, new_model, context):
+    uneven = "prune.channels:share=0.3,by=magnitude,by_layer=global,multiple=8"
+    model = new_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight *= 0.9  # so that more of its channels go
+    narrower = parse(uneven).apply(model, context)
+    widths = {block.mlp.up_proj.out_features for block in narrower.model.layers}
+    assert len(widths) == 2
+    counts = zeros(parse(f"{method},sparsity=0.3,sensitivity=kl,{FEW}").apply(narrower, context))
+    due = sum(
+        layer.out_features * round(0.3 * layer.in_features) for layer in linear_layers(narrower).values()
+    )
+    assert 0 <= sum(counts.values()) - due < rows_of(narrower)
+
+
+@pytest.mark.parametrize("how", ["fisher", "kl"])
+def test_layers_that_change_nothing_lose_most(how, new_model, context):
+    model = new_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1e-6  # the whole MLP of this block, then
+    recipe = f"prune.wanda:by_layer=measured,sensitivity={how},{FEW}"
+    counts, layers = zeros(parse(recipe).apply(model, context)), linear_layers(model)
+    shares = {name: count / layers[name].weight.numel() for name, count in counts.items()}
+    idle = [share for name, share in shares.items() if "layers.1.mlp" in name]
+    busy = [share for name, share in shares.items() if "layers.1.mlp" not in name]
+    assert min(idle) > 0.89 > max(busy)
+
+
+@pytest.mark.parametrize("method", MEASURED)
+def test_nothing_removed_where_it_is_measured_is_the_identity(method, new_model, context):
+    model = new_model("llama")
+    pruned = parse(f"{method},sparsity=0,{FEW}").apply(model, context)
+    ids = torch.arange(2, 40)[None]
+    torch.testing.assert_close(pruned(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert context.record.numbers["predicted_kld"] == 0
+
+
+def test_candidates_of_a_layer_are_what_the_masks_of_wanda_leave(new_model, context):
+    model, tokens = new_model("llama"), torch.arange(2, 66).view(2, 32)
+    table = sparsity_table(model, tokens, "activation", context, (0.0, 0.3, 0.7))
+    sizes = input_sizes(model, table.names, tokens, lambda done, total: None)
+    for name, cost in zip(table.names, table.cost, strict=True):
+        scores = wanda_scores(model.get_submodule(name).weight.detach(), sizes[name])
+        gone = [~keep_mask(scores, sparsity) for sparsity in table.sparsities]
+        assert cost == pytest.approx([float(scores[mask].square().sum()) for mask in gone], rel=1e-3)
+        kept = [int((~mask).sum()) for mask in gone]
+        assert table.amounts[table.names.index(name)].tolist() == kept
+
+
+def test_what_is_predicted_for_a_small_sparsity_is_what_is_measured(new_model, context):
+    model = new_model("llama")
+    tokens = torch.randint(2, 300, (24, 48), generator=torch.Generator().manual_seed(1))
+    fisher, kl = (sparsity_table(model, tokens, each, context, (0.1, 0.2)).cost for each in ("fisher", "kl"))
+    assert 0.6 < np.median(fisher / kl) < 1.5
+    assert np.corrcoef(np.log(fisher).flatten(), np.log(kl).flatten())[0, 1] > 0.8
+
+
+def test_a_second_sparsity_reads_the_table(new_model, context, monkeypatch):
+    model = new_model("llama")
+    parse(f"prune.wanda:by_layer=measured,{FEW}").apply(model, context)
+    monkeypatch.setitem(MEASURES, "fisher", lambda *_: pytest.fail("measured again"))
+    context.record.notes.clear()
+    parse(f"prune.sparsegpt:sparsity=0.6,by_layer=measured,{FEW}").apply(model, context)
+    assert context.record.notes[0] == "Sensitivities were read from an earlier run."
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        parse("prune.wanda:by_layer=measured,samples=1,length=64").apply(model, context)
+
+
+def test_sensitivities_of_every_layer_beside_their_predictors(new_model, context, monkeypatch):
+    model = new_model("llama")
+    options = {"sparsities": (0.3, 0.6), "samples": 2, "length": 64}
+    frame = sensitivity(model, context, **options)
+    assert len(frame) == 2 * len(linear_layers(model)) and set(frame["sparsity"]) == {0.3, 0.6}
+    assert (frame.loc[frame["sparsity"] == 0.3, list(MEASURES)].to_numpy() > 0).all()
+    row = frame[(frame["name"] == "model.layers.1.mlp.down_proj") & (frame["sparsity"] == 0.6)].iloc[0]
+    assert (row["block"], row["kind"]) == (1, "down_proj")
+    weight = model.model.layers[1].mlp.down_proj.weight.detach()
+    tokens = Calibrated(samples=2, length=64).draw(context, 64)
+    sizes = input_sizes(model, [row["name"]], tokens, lambda done, total: None)[row["name"]]
+    gone = ~keep_mask(wanda_scores(weight, sizes), 0.6)
+    assert row["magnitude"] == pytest.approx(float(weight[gone].square().sum()), rel=1e-5)
+    for each in MEASURES:
+        monkeypatch.setitem(MEASURES, each, lambda *_: pytest.fail("measured again"))
+    pd.testing.assert_frame_equal(sensitivity(model, context, **options), frame)
+    with pytest.raises(RecipeError, match="quantized already"):
+        sensitivity(parse("quantize.rtn:bits=4").apply(model, context), context, **options)
+
+
 @pytest.mark.parametrize(
     ("recipe", "sentence"),
     [
@@ -175,6 +296,8 @@ def test_owl_moves_sparsity_between_blocks_and_keeps_the_whole(new_model, contex
         ("prune.magnitude:pattern=2:4,per=row", "its own groups"),
         ("prune.wanda:pattern=4:8,by_layer=owl", "needs pattern=unstructured"),
         ("prune.wanda:by_layer=owl,sparsity=0.95", "leaves 0 to 1"),
+        ("prune.sparsegpt:pattern=2:4,by_layer=measured", "by_layer=measured needs pattern=unstructured"),
+        ("prune.wanda:by_layer=measured,sparsity=0.95", "above 0.9"),
         ("prune.sparsegpt:damping=0", "outside 0 to 1"),
     ],
 )

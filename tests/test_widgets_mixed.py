@@ -18,7 +18,7 @@ def table(request):
     shapes = [(192, 64), (64, 192)] * 4
     formats = Mixed(group_size=32, wide=request.param).formats
     cost = random.lognormal(-4, 1, (8, 1)) * 4.0 ** -np.array([bits for bits, _ in formats])
-    return SensitivityTable(names, shapes, formats, cost, 2048)
+    return SensitivityTable(names, shapes, cost, 2048, formats)
 
 
 def predicted(answer):

@@ -1,7 +1,15 @@
 """Pictures: functions to a matplotlib `Figure`, without pyplot state; from rows, from weights, from devices."""
 
 from edgelab.plots.activations import activation_outliers, channel_magnitudes
-from edgelab.plots.allocation import bit_allocation, largest_factor, predicted_measured, predictions
+from edgelab.plots.allocation import (
+    bit_allocation,
+    largest_factor,
+    predicted_measured,
+    predictions,
+    predictors_measured,
+    rank_correlations,
+    sparsity_allocation,
+)
 from edgelab.plots.cache import context_reach
 from edgelab.plots.devices import device_rates, published_rates, step_operations
 from edgelab.plots.engines import engines
@@ -34,10 +42,13 @@ __all__ = [
     "method_lines",
     "predicted_measured",
     "predictions",
+    "predictors_measured",
     "protocols",
     "published_rates",
+    "rank_correlations",
     "roofline",
     "size_bars",
+    "sparsity_allocation",
     "step_operations",
     "tradeoff",
     "training_curve",

@@ -1,8 +1,9 @@
-"""Which layer got how many bits, how sensitive each is, and whether the predicted loss came true."""
+"""Which layer got how much, how sensitive each is, what predicts that, and whether the predicted loss came true."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.style import (
     BASELINE_LINE,
     FAMILY_COLOURS,
+    GREY,
     PALE,
     NothingToDraw,
     Rows,
@@ -45,36 +47,62 @@ def bit_allocation(layers: pd.DataFrame, title: str = "Bits of each layer") -> F
     """
     if layers.empty:
         raise NothingToDraw("the table has no layers: compute sensitivities first, with quantize.mixed")
+    present = sorted(set(layers["bits"]))
+    legend = [Patch(facecolor=_shade(width), label=f"{width} bits") for width in present]
+    below = "Sensitivity: predicted KL divergence when only this layer is at 4 bits"
+    return _two_maps(layers, "bits", (FEWEST, MOST, WHITE_BELOW), title, below, legend)
+
+
+def sparsity_allocation(layers: pd.DataFrame, title: str = "Sparsity of each layer (%)") -> Figure:
+    """Sparsity of every layer in percent, as `bit_allocation` draws bits; under it the sensitivity of the layers.
+
+    layers: a row per layer with block, kind, sparsity from 0 to 1, and sensitivity: nats per token where half of that
+    layer alone is removed. Raises NothingToDraw without layers.
+    """
+    if layers.empty:
+        raise NothingToDraw("the table has no layers: compute sensitivities first, with prune.wanda")
+    below = "Sensitivity: KL divergence when half of this layer alone is removed"
+    percent = layers.assign(percent=100 * layers["sparsity"])
+    return _two_maps(percent, "percent", (0, 100, 70), title, below)
+
+
+def _two_maps(
+    layers: pd.DataFrame,
+    column: str,
+    shades: tuple[float, float, float],
+    title: str,
+    below: str,
+    legend: Sequence[Patch] = (),
+) -> Figure:
+    """A column of `layers` as numbers on colours, over a map of their sensitivity.
+
+    shades: the values of the darkest and the brightest colour, and below which digits are white.
+    """
     kinds = list(dict.fromkeys(layers["kind"]))
-    bits, sensitivity = (
-        layers.pivot(index="kind", columns="block", values=column).loc[kinds]
-        for column in ("bits", "sensitivity")
+    values, sensitivity = (
+        layers.pivot(index="kind", columns="block", values=each).loc[kinds]
+        for each in (column, "sensitivity")
     )
-    figure = new_chart(max(6.5, 2.2 + 0.29 * bits.shape[1]), 1.9 + 0.5 * len(kinds))
+    figure = new_chart(max(6.5, 2.2 + 0.29 * values.shape[1]), 1.9 + 0.5 * len(kinds))
     upper, lower = figure.subplots(2, 1, sharex=True)
-    upper.pcolormesh(
-        *_edges(bits), bits, cmap=BIT_COLOURS, vmin=FEWEST, vmax=MOST, edgecolor="white", linewidth=0.6
-    )
-    for (row, column), width in np.ndenumerate(bits.to_numpy(float)):
-        if np.isfinite(width):
-            ink = "white" if width < WHITE_BELOW else "black"
-            place = {"ha": "center", "va": "center", "fontsize": 7}
-            upper.text(bits.columns[column], row, f"{width:.0f}", color=ink, **place)
+    low, high, dark = shades
+    lines = {"edgecolor": "white", "linewidth": 0.6}
+    upper.pcolormesh(*_edges(values), values, cmap=BIT_COLOURS, vmin=low, vmax=high, **lines)
+    for (row, place), value in np.ndenumerate(values.to_numpy(float)):
+        if np.isfinite(value):
+            ink = "white" if value < dark else "black"
+            look = {"ha": "center", "va": "center", "fontsize": 7}
+            upper.text(values.columns[place], row, f"{value:.0f}", color=ink, **look)
     drawn = sensitivity.clip(lower=SMALLEST)
     norm = LogNorm(drawn.min().min(), max(drawn.max().max(), 1.01 * drawn.min().min()))
-    shades = lower.pcolormesh(
-        *_edges(bits), drawn, cmap="Oranges", norm=norm, edgecolor="white", linewidth=0.6
-    )
-    bar = figure.colorbar(shades, ax=lower, pad=0.01, aspect=12)
+    colours = lower.pcolormesh(*_edges(values), drawn, cmap="Oranges", norm=norm, **lines)
+    bar = figure.colorbar(colours, ax=lower, pad=0.01, aspect=12)
     bar.set_label("nats per token", fontsize=8)
     bar.ax.tick_params(labelsize=7.5)
     bar.outline.set_visible(False)
-    present = sorted(set(layers["bits"]))
-    style_axes(upper, title, [Patch(facecolor=_shade(width), label=f"{width} bits") for width in present])
+    style_axes(upper, title, legend)
     style_axes(lower)
-    lower.set_title(
-        "Sensitivity: predicted KL divergence when only this layer is at 4 bits", loc="left", fontsize=9
-    )
+    lower.set_title(below, loc="left", fontsize=9)
     lower.set_xlabel("Block", fontsize=9.5)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (upper, lower):
@@ -166,4 +194,52 @@ def predicted_measured(points: pd.DataFrame, title: str = "Predicted divergence 
         ],
         [np.column_stack([span, span])],
     )
+    return figure
+
+
+PREDICTORS = {
+    "fisher": "gradients of outputs (Fisher)",
+    "gradient": "|weight x gradient| of what goes",
+    "activation": "(|weight| x input norm)² of what goes",
+    "magnitude": "weight² of what goes",
+}
+
+
+def rank_correlations(layers: pd.DataFrame) -> pd.Series:
+    """Spearman's correlation of each predictor with the measured divergence, the best first.
+
+    layers: columns kl and those of `PREDICTORS`, a row per layer, at one sparsity.
+    """
+    there = [name for name in PREDICTORS if name in layers]
+    return layers[there].corrwith(layers["kl"], method="spearman").sort_values(ascending=False)
+
+
+def predictors_measured(layers: pd.DataFrame, sparsity: float, title: str = "") -> Figure:
+    """What cheap predictors say of each layer along x, and the divergence measured along y; a panel for each.
+
+    layers: as `edgelab.techniques.pruning.measured.sensitivity` gives them. sparsity: of those in it. The best order of
+    layers comes first, and is coloured; a label says Spearman's correlation. Raises NothingToDraw where no layer has
+    that sparsity.
+    """
+    at = layers[np.isclose(layers["sparsity"], sparsity)]
+    if at.empty:
+        there = ", ".join(f"{each:g}" for each in sorted(set(layers["sparsity"])))
+        raise NothingToDraw(f"no layer was measured at sparsity {sparsity:g}, only at {there or 'none'}")
+    found = rank_correlations(at)
+    figure = new_chart(2.75 * len(found), 3.6)
+    for place, (axes, (name, value)) in enumerate(
+        zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True)
+    ):
+        shown = at[(at[[name, "kl"]] > 0).all(axis=1)]
+        tint = FAMILY_COLOURS["prune"] if place == 0 else GREY
+        axes.scatter(shown[name], shown["kl"], s=14, color=tint, edgecolor="white", linewidth=0.3, alpha=0.75)
+        axes.set(xscale="log", yscale="log")
+        style_axes(axes)
+        axes.set_title(f"{name}: Spearman {value:.2f}", loc="left", fontsize=9.5, color=tint)
+        axes.set_xlabel(PREDICTORS[name], fontsize=8)
+    figure.axes[0].set_ylabel(
+        f"KL divergence when {100 * sparsity:g} % of\nthis layer alone are removed (nats)", fontsize=8.5
+    )
+    title = title or f"{found.index[0].capitalize()} orders layers most as the measurement does"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure

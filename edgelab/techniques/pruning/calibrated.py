@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from edgelab.model.blocks import Block, Group, blocks, half_precision, longest
 from edgelab.model.marks import marked
 from edgelab.recipes import Context, RecipeError
+from edgelab.storage.layers import PackedLinear
 from edgelab.techniques.calibration import Calibrated
 from edgelab.techniques.pruning.masks import Sparse, check_pattern
+from edgelab.techniques.pruning.measured import SPARSITIES, SparsityTable, sparsity_table
 from edgelab.techniques.pruning.owl import layer_sparsities, outlier_share
 from edgelab.techniques.quantization.gptq import input_products
 from edgelab.techniques.quantization.rtn import linear_layers
+from edgelab.techniques.sensitivity import SAMPLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,20 +37,29 @@ def input_squares(inputs: Tensor) -> tuple[Tensor, int]:
 class CalibratedPruning(Sparse, Calibrated, ABC):
     """Settings of pruning that looks at inputs.
 
-    by_layer: how the sparsity of each block is chosen: uniform, or owl, where blocks with more outliers keep more.
-    owl_lambda: how far from the mean a block may be, with owl. owl_outlier: an outlier is this many times the mean.
+    by_layer: how sparsity is chosen: uniform, owl, where blocks with more outliers keep more, or measured, where each
+    layer is pruned alone and the best allocation takes as many weights in all. owl_lambda: how far from the mean a
+    block may be, with owl. owl_outlier: an outlier is this many times the mean. sensitivity: how measured finds what a
+    layer costs; "fisher" predicts it from gradients, "kl" runs the model again for every layer and sparsity, which
+    takes dozens of times as long.
     """
 
-    by_layer: Literal["uniform", "owl"] = "uniform"
+    by_layer: Literal["uniform", "owl", "measured"] = "uniform"
     owl_lambda: float = 0.08
     owl_outlier: float = 5.0
+    sensitivity: Literal["fisher", "kl"] = "fisher"
 
     def __post_init__(self) -> None:
         Sparse.__post_init__(self)
         Calibrated.__post_init__(self)
-        if self.by_layer == "owl" and self.pattern != "unstructured":
+        if self.by_layer != "uniform" and self.pattern != "unstructured":
             raise RecipeError(
-                f"pattern={self.pattern} removes half of every layer; by_layer=owl needs pattern=unstructured."
+                f"pattern={self.pattern} removes half of every layer; by_layer={self.by_layer} needs "
+                "pattern=unstructured."
+            )
+        if self.by_layer == "measured" and self.sparsity > SPARSITIES[-1]:
+            raise RecipeError(
+                f"sparsity={self.sparsity} is above {SPARSITIES[-1]}, the most that by_layer=measured tries on a layer."
             )
         if (
             self.by_layer == "owl"
@@ -65,23 +77,50 @@ class CalibratedPruning(Sparse, Calibrated, ABC):
         model = copy.deepcopy(model)
         found, hidden = blocks(model, tokens)
         with torch.no_grad():
-            sparsities = self._sparsities(found, hidden)
-            for done, (block, sparsity) in enumerate(zip(found, sparsities, strict=True), 1):
-                hidden = self._prune_block(block, hidden, sparsity, context)
+            if self.by_layer == "measured":
+                sparsities = self._measured(model, tokens[:SAMPLES], context)
+            else:
+                sparsities = self._by_block(found, hidden)
+            for done, block in enumerate(found, 1):
+                hidden = self._prune_block(block, hidden, sparsities, context)
                 context.progress(done, len(found))
         return marked(model, pruned=True)
+
+    def table(self, model: PreTrainedModel, context: Context) -> SparsityTable:
+        """What by_layer=measured decides by: what every layer costs at each sparsity. Read from disk a second time."""
+        linear_layers(model)  # refuses what is quantized already
+        return sparsity_table(model, self.draw(context, longest(model))[:SAMPLES], self.sensitivity, context)
 
     def look_at(self, inputs: Tensor) -> tuple[Tensor, int]:
         """What `prune_layer` has to know of the inputs (..., in_features), and how many tokens were no numbers."""
         return input_products(inputs)
 
     @abstractmethod
-    def prune_layer(self, layer: nn.Linear, seen: Tensor, sparsity: float) -> None:
-        """Set weights of a layer to zero, in place. seen: what `look_at` gave, as a rule the mean of x x^T."""
+    def prune_layer(self, layer: nn.Linear, seen: Tensor, sparsity: float) -> PackedLinear | None:
+        """Set weights of a layer to zero, in place; returns what takes its place where it is rounded as well.
 
-    def _sparsities(self, found: list[Block], hidden: Tensor) -> list[float]:
-        if self.by_layer == "uniform":
-            return [self.sparsity] * len(found)
+        seen: what `look_at` gave, as a rule the mean of x x^T.
+        """
+
+    def _measured(self, model: PreTrainedModel, tokens: Tensor, context: Context) -> dict[str, float]:
+        """The sparsity of each layer that an allocation gives it."""
+        table = sparsity_table(model, tokens, self.sensitivity, context)
+        chosen = table.frame(table.allocate(self.sparsity))
+        context.record.numbers["predicted_kld"] = float(chosen["cost"].sum())
+        least, most = chosen["sparsity"].min(), chosen["sparsity"].max()
+        context.record.notes.append(f"Layers of {least:.0%} to {most:.0%} sparsity.")
+        return dict(zip(chosen["name"], chosen["sparsity"], strict=True))
+
+    def _by_block(self, found: list[Block], hidden: Tensor) -> dict[str, float]:
+        """The sparsity of each layer, the same within a block."""
+        sparsities = [self.sparsity] * len(found) if self.by_layer == "uniform" else self._owl(found, hidden)
+        return {
+            f"{block.name}.{name}": sparsity
+            for block, sparsity in zip(found, sparsities, strict=True)
+            for name in block.linear()
+        }
+
+    def _owl(self, found: list[Block], hidden: Tensor) -> list[float]:
         shares = []
         for block in found:
             layers, scores = block.linear(), []
@@ -96,16 +135,23 @@ class CalibratedPruning(Sparse, Calibrated, ABC):
         weights = [sum(layer.weight.numel() for layer in block.linear().values()) for block in found]
         return layer_sparsities(shares, self.sparsity, self.owl_lambda, weights)
 
-    def _prune_block(self, block: Block, hidden: Tensor, sparsity: float, context: Context) -> Tensor:
+    def _prune_block(
+        self, block: Block, hidden: Tensor, sparsities: dict[str, float], context: Context
+    ) -> Tensor:
         """Prune the layers of one block in place; returns the hidden states behind it."""
-        layers = block.linear()
+        layers, packed = block.linear(), {}
 
         def visit(group: Group, inputs: Tensor) -> None:
             seen, lost = self.look_at(inputs)
             if lost:
                 context.record.notes.append(f"{block.name}: {lost} tokens with non-finite inputs left out.")
             for name in group.layers:
-                self.prune_layer(layers[name], seen, sparsity)
+                sparsity = sparsities.get(f"{block.name}.{name}", self.sparsity)
+                if (made := self.prune_layer(layers[name], seen, sparsity)) is not None:
+                    packed[name] = made
 
         with half_precision():
-            return block.on_the_way(hidden, block.groups(hidden[:1]), visit)
+            outputs = block.on_the_way(hidden, block.groups(hidden[:1]), visit)
+        for name, layer in packed.items():
+            block.module.set_submodule(name, layer)
+        return outputs

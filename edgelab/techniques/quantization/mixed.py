@@ -11,75 +11,29 @@ choice = argmin sum_l cost[l, choice_l]   such that   sum_l bytes[l, choice_l] <
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgelab import assets
 from edgelab.keys import key
-from edgelab.model import blocks as structure
+from edgelab.model.blocks import longest
 from edgelab.model.marks import fingerprint
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.storage.layers import PackedLinear
 from edgelab.storage.uniform import QuantizedTensor
+from edgelab.techniques.allocation import CostTable
 from edgelab.techniques.calibration import Calibrated
 from edgelab.techniques.quantization.rtn import check_group_size, linear_layers, quantize_affine
+from edgelab.techniques.sensitivity import MEASURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
-LARGEST_COST = 1e6  # what costs are scaled to, far above the absolute gap at which the solver stops
 Format = tuple[int, int]  # bits, group_size
-
-
-class AllocationError(RecipeError):
-    """A budget that no choice of bits fits."""
-
-
-def allocate(cost: np.ndarray, n_bytes: np.ndarray, budget: float) -> np.ndarray:
-    """The format of each layer that makes the sum of costs least while the sum of bytes is at most `budget`.
-
-    cost, n_bytes: (layers, formats); bytes are whole numbers. Returns the index of a format for each layer, (layers,).
-    Exact: a multiple-choice knapsack as an integer programme with one binary variable per layer and format, solved by
-    branch and bound. Raises AllocationError where even the smallest formats take more than the budget, or where a cost
-    is no finite number.
-    """
-    layers, formats = cost.shape
-    smallest = n_bytes.min(1).sum()
-    if smallest > budget:
-        raise AllocationError(
-            f"A budget of {budget:,.0f} bytes is too small; the layers need {smallest:,.0f}."
-        )
-    if not np.isfinite(cost).all():
-        raise AllocationError("The sensitivity of a layer is no finite number; calibrate on another text.")
-    unit = np.gcd.reduce(n_bytes.astype(np.int64), axis=None)  # small numbers, for the solver's tolerances
-    cost = cost - cost.min(1, keepdims=True)
-    scale = LARGEST_COST / (cost.max() or 1)
-    one_format_each = sparse.kron(sparse.eye_array(layers), np.ones((1, formats)))
-    solution = milp(
-        (cost * scale).ravel(),
-        integrality=np.ones(cost.size),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_format_each, 1, np.inf),  # a second one would only cost
-            LinearConstraint(n_bytes.reshape(1, -1) / unit, ub=np.floor(budget / unit)),
-        ],
-        options={"mip_rel_gap": 0},
-    )
-    if solution.x is None:
-        raise AllocationError(f"No allocation was found: {solution.message}")
-    return solution.x.reshape(cost.shape).argmax(1)
 
 
 def stored_bytes(weights: int, bits: float, group_size: int, row: int) -> float:
@@ -92,22 +46,25 @@ def stored_bytes(weights: int, bits: float, group_size: int, row: int) -> float:
 
 
 @dataclass(frozen=True)
-class SensitivityTable:
+class SensitivityTable(CostTable):
     """What each format of each layer costs: nats per token and bytes.
 
-    shapes: (out_features, in_features) of each layer. formats: (bits, group_size). cost: (layers, formats), predicted
-    KL divergence per token where that layer alone is rounded. tokens: how many were looked at.
+    formats: (bits, group_size). cost: (layers, formats), predicted KL divergence per token where that layer alone is
+    rounded.
     """
 
-    names: list[str]
-    shapes: list[tuple[int, int]]
+    unit: ClassVar[str] = "bytes"
+
     formats: list[Format]
-    cost: np.ndarray
-    tokens: int
+
+    @property
+    def amounts(self) -> np.ndarray:
+        """What a budget counts, (layers, formats)."""
+        return self.n_bytes
 
     @property
     def n_bytes(self) -> np.ndarray:
-        """(layers, formats), as they are stored."""
+        """Bytes as they are stored, (layers, formats)."""
         return np.array(
             [[stored_bytes(out * row, *how, row) for how in self.formats] for out, row in self.shapes]
         )
@@ -118,11 +75,7 @@ class SensitivityTable:
 
     def allocate(self, bits: float, group_size: int) -> np.ndarray:
         """The best format of each layer, (layers,), in the bytes of uniform quantization of so many bits."""
-        return allocate(self.cost, self.n_bytes, self.budget(bits, group_size))
-
-    def predicted(self, choice: np.ndarray) -> float:
-        """Sum of the costs of a choice, (layers,): the predicted KL divergence in nats per token."""
-        return float(self.cost[np.arange(len(choice)), choice].sum())
+        return self.choose(self.budget(bits, group_size))
 
     def frame(self, choice: np.ndarray) -> pd.DataFrame:
         """A row per layer: name, block, kind, bits, group_size, bytes, cost, sensitivity.
@@ -131,173 +84,13 @@ class SensitivityTable:
         """
         picked = np.arange(len(choice)), choice
         bits, group_size = np.array(self.formats)[choice].T
-        return pd.DataFrame(
-            {
-                "name": self.names,
-                "block": [
-                    next(int(part) for part in name.split(".") if part.isdigit()) for name in self.names
-                ],
-                "kind": [name.rpartition(".")[2] for name in self.names],
-                "bits": bits,
-                "group_size": group_size,
-                "bytes": self.n_bytes[picked],
-                "cost": self.cost[picked],
-                "sensitivity": self.cost[:, [width for width, _ in self.formats].index(4)],
-            }
+        return self.places().assign(
+            bits=bits,
+            group_size=group_size,
+            bytes=self.n_bytes[picked],
+            cost=self.cost[picked],
+            sensitivity=self.cost[:, [width for width, _ in self.formats].index(4)],
         )
-
-
-# Sensitivity
-
-
-@torch.no_grad()
-def walk(found: list[structure.Block], hidden: Tensor) -> list[Tensor]:
-    """Hidden states (samples, length, hidden) that enter each block, and those that leave the last."""
-    states = [hidden]
-    for block in found:
-        states.append(torch.cat([block(sample[None]) for sample in states[-1]]))
-    return states
-
-
-@contextmanager
-def _skipped(found: list[structure.Block], hidden: Tensor) -> Iterator[None]:
-    """Let every block answer `hidden`, so that the model runs its norm and head over it and nothing else."""
-    try:
-        for block in found:
-            answer = block.answer(hidden)
-            block.module.forward = lambda *_, answer=answer, **__: answer
-        yield
-    finally:
-        for block in found:
-            del block.module.forward
-
-
-def logits(model: PreTrainedModel, found: list[structure.Block], tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Float32 logits (length, vocabulary) of one sample from the states (1, length, hidden) of its last block."""
-    with _skipped(found, hidden):
-        return model(input_ids=tokens[None], use_cache=False).logits[0].float()
-
-
-@torch.enable_grad()
-def tail_gradient(
-    model: PreTrainedModel, found: list[structure.Block], tokens: Tensor, hidden: Tensor, seed: int
-) -> Tensor:
-    """Gradient of -log p(y) in the states that leave the last block, each y drawn from the model's own distribution.
-
-    tokens: (samples, length). hidden and the answer: (samples, length, hidden).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    gradients = []
-    for ids, states in zip(tokens, hidden, strict=True):
-        leaf = states[None].detach().requires_grad_()
-        log_p = torch.log_softmax(logits(model, found, ids, leaf), -1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)  # (length, 1)
-        gradients.append(torch.autograd.grad(-log_p.gather(1, drawn).sum(), leaf)[0])
-    return torch.cat(gradients)
-
-
-def block_gradients(
-    block: structure.Block, hidden: Tensor, gradient: Tensor
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Carry the gradient (samples, length, hidden) from behind a block to before it, and keep what its layers saw.
-
-    Returns that gradient, and for each linear layer, by name within the block, its inputs (tokens, in_features) and
-    the gradient in its outputs (tokens, out_features).
-    """
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable:
-        def hook(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name], outputs[name] = arguments[0].detach(), output
-
-        return hook
-
-    hooks = [layer.register_forward_hook(keep(name)) for name, layer in block.linear().items()]
-    try:
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            entering, *grads = torch.autograd.grad(
-                block(leaf), [leaf, *outputs.values()], gradient, allow_unused=True, materialize_grads=True
-            )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    pairs = zip(inputs, grads, strict=True)
-    return entering, {name: (inputs[name].flatten(0, -2), grad.flatten(0, -2)) for name, grad in pairs}
-
-
-def fisher_cost(error: Tensor, inputs: Tensor, gradients: Tensor) -> float:
-    """Half the mean over tokens of log(1 + (gradient . error input)**2): predicted KL divergence, nats per token.
-
-    error: (out_features, in_features). inputs: (tokens, in_features). gradients: (tokens, out_features).
-    Without the logarithm a few tokens, such as the first of a text with its massive activations, would decide alone
-    by squares far outside the range of the second order. Errors at two tokens that add up in the prediction of a
-    third are left out: values in attention (v_proj) look about half as sensitive as `kl_costs` finds them.
-    """
-    with structure.half_precision():
-        moved = inputs @ error.T
-    return torch.linalg.vecdot(moved.float(), gradients).square().log1p().mean().item() / 2
-
-
-@torch.no_grad()
-def fisher_costs(
-    model: PreTrainedModel, tokens: Tensor, rounded: Callable[[Tensor], list[Tensor]], context: Context
-) -> dict[str, list[float]]:
-    """Predicted KL divergence in nats per token of every linear layer of the blocks, one for each rounding of it.
-
-    tokens: (samples, length). rounded: weight of a layer to its dequantized roundings. One pass forward, one
-    backward, block by block, and a product of the inputs with each error: for few tokens far cheaper than `kl_costs`.
-    """
-    found, hidden = structure.blocks(model, tokens)
-    states = walk(found, hidden)
-    gradient = tail_gradient(model, found, tokens, states[-1], context.seed)
-    costs: dict[str, list[float]] = {}
-    for done, (block, entering) in enumerate(zip(reversed(found), reversed(states[:-1]), strict=True), 1):
-        gradient, seen = block_gradients(block, entering, gradient)
-        for name, layer in block.linear().items():
-            full, pair = f"{block.name}.{name}", seen.get(name)
-            costs[full] = [
-                fisher_cost(candidate - layer.weight, *pair) if pair else 0.0  # some layers never run
-                for candidate in rounded(layer.weight)
-            ]
-        context.progress(done, len(found))
-    return costs
-
-
-@torch.no_grad()
-def kl_costs(
-    model: PreTrainedModel, tokens: Tensor, rounded: Callable[[Tensor], list[Tensor]], context: Context
-) -> dict[str, list[float]]:
-    """As `fisher_costs`, but measured: each layer is rounded alone and the blocks from its own on run again.
-
-    Holds the reference's log-probabilities, samples x length x vocabulary in float32.
-    """
-    found, hidden = structure.blocks(model, tokens)
-    states = walk(found, hidden)
-    reference = [
-        torch.log_softmax(logits(model, found, ids, leaving[None]), -1)
-        for ids, leaving in zip(tokens, states[-1], strict=True)
-    ]
-    costs: dict[str, list[float]] = {}
-    for first, block in enumerate(found):
-        for name, layer in block.linear().items():
-            weight, full = layer.weight.data, f"{block.name}.{name}"
-            costs[full] = []
-            for candidate in rounded(weight):
-                layer.weight.data = candidate.to(weight.dtype)
-                leaving = walk(found[first:], states[first])[-1]
-                layer.weight.data = weight
-                divergences = []
-                for ids, after, log_p in zip(tokens, leaving, reference, strict=True):
-                    log_q = torch.log_softmax(logits(model, found, ids, after[None]), -1)
-                    divergences.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q).mean().item())
-                costs[full].append(float(np.mean(divergences)))
-        context.progress(first + 1, len(found))
-    return costs
-
-
-# The technique
 
 
 @register("quantize.mixed", shown=("bits", "group_size"))
@@ -346,19 +139,15 @@ class Mixed(Calibrated):
         """How much every linear layer of the blocks minds each format; read from disk where it was computed before."""
         layers = linear_layers(model)
         check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
-        tokens = self.draw(context, structure.longest(model))
-        file = assets.home() / "sensitivity" / f"{self._key(model, tokens, context)}.json"
-        if file.is_file():
-            context.record.notes.append("Sensitivities were read from an earlier run.")
-            return read_table(file)
-        measure = fisher_costs if self.sensitivity == "fisher" else kl_costs
-        costs = measure(model, tokens, self._roundings, context)
-        names = [name for name in layers if name in costs]
-        shapes = [tuple(layers[name].weight.shape) for name in names]
-        cost = np.array([costs[name] for name in names])
-        table = SensitivityTable(names, shapes, self.formats, cost, tokens.numel())
-        write_table(table, file)
-        return table
+        tokens = self.draw(context, longest(model))
+        return SensitivityTable.kept(
+            self._key(model, tokens, context),
+            layers,
+            tokens.numel(),
+            lambda: MEASURES[self.sensitivity](model, tokens, self._roundings, context),
+            context,
+            formats=self.formats,
+        )
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with a PackedLinear of its own width in place of every linear layer of the blocks."""
@@ -377,23 +166,10 @@ class Mixed(Calibrated):
         context.record.notes.append(f"Layers of {min(chosen)} to {max(chosen)} bits.")
         return model
 
-    def _roundings(self, weight: Tensor) -> list[Tensor]:
+    def _roundings(self, name: str, weight: Tensor) -> list[Tensor]:
         return [self._round(weight, how).dequantize() for how in self.formats]
 
     def _key(self, model: PreTrainedModel, tokens: Tensor, context: Context) -> str:
         settings = {name: value for name, value in asdict(self).items() if name != "bits"}
         made_of = context.stage or fingerprint(model)
         return key("sensitivity", self.version, settings, WIDTHS, context.seed, made_of, tokens.tolist())
-
-
-def write_table(table: SensitivityTable, file: Path) -> None:
-    """Keep a table as JSON; the file appears whole or not at all."""
-    with assets.staged(file) as draft:
-        draft.write_text(json.dumps(vars(table) | {"cost": table.cost.tolist()}))
-
-
-def read_table(file: Path) -> SensitivityTable:
-    """The inverse of `write_table`."""
-    parts = json.loads(file.read_text())
-    pairs = {key: [tuple(pair) for pair in parts[key]] for key in ("shapes", "formats")}
-    return SensitivityTable(**parts | pairs | {"cost": np.array(parts["cost"])})
