@@ -55,12 +55,13 @@ class Record:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What a technique may use beside the model: a seed, the tokenizer, a way to report progress, and a record.
 
     reference: the model before all techniques; nothing may change it. stage: address of the model that the technique
-    is given, for keys of what it computes from it; empty where it has none.
+    is given, for keys of what it computes from it; empty where it has none. A technique that changes what tokens there
+    are puts a tokenizer and a reference of those tokens in place of these two, for the techniques after it.
     """
 
     seed: int = 0

@@ -24,7 +24,7 @@ BASELINE = "none"
 ROUNDED = r"^(?P<method>quantize\.\w+):bits=(?P<bits>[\d.]+),group_size=(?P<group_size>\d+)$"
 EMBEDDING = r" \+ quantize\.embedding:[^ ]+$"
 # What a row knows of all its windows together, and what it knows of each
-OF_ALL = ["bits_per_byte", "kld_mean", "top1_agreement"]
+OF_ALL = ["kld_mean", "top1_agreement", *(name for name in FIELDS if "bits_per_byte" in name)]
 CUT = ["window_nll", "n_tokens", "nll_sum", "ppl", "delta_nll", "delta_nll_low", "delta_nll_high"]
 CUT_WORDS = [name for name in FIELDS if name.startswith(("last_word", "delta_last_word"))]
 

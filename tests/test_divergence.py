@@ -125,13 +125,15 @@ def test_an_interrupted_recording_leaves_no_file(tmp_path, monkeypatch):
 def subject(tiny, tokenizer, session, story, tmp_path, baseline=None):
     """Two windows of 100 tokens of the tiny model, as a measurement is asked."""
     rules = replace(PROTOCOLS["edgelab-512"], window=100)
+    cut = windows(story, rules, tokenizer, 2)
     return SimpleNamespace(
         asked=Asked(states=str(tmp_path / "states.npy"), baseline=baseline),
         source=resolve(str(tiny)),
         session=session,
         text=story,
         rules=rules,
-        cut=windows(story, rules, tokenizer, 2),
+        cut=cut,
+        reference_cut=cut,
         report=lambda done, total: None,
     )
 
@@ -162,3 +164,6 @@ def test_the_baseline_keeps_its_states_and_others_are_compared_with_them(
     assert moved["delta_nll"] == pytest.approx(sum(difference) / 2)
     assert moved["delta_nll_low"] < moved["delta_nll"] < moved["delta_nll_high"]
     assert moved["kld_mean"] > 0.01
+    bits = moved["bits_per_byte"] - baseline["bits_per_byte"]
+    assert moved["delta_bits_per_byte"] == pytest.approx(bits)
+    assert moved["delta_bits_per_byte_low"] < bits < moved["delta_bits_per_byte_high"]

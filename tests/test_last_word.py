@@ -55,6 +55,7 @@ def test_on_the_tiny_model(tiny_reference, story):
         text=story,
         rules=PROTOCOLS["edgelab-512"],
         cut=cut,
+        reference_cut=cut,
         report=lambda done, total: None,
     )
     found = score(subject, [MEASUREMENTS["last_word"], MEASUREMENTS["perplexity"]])

@@ -49,8 +49,12 @@ class Bench:
         return reference.resolve(self.model)
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def reference_tokenizer(self) -> Any:
         return reference.load_tokenizer(self.source)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return variants.load_own_tokenizer(self.folder) or self.reference_tokenizer
 
     @cached_property
     def folder(self) -> Path:
@@ -84,13 +88,31 @@ class Bench:
         return protocols.protocol(self.asked.protocol)
 
     @cached_property
-    def text(self) -> TokenizedText:
+    def reference_text(self) -> TokenizedText:
         needed = max(self.asked.windows * self.rules.window, self.asked.prompt_tokens)
-        return corpora.tokenize(self.asked.corpus, self.tokenizer, tokens=needed)
+        return corpora.tokenize(self.asked.corpus, self.reference_tokenizer, tokens=needed)
 
     @cached_property
+    def reference_cut(self) -> list[perplexity.Window]:
+        return perplexity.windows(
+            self.reference_text, self.rules, self.reference_tokenizer, self.asked.windows
+        )
+
+    @property
+    def text(self) -> TokenizedText:
+        return self.reference_text if self._as_reference else self._retokenized[0]
+
+    @property
     def cut(self) -> list[perplexity.Window]:
-        return perplexity.windows(self.text, self.rules, self.tokenizer, self.asked.windows)
+        return self.reference_cut if self._as_reference else self._retokenized[1]
+
+    @property
+    def _as_reference(self) -> bool:
+        return self.tokenizer is self.reference_tokenizer
+
+    @cached_property
+    def _retokenized(self) -> tuple[TokenizedText, list[perplexity.Window]]:
+        return perplexity.retokenized(self.reference_text, self.reference_cut, self.tokenizer)
 
     # What the road asks
 
@@ -99,7 +121,7 @@ class Bench:
 
     def check_text(self) -> int:
         """The number of windows that can be scored. Raises an EdgeLabError for a text or protocol that does not fit."""
-        return len(self.cut)
+        return len(self.reference_cut)
 
     def build(self) -> None:
         """Make the variant, unless it is in the cache."""

@@ -131,7 +131,10 @@ class Question:
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """Versions of the project's own parts that decide the numbers: raise one, and the question is another."""
+        """Versions of what decides the numbers, the project's own parts and files that techniques read.
+
+        With another version of one, the question is another.
+        """
         deployment = self.recipe.deployment
         technique_versions = [technique.version for technique in self.recipe.techniques]
         found = {"techniques": "+".join(map(str, technique_versions)), "export": deployment.version}
@@ -139,6 +142,8 @@ class Question:
             found["protocol"] = protocols.protocol(self.settings.protocol).version
         if self.has_twin:
             found["gate"] = parity.VERSION
+        if read := [name for technique in self.recipe.techniques for name in stages.reads(technique)]:
+            found["reads"] = "+".join(read)
         return found | {one.name: one.version for one in self.measurements if self._applies(one)}
 
     @property
@@ -234,7 +239,8 @@ def quick(texts: list[str], settings: Settings, interleave: bool) -> list[Questi
     """As `ask`, from what earlier processes noted of techniques and measurements, without importing any.
 
     Good for looking up answers alone. None where nothing was noted, or a source file has changed since, or where this
-    process has imported techniques itself: what it knows may be newer than any file.
+    process has imported techniques itself: what it knows may be newer than any file. None, too, where a setting is the
+    name of a file, which a technique has to look at.
     """
     if recipes.TECHNIQUES:
         return None
@@ -242,7 +248,9 @@ def quick(texts: list[str], settings: Settings, interleave: bool) -> list[Questi
     if catalogue is None or described is None:
         return None
     read = partial(recipes.canonical, known=catalogue)
-    return _ask(texts, settings, interleave, read, chosen(settings.only, described))
+    found = _ask(texts, settings, interleave, read, chosen(settings.only, described))
+    values = [value for one in found for call in one.recipe.calls for value in call.values.values()]
+    return None if any(isinstance(value, str) and assets.find(value) for value in values) else found
 
 
 def _ask(

@@ -112,6 +112,14 @@ class Row:
         within="protocol",
         meaning="Comparable across tokenizers.",
     )
+    delta_bits_per_byte: float | None = declared(
+        "Bits per byte above the baseline", "quality", **LOWER, within="protocol", form="+.4f",
+        ends=("delta_bits_per_byte_low", "delta_bits_per_byte_high"), baseline=0.0,
+        meaning="Paired on the same characters, with a 95 % interval over windows: also where a variant has other "
+        "tokens than the baseline, and so no ΔNLL.",
+    )  # fmt: skip
+    delta_bits_per_byte_low: float | None = declared("Lower end of the difference", "quality")
+    delta_bits_per_byte_high: float | None = declared("Upper end of the difference", "quality")
     delta_nll: float | None = declared(
         "NLL above the baseline", "quality", unit="nats per token", **LOWER, within="protocol", heading="ΔNLL",
         form="+.4f", ends=("delta_nll_low", "delta_nll_high"), baseline=0.0,

@@ -3,7 +3,7 @@
 | needs | is called with | and returns |
 | --- | --- | --- |
 | variant | a Subject, before anything is loaded | values of its fields |
-| logits | a Subject | a Total, which takes the logits of the scored positions slice by slice |
+| logits | a Subject | a Total, which takes the logits of the scored positions slice by slice, or None |
 | session | a Subject, whose session is loaded | values of its fields |
 | turns | two Runners, the second None where nothing is compared, and a callback for progress | values of its fields |
 | process | a Subject, after the turns in its process | values of its fields |
@@ -66,7 +66,7 @@ class Subject(Protocol):
 
     asked: Asked
     source: Source
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase  # of the variant
     folder: Path  # of the variant
     about: dict  # its `variant.json`
     description: Description
@@ -76,6 +76,9 @@ class Subject(Protocol):
     text: TokenizedText  # of `asked.corpus`
     rules: Rules  # the protocol
     cut: list[Window]  # the windows of the text
+    reference_cut: list[
+        Window
+    ]  # the same in the reference's tokens: another list where the variant has its own
     nothing_mb: float  # peak memory of the process before it loaded anything
     meter: Meter  # energy of all turns
     tokens: int  # decoded in all turns

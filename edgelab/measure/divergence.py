@@ -86,8 +86,13 @@ class DivergenceSum:
 
 
 @measurement("divergence", part="quality", needs="logits", fields=("kld_mean", "top1_agreement"))
-def divergence(subject: Subject) -> StateRecorder | DivergenceSum:
-    """How far a variant moved from the reference; the baseline keeps the states that others are compared with."""
+def divergence(subject: Subject) -> StateRecorder | DivergenceSum | None:
+    """How far a variant moved from the reference; the baseline keeps the states that others are compared with.
+
+    Between distributions over different tokens there is none.
+    """
+    if subject.cut is not subject.reference_cut:
+        return None
     states = Path(subject.asked.states)
     if subject.asked.baseline is None:
         return StateRecorder(states)

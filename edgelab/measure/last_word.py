@@ -6,6 +6,7 @@ the same logits. Perplexity averages over all tokens, most of them easy; a last 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from edgelab import tasks
@@ -52,4 +53,10 @@ class LastWordSum:
 def last_word(subject: Subject) -> LastWordSum:
     """How many last words a variant predicts, and how many more or fewer than the baseline."""
     items = tasks.last_words(subject.text, subject.cut)
-    return LastWordSum(items, subject.cut, (subject.asked.baseline or {}).get("last_word_right"))
+    baseline = (subject.asked.baseline or {}).get("last_word_right")
+    if subject.cut is not subject.reference_cut and baseline is not None:
+        # Other tokens may end elsewhere, and so make an item of another sentence.
+        in_each = Counter(item.window for item in items)
+        if [in_each[window] for window in range(len(subject.cut))] != [*map(len, baseline.split(" "))]:
+            baseline = None
+    return LastWordSum(items, subject.cut, baseline)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from edgelab import tasks
-from edgelab.corpora import CorpusError, TokenizedText
+from edgelab.corpora import CorpusError, TokenizedText, tokenize_text
 from edgelab.measure import Measurement, Subject, measurement
 from edgelab.measure.intervals import paired
 from edgelab.measure.protocols import PROTOCOLS, Protocol, ProtocolError
@@ -33,12 +34,13 @@ from edgelab.model.logits import (
 class Window:
     """One pass of the model: it reads `ids[:-1]`; the last `scored` of `ids` are predicted and scored.
 
-    The scored tokens are tokens `first` to `first + scored - 1` of the text.
+    The scored tokens are tokens `first` to `first + scored - 1` of the text. opening: whether a BOS token comes first.
     """
 
     ids: Tensor
     first: int
     scored: int
+    opening: bool = False
 
 
 @dataclass
@@ -102,7 +104,7 @@ def windows(
     cut = []
     for begin in range(0, n - size + 1, protocol.stride)[:limit]:
         ids = torch.cat([opening, text.ids[begin + len(opening) : begin + size]])
-        cut.append(Window(ids, begin + size - scored, scored))
+        cut.append(Window(ids, begin + size - scored, scored, len(opening) > 0))
     return cut
 
 
@@ -112,7 +114,44 @@ def _rolling(ids: Tensor, size: int, prefix: int) -> Iterator[Window]:
     for begin in range(0, len(ids), size):
         end = min(begin + size, len(ids))
         context = begin if end - begin == size else max(end - size, 0)
-        yield Window(padded[context : end + 1], begin, end - begin)
+        yield Window(padded[context : end + 1], begin, end - begin, context == 0)
+
+
+def retokenized(
+    text: TokenizedText, cut: list[Window], tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenizedText, list[Window]]:
+    """The same windows in the tokens of another tokenizer: each scores the same characters, behind the same ones.
+
+    The text is cut where the scored part of a window begins or ends, and each piece is tokenized alone, so that no
+    token reaches from one into the next.
+    """
+    ends = text.ends.tolist()
+
+    def characters(token: int) -> int:
+        """How many there are before a token."""
+        return ends[token - 1] if token > 0 else 0
+
+    marks = {0} | {characters(token) for one in cut for token in (one.first, one.first + one.scored)}
+    pieces = [
+        (begin, tokenize_text(text.text[begin:end], tokenizer)) for begin, end in pairwise(sorted(marks))
+    ]
+    mine = torch.cat([begin + piece.ends for begin, piece in pieces])
+    ids = torch.cat([piece.ids for _, piece in pieces])
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+    def tokens(character: int) -> int:
+        """How many there are before a character."""
+        return int(torch.searchsorted(mine, character, right=True))
+
+    found = []
+    for one in cut:
+        given = len(one.ids) - one.scored - one.opening  # tokens of the text
+        first, last = (tokens(characters(token)) for token in (one.first, one.first + one.scored))
+        # A character whose bytes are tokens of their own ends with each of them, and may leave nothing to begin with.
+        begin = min(tokens(characters(one.first - given)), first if one.opening else first - 1)
+        opening = ids.new_tensor([bos] if one.opening else [])
+        found.append(Window(torch.cat([opening, ids[begin:last]]), first, last - first, one.opening))
+    return TokenizedText(text.name, text.text, ids, mine), found
 
 
 @dataclass(frozen=True)
@@ -184,12 +223,19 @@ class PerplexitySum:
     """Adds up slices to a Perplexity; float64 sums over float32 cross-entropy.
 
     baseline: mean NLL of each window of the baseline, for the paired difference; None for the baseline itself.
+    reference_cut: the windows in the baseline's tokens, where `cut` is in others.
     """
 
     def __init__(
-        self, text: TokenizedText, protocol: Protocol, cut: list[Window], baseline: list[float] | None = None
+        self,
+        text: TokenizedText,
+        protocol: Protocol,
+        cut: list[Window],
+        baseline: list[float] | None = None,
+        reference_cut: list[Window] | None = None,
     ) -> None:
         self.text, self.protocol, self.cut, self.baseline = text, protocol, cut, baseline
+        self.reference_cut = cut if reference_cut is None else reference_cut
         self.nll = [0.0] * len(cut)
 
     def add(self, piece: Slice) -> None:
@@ -197,14 +243,17 @@ class PerplexitySum:
         self.nll[piece.window] += nll.double().sum().item()
 
     def result(self) -> Perplexity:
-        covered = [self.text.characters(window.first, window.first + window.scored) for window in self.cut]
         last = self.cut[-1]
         words = len(
             re.split(r"\s+", self.text.characters(0, last.first + last.scored))
         )  # as lm-eval counts them
-        n_bytes = sum(len(characters.encode()) for characters in covered)
         tokens = [window.scored for window in self.cut]
-        return Perplexity(self.nll, tokens, words, n_bytes, self.protocol.unit)
+        return Perplexity(self.nll, tokens, words, sum(self.bytes_per_window()), self.protocol.unit)
+
+    def bytes_per_window(self) -> list[int]:
+        """UTF-8 bytes of the scored text."""
+        covered = [self.text.characters(window.first, window.first + window.scored) for window in self.cut]
+        return [len(characters.encode()) for characters in covered]
 
     def values(self) -> dict[str, Any]:
         found = self.result()
@@ -216,10 +265,17 @@ class PerplexitySum:
             "bits_per_byte": found.bits_per_byte,
             "window_nll": [nll / n for nll, n in zip(self.nll, tokens, strict=True)],
         }
+        other_tokens = self.cut is not self.reference_cut
+        if other_tokens:
+            values["window_nll"] = None
+            if self.protocol.unit == "token":
+                values["ppl"] = None
         if self.baseline is None:
             return values
-        sums = [mean * n for mean, n in zip(self.baseline, tokens, strict=True)]
-        return values | paired(self.nll, sums, tokens).fields("delta_nll")
+        sums = [mean * one.scored for mean, one in zip(self.baseline, self.reference_cut, strict=True)]
+        bits = [math.log(2) * n for n in self.bytes_per_window()]
+        values |= paired(self.nll, sums, bits).fields("delta_bits_per_byte")
+        return values if other_tokens else values | paired(self.nll, sums, tokens).fields("delta_nll")
 
 
 @measurement(
@@ -231,6 +287,9 @@ class PerplexitySum:
         "nll_sum",
         "ppl",
         "bits_per_byte",
+        "delta_bits_per_byte",
+        "delta_bits_per_byte_low",
+        "delta_bits_per_byte_high",
         "window_nll",
         "delta_nll",
         "delta_nll_low",
@@ -238,14 +297,18 @@ class PerplexitySum:
     ),
 )
 def perplexity(subject: Subject) -> PerplexitySum:
-    """Perplexity of a variant, and the paired difference of its NLL to the baseline's."""
-    baseline = subject.asked.baseline
-    return PerplexitySum(subject.text, subject.rules, subject.cut, baseline and baseline["window_nll"])
+    """Perplexity of a variant, and the paired difference of its NLL to the baseline's.
+
+    What is per token is left out for a variant with tokens of its own, but for n_tokens and the sum.
+    """
+    baseline = subject.asked.baseline and subject.asked.baseline["window_nll"]
+    return PerplexitySum(subject.text, subject.rules, subject.cut, baseline, subject.reference_cut)
 
 
 def score(subject: Subject, measurements: Iterable[Measurement]) -> dict[str, Any]:
     """Values of all measurements that need logits, from one pass over the windows of a subject."""
-    totals = [one.run(subject) for one in measurements if one.needs == "logits"]
+    found = [one.run(subject) for one in measurements if one.needs == "logits"]
+    totals = [total for total in found if total is not None]
     session, cut = subject.session, subject.cut
     in_torch = session.model is not None
     for piece in slices(session.model, cut) if in_torch else logit_slices(session.logits, cut):

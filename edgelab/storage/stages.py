@@ -36,12 +36,12 @@ def stage_keys(recipe: Recipe, source: Source, seed: int) -> list[str]:
     keys = [key("variant", FORMAT, source.sha)]
     for technique in recipe.techniques:
         text = Recipe((technique,)).weights
-        made_of = [text, technique.version, *_reads(technique), seed, assets.fast()]
+        made_of = [text, technique.version, *reads(technique), seed, assets.fast()]
         keys.append(key(keys[-1], made_of))
     return keys
 
 
-def _reads(technique: Technique) -> list[str]:
+def reads(technique: Technique) -> list[str]:
     """Names of what a technique reads beside the model, such as a text or a teacher; most read nothing."""
     return list(technique.reads()) if hasattr(technique, "reads") else []
 

@@ -24,6 +24,7 @@ from edgelab.model.finite import check_tensors
 from edgelab.model.logits import check_logits
 from edgelab.model.marks import ATTRIBUTE, marks_of
 from edgelab.model.shapes import give_shapes, odd_shapes, skeleton
+from edgelab.model.vocabulary import numbers_in, rows_of, with_rows
 from edgelab.recipes import Context, Recipe, Record
 from edgelab.reference import Source, load_model, load_tokenizer
 from edgelab.storage import cache, matrix
@@ -84,15 +85,20 @@ def _make(
     reference = load_model(source, notes=record.notes)
     before = max((done for done in kept_stages(recipe)[:-1]), default=0)
     model, spent = reference, 0.0
+    context = Context(seed, progress, tokenizer, record, reference)
     if before:
         parent = build(recipe.prefix(before), source, seed, progress)
         about = read_about(parent)
         model, record, spent = load(parent), Record(**about["record"]), about["apply_s"]
+        context.record = record
+        if own := load_own_tokenizer(parent):
+            numbers = numbers_in(own, tokenizer, rows_of(reference))
+            context.tokenizer, context.reference = own, with_rows(reference, numbers)
     else:
         check_tensors(dict(reference.named_parameters()), f"of {source.name}")
         check_logits(reference)
     for place, technique in enumerate(recipe.techniques[before:], before):
-        context = Context(seed, progress, tokenizer, record, reference, keys[place])
+        context.stage = keys[place]
         torch.manual_seed(seed)
         started = time.perf_counter()
         model = technique.apply(model, context)
@@ -104,8 +110,9 @@ def _make(
         "parent": keys[before] if before else None,
         "apply_s": spent if recipe.techniques else None,
         "record": asdict(record),
+        "own_tokenizer": context.tokenizer is not tokenizer,
     }
-    save(model, folder, origin, tokenizer)
+    save(model, folder, origin, context.tokenizer)
 
 
 # Saving
@@ -299,6 +306,16 @@ def read_description(folder: Path) -> Description:
         return from_json(about, json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError) as error:
         raise _damaged(folder, str(error).split("\n")[0]) from None
+
+
+def load_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a variant that has other tokens than the reference; None where it has the same."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not read_about(folder).get("own_tokenizer"):  # a variant of before does not say
+        return None
+    # AutoTokenizer would go by the layout of the model, and split text as Qwen2's own tokenizer does for every Qwen2.
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -4,6 +4,7 @@ import html
 from collections.abc import Sequence
 
 import ipywidgets
+from transformers import PreTrainedTokenizerBase
 
 from edgelab import reference, runtimes
 from edgelab.errors import EdgeLabError
@@ -27,7 +28,7 @@ def chat_box(
     """
     source = reference.resolve(model)
     tokenizer = reference.load_tokenizer(source)
-    loaded: dict[str, Session] = {}  # at most one
+    loaded: dict[str, tuple[Session, PreTrainedTokenizerBase]] = {}  # at most one
     messages: list[dict[str, str]] = []
     wide = {"style": {"description_width": "60px"}, "layout": {"width": "auto", "max_width": "640px"}}
     recipe = ipywidgets.Dropdown(options=list(recipes), description="Recipe", **wide)
@@ -36,14 +37,15 @@ def chat_box(
     rate = ipywidgets.Label()
     talk = ipywidgets.HTML()
 
-    def ready() -> Session:
+    def ready() -> tuple[Session, PreTrainedTokenizerBase]:
         if recipe.value not in loaded:
             for old in list(loaded):
-                loaded.pop(old).close()
+                loaded.pop(old)[0].close()
             rate.value = "loading …"
             asked = parse(recipe.value)
             folder = variants.build(asked, source, seed, lambda done, total: None)
-            loaded[recipe.value] = runtimes.load(asked.runtime, folder)
+            session = runtimes.load(asked.runtime, folder)
+            loaded[recipe.value] = session, variants.load_own_tokenizer(folder) or tokenizer
         return loaded[recipe.value]
 
     def answer(_: object) -> None:
@@ -55,8 +57,8 @@ def chat_box(
         said = {"role": "assistant", "content": ""}
         talk.value = conversation_html(messages)
         try:
-            session = ready()
-            for piece in stream(session, tokenizer, messages, LIMIT):
+            session, its_tokenizer = ready()
+            for piece in stream(session, its_tokenizer, messages, LIMIT):
                 said["content"] += piece.text
                 talk.value = conversation_html([*messages, said])
                 rate.value = rate_text(session.kernel, piece.tokens, piece.tok_s)
