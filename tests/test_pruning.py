@@ -358,3 +358,18 @@ def test_a_variant_on_disk_still_knows_that_it_is_pruned(tiny):
     folder = variants.build(parse("prune.magnitude"), resolve(str(tiny)), 0, lambda done, total: None)
     with pytest.raises(RecipeError, match="would fill in the zeros"):
         parse("quantize.hqq").apply(variants.load(folder), Context())
+
+
+@pytest.mark.parametrize("text", ["wanda:", "sparsegpt:", "sparsegpt:bits=4,group_size=32,"])
+def test_a_layer_that_no_text_reaches_loses_its_smallest_weights(text, new_model, context):
+    """As an expert that is never chosen does."""
+    model = new_model("llama")
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(8))
+    model.model.unused = torch.nn.Linear(64, 48, bias=False)
+    with torch.no_grad():
+        model.model.unused.weight.copy_(weight)
+    layer = parse(f"prune.{text}samples=2,length=64").apply(model, context).model.unused
+    pruned = layer.tensor.dequantize() if "bits" in text else layer.weight
+    assert int((pruned == 0).sum()) >= weight.numel() // 2
+    assert weight[pruned == 0].abs().mean() < 0.6 * weight[pruned != 0].abs().mean()
+    assert context.record.notes[-1].endswith("does not reach lose their smallest weights: model.unused.")

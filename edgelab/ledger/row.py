@@ -236,10 +236,10 @@ class Row:
     )  # fmt: skip
     iterations: int | None = declared("Timed turns", "speed")
     prefill_ratio: float | None = declared(
-        "Prefill rate ÷ baseline's, same run", "speed", **HIGHER, within="machine", baseline=1.0
+        "Prefill speed relative to the baseline", "speed", **HIGHER, within="machine", baseline=1.0
     )
     decode_ratio: float | None = declared(
-        "Decoding rate ÷ baseline's, same run", "speed", **HIGHER, within="machine", heading="× none", form=".2f",
+        "Decoding speed relative to the baseline", "speed", **HIGHER, within="machine", heading="× none", form=".2f",
         ends=("decode_ratio_low", "decode_ratio_high"), baseline=1.0,
         meaning="Decoding rate over the baseline's in interleaved runs, with its spread: the number to compare "
         "speed by.",

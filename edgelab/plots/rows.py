@@ -181,7 +181,7 @@ def latency(rows: Rows) -> Figure:
     titles = {
         "tpot_ms_p50": "Time per output token (ms)\np50, whisker to p95",
         "ttft_ms_p50": "Time to first token (ms)\np50" + (f", {prompts} prompt tokens" if prompts else ""),
-        "decode_ratio": "Decoding rate ÷ baseline's\nsame run: compare these",
+        "decode_ratio": "Decoding speed relative to the baseline\nsame run: compare these",
     }
     figure = new_chart(9.5, 1.9 + 0.36 * len(drawn))
     panels = figure.subplots(1, 3, sharey=True, width_ratios=[1.2, 1, 1.2])

@@ -81,9 +81,13 @@ class CalibratedPruning(Sparse, Calibrated, ABC):
                 sparsities = self._measured(model, tokens[:SAMPLES], context)
             else:
                 sparsities = self._by_block(found, hidden)
+            reached: set[str] = set()
             for done, block in enumerate(found, 1):
-                hidden = self._prune_block(block, hidden, sparsities, context)
+                groups = block.groups(hidden[:1])
+                reached |= {f"{block.name}.{name}" for group in groups for name in group.layers}
+                hidden = self._prune_block(block, hidden, groups, sparsities, context)
                 context.progress(done, len(found))
+            self._prune_rest(model, reached, context)
         return marked(model, pruned=True)
 
     def table(self, model: PreTrainedModel, context: Context) -> SparsityTable:
@@ -136,7 +140,12 @@ class CalibratedPruning(Sparse, Calibrated, ABC):
         return layer_sparsities(shares, self.sparsity, self.owl_lambda, weights)
 
     def _prune_block(
-        self, block: Block, hidden: Tensor, sparsities: dict[str, float], context: Context
+        self,
+        block: Block,
+        hidden: Tensor,
+        groups: list[Group],
+        sparsities: dict[str, float],
+        context: Context,
     ) -> Tensor:
         """Prune the layers of one block in place; returns the hidden states behind it."""
         layers, packed = block.linear(), {}
@@ -151,7 +160,21 @@ class CalibratedPruning(Sparse, Calibrated, ABC):
                     packed[name] = made
 
         with half_precision():
-            outputs = block.on_the_way(hidden, block.groups(hidden[:1]), visit)
+            outputs = block.on_the_way(hidden, groups, visit)
         for name, layer in packed.items():
             block.module.set_submodule(name, layer)
         return outputs
+
+    def _prune_rest(self, model: PreTrainedModel, reached: set[str], context: Context) -> None:
+        """Prune, in place, the layers that no calibration text runs, as if all their inputs were alike, and note it."""
+        rest = {
+            name: layer for name, layer in linear_layers(model, packed=True).items() if name not in reached
+        }
+        for name, layer in rest.items():
+            seen, _ = self.look_at(torch.eye(layer.in_features))
+            if (made := self.prune_layer(layer, seen, self.sparsity)) is not None:
+                model.set_submodule(name, made)
+        if rest:
+            context.record.notes.append(
+                f"Layers that calibration does not reach lose their smallest weights: {', '.join(rest)}."
+            )
