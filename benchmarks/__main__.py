@@ -6,12 +6,19 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks import evaluation, processes, road, sessions, training
+from benchmarks import evaluation, processes, removing, road, sessions, training
 from edgelab import ledger
 
 
 def main() -> None:
-    rows = [*evaluation.rows(), *processes.rows(), *sessions.rows(), *training.rows(), *road.rows()]
+    rows = [
+        *evaluation.rows(),
+        *processes.rows(),
+        *sessions.rows(),
+        *training.rows(),
+        *removing.rows(),
+        *road.rows(),
+    ]
     machine = ledger.provenance(threads=2)
     versions = ", ".join(f"{name} {number}" for name, number in json.loads(machine["versions"]).items())
     lines = [
