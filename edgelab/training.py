@@ -57,7 +57,8 @@ def batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
     """Batches (size, length) of windows without end, each epoch in a new order that the seed decides."""
     if len(rows) < size:
         raise TrainingError(
-            f"The training text has {len(rows)} windows, fewer than a batch of {size}; use a shorter length."
+            f"The training text has {len(rows)} windows, fewer than a batch of {size}; use a shorter length or a smaller "
+            "batch."
         )
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -110,11 +111,6 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
-
-
-def zero_masks(parameters: list[nn.Parameter]) -> dict[int, Tensor]:
-    """True where parameters are not zero, by place in the list."""
-    return {place: parameter.detach() != 0 for place, parameter in enumerate(parameters)}
 
 
 @contextmanager
@@ -317,9 +313,19 @@ class Trained:
                 "validate=20 looks every 20 steps."
             )
 
+        if self.text in (*corpora.EMBEDDED, *corpora.HUB):
+            raise TrainingError(
+                f"text={self.text} is a corpus, part of which is for evaluation; use corpus={self.text}, or a text file."
+            )
+
     def reads(self) -> list[str]:
-        """What decides the result beside the model: the content of the text file."""
-        return [corpora.identity(self.text)] if self.text else []
+        """The name and a hash of the text file. Raises TrainingError where there is none."""
+        if not self.text:
+            return []
+        path = assets.find(self.text)
+        if path is None or not path.is_file():
+            raise TrainingError(f"text={assets.shown(self.text)} is no file; give a UTF-8 text file.")
+        return [corpora.identity(self.text)]
 
     def fit(
         self,

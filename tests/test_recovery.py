@@ -75,6 +75,14 @@ def test_stored_layers_are_refused(new_model, after):
         SHORT.apply(after.apply(model, Context()), Context(reference=model))
 
 
+def test_sixteen_bits_are_too_coarse_to_train_in(new_model):
+    model = parse("quantize.bf16").apply(new_model("llama"), Context())
+    with pytest.raises(
+        RecipeError, match="recover trains in float32, and the model is in bfloat16, whose steps"
+    ):
+        SHORT.apply(model, Context(reference=model))
+
+
 def test_what_the_loss_needs(new_model):
     model = new_model("llama")
     with pytest.raises(RecipeError, match="recover needs the reference for its loss; use loss=ce"):

@@ -77,7 +77,7 @@ def test_which_stay_by_hand():
 # Heads
 
 
-@pytest.mark.parametrize("layout", ["llama", "qwen3", "gemma", "stablelm"])
+@pytest.mark.parametrize("layout", ["llama", "qwen3", "gemma"])
 @pytest.mark.parametrize("setting", ["groups=1", "queries=1"])
 def test_heads_that_do_nothing_go_first_and_nothing_changes(layout, setting, new_model, context):
     model = new_model(layout)  # 4 query heads of 16 on 2 key-value heads
@@ -93,6 +93,18 @@ def test_heads_that_do_nothing_go_first_and_nothing_changes(layout, setting, new
     assert attention.k_proj.out_features == (1 if setting == "groups=1" else 2) * size
     assert (pruned.config.num_attention_heads, pruned.config.head_dim) == (2, size)
     assert torch.allclose(pruned(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_would_read_heads_of_another_size_is_refused(new_model, context):
+    """StableLM divides its width by the number of heads, whatever the configuration says of their size."""
+    with pytest.raises(RecipeError, match="makes heads wider where there are fewer, 32 and not 16"):
+        parse("prune.heads:groups=1,samples=2,length=64").apply(new_model("stablelm"), context)
+
+
+def test_what_is_said_of_each_layer_goes_with_it(new_model, context):
+    model = new_model("llama", num_hidden_layers=4)
+    model.config.no_rope_layers = [1, 1, 0, 1]
+    assert parse("prune.layers:drop=1").apply(model, context).config.no_rope_layers == [1, 0, 1]
 
 
 def test_heads_are_an_ordinary_model_on_disk(tiny, context):

@@ -21,7 +21,6 @@ from edgelab.training import (
     learning_rate_factor,
     train,
     windows,
-    zero_masks,
 )
 
 IDS = torch.randint(2, 300, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -62,7 +61,9 @@ def test_an_epoch_holds_every_window_once_and_the_seed_decides_the_order():
 
 
 def test_too_few_windows_for_a_batch():
-    with pytest.raises(TrainingError, match="has 1 windows, fewer than a batch of 4; use a shorter length"):
+    with pytest.raises(
+        TrainingError, match="has 1 windows, fewer than a batch of 4; use a shorter length or a smaller batch"
+    ):
         next(batches(torch.zeros(1, 8, dtype=torch.int64), 4, 0))
 
 
@@ -214,6 +215,7 @@ def test_bfloat16_products_give_nearly_the_same_loss(new_model, settings):
         ({"minutes": -1.0}, "minutes=-1.0 should be"),
         ({"accumulate": 0}, "accumulate=0,length=256"),
         ({"patience": 2}, "validate=0,patience=2 should be at least 0, and patience needs looks"),
+        ({"text": "wiki"}, "text=wiki is a corpus, part of which is for evaluation; use corpus=wiki"),
         ({"validate": -1}, "validate=-1,patience=0 should be at least 0"),
     ],
 )
@@ -257,7 +259,7 @@ def test_masked_weights_stay_zero_and_the_others_move():
     start = model.weight.detach().clone()
     train(
         model, iter(lambda: IDS, None), squared, [model.weight],
-        steps=4, learning_rate=0.1, weight_decay=0.1, masks=zero_masks([model.weight]),
+        steps=4, learning_rate=0.1, weight_decay=0.1, masks={0: model.weight.detach() != 0},
     )  # fmt: skip
     assert model.weight[0] == 0 and (model.weight[1:] != start[1:]).all()
     train(model, iter(lambda: IDS, None), squared, [model.weight], steps=1, learning_rate=0.1)
@@ -339,6 +341,8 @@ def test_a_file_is_named_by_its_content(tmp_path):
     file.write_text("other")
     assert before != Trained(text=str(file)).reads() and before[0].startswith("mine.txt-")
     assert Trained().reads() == []
+    with pytest.raises(TrainingError, match=r"text=.*nope\.txt is no file; give a UTF-8 text file"):
+        Trained(text=str(tmp_path / "nope.txt")).reads()
 
 
 def test_no_look_no_text_held_out(texts, byte_tokenizer):

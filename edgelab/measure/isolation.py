@@ -222,8 +222,10 @@ class Isolated:
             while b"\n" not in self._received:
                 ready = selector.select(timeout=max(deadline - time.monotonic(), 0))
                 if any(key.data is not None for key, _ in ready):
-                    self._interrupt()
-                    self.close()
+                    try:
+                        self._interrupt()
+                    finally:
+                        self.close()
                     raise Stopped
                 if not ready:
                     self.close()
@@ -271,9 +273,11 @@ class Isolated:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is KeyboardInterrupt:
-            self._interrupt()
-        self.close()
+        try:
+            if kind is KeyboardInterrupt:
+                self._interrupt()
+        finally:  # a second Ctrl-C does not wait
+            self.close()
 
 
 def _start(threads: int, log: int) -> _Forked | _Spawned:

@@ -9,7 +9,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from edgelab.model.blocks import bfloat16_is_fast
 from edgelab.model.losses import Divergence, Loss, cross_entropy
@@ -40,8 +41,13 @@ class Recover(Trained):
         packed = next(iter(packed_layers(model)), None)
         if packed is not None:
             raise RecipeError(
-                f"recover trains float weights, and {packed} is stored in another way; put it before quantizing and "
-                "prune.store, or use qat."
+                f"recover trains float weights, and {packed} is quantized or stored without its zeros; put it before "
+                "quantizing and prune.store, or use qat."
+            )
+        if model.dtype != torch.float32:
+            raise RecipeError(
+                f"recover trains in float32, and the model is in {str(model.dtype).removeprefix('torch.')}, "
+                "whose steps are too coarse; put it before quantize.bf16 or quantize.fp16."
             )
         half = bfloat16_is_fast()
         loss = self._loss(model, context, half)
@@ -64,7 +70,7 @@ class Recover(Trained):
         return Divergence(BFloat16().apply(reference, context) if half else reference)
 
 
-def _masks(model: PreTrainedModel, parameters: list[nn.Parameter]) -> dict[int, object]:
+def _masks(model: PreTrainedModel, parameters: list[nn.Parameter]) -> dict[int, Tensor]:
     """Where weights may move, by place, in the layers of a model with single weights removed."""
     if not marks_of(model).pruned:
         return {}

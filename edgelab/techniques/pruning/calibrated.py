@@ -38,8 +38,8 @@ class CalibratedPruning(Sparse, Calibrated, ABC):
     """Settings of pruning that looks at inputs.
 
     by_layer: how sparsity is chosen: uniform, owl, where blocks with more outliers keep more, or measured, where each
-    layer is pruned alone and the best allocation takes as many weights in all. owl_lambda: how far from the mean a
-    block may be, with owl. owl_outlier: an outlier is this many times the mean. sensitivity: how measured finds what a
+    layer is pruned alone and the best allocation takes as many weights in all. owl_lambda: with owl, blocks are at
+    most twice this apart. owl_outlier: an outlier is this many times the mean. sensitivity: how measured finds what a
     layer costs; "fisher" predicts it from gradients, "kl" runs the model again for every layer and sparsity, which
     takes dozens of times as long.
     """
@@ -63,10 +63,10 @@ class CalibratedPruning(Sparse, Calibrated, ABC):
             )
         if (
             self.by_layer == "owl"
-            and not 0 <= self.sparsity - self.owl_lambda <= self.sparsity + self.owl_lambda < 1
+            and not 0 <= self.sparsity - 2 * self.owl_lambda <= self.sparsity + 2 * self.owl_lambda < 1
         ):
             raise RecipeError(
-                f"owl_lambda={self.owl_lambda} around sparsity={self.sparsity} leaves 0 to 1; use a smaller one."
+                f"twice owl_lambda={self.owl_lambda} around sparsity={self.sparsity} leaves 0 to 1; use a smaller one."
             )
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# What configurations say of each layer
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "sliding_windows", "indexer_types")
+
+
 @register("prune.layers", shown=("keep",))
 @dataclass(frozen=True, kw_only=True)
 class Layers(Calibrated):
@@ -138,8 +142,12 @@ def without(model: PreTrainedModel, gone: set[int]) -> PreTrainedModel:
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = place
-    kinds = getattr(model.config, "layer_types", None)
+    lists = {
+        key: value
+        for key in PER_LAYER
+        if isinstance(value := getattr(model.config, key, None), list) and len(value) == len(modules)
+    }
     model.config.num_hidden_layers = len(stay)
-    if kinds:
-        model.config.layer_types = [kinds[place] for place in stay]
+    for key, value in lists.items():
+        setattr(model.config, key, [value[place] for place in stay])
     return model
