@@ -57,8 +57,8 @@ def batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
     """Batches (size, length) of windows without end, each epoch in a new order that the seed decides."""
     if len(rows) < size:
         raise TrainingError(
-            f"The training text has {len(rows)} windows, fewer than a batch of {size}; use a shorter length or a smaller "
-            "batch."
+            f"The training text has {len(rows)} windows, fewer than a batch of {size}; "
+            "use a shorter length or a smaller batch."
         )
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -315,7 +315,8 @@ class Trained:
 
         if self.text in (*corpora.EMBEDDED, *corpora.HUB):
             raise TrainingError(
-                f"text={self.text} is a corpus, part of which is for evaluation; use corpus={self.text}, or a text file."
+                f"text={self.text} is a corpus, part of which is for evaluation; "
+                f"use corpus={self.text}, or a text file."
             )
 
     def reads(self) -> list[str]:
