@@ -61,8 +61,8 @@ FIELDS = """\
 <!-- Written by docs/build.py from the registries. -->
 
 A row is flat, with units in the names of its fields, and null where nothing was measured. MB is 10^6 bytes, NLL is in
-nats. "Compares within" says which rows a value can be compared in: those of one model, protocol and text, or
-those of one machine.
+nats. "Compares within" says which rows a value can be compared in: those of one model, protocol, text and tokens
+(protocol), those that may have read the same text in other tokens (text), or those of one machine.
 """
 MEASUREMENTS = """\
 

@@ -5,7 +5,9 @@ A table is `ledger.frame()`, or some rows of it; what is returned has the same c
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -19,13 +21,18 @@ from edgelab.measure import Asked, intervals
 from edgelab.measure.intervals import Interval, PairingError
 from edgelab.measure.protocols import PROTOCOLS
 
+log = logging.getLogger(__name__)
+
 PROTOCOL = ["model", "protocol", "corpus", "n_tokens"]  # quality compares only where these agree
+SAME_TEXT = ["model", "protocol", "corpus", "windows"]  # and here, what is not per token
 BASELINE = "none"
 ROUNDED = r"^(?P<method>quantize\.\w+):bits=(?P<bits>[\d.]+),group_size=(?P<group_size>\d+)$"
+PRUNED = r"^(?P<method>prune\.(?:magnitude|wanda|sparsegpt)):sparsity=(?P<sparsity>[\d.]+)$"
 EMBEDDING = r" \+ quantize\.embedding:[^ ]+$"
 # What a row knows of all its windows together, and what it knows of each
 OF_ALL = ["kld_mean", "top1_agreement", *(name for name in FIELDS if "bits_per_byte" in name)]
-CUT = ["window_nll", "n_tokens", "nll_sum", "ppl", "delta_nll", "delta_nll_low", "delta_nll_high"]
+RECOVERED = r"^(?P<before>.+) \+ recover(?::[^ ]+)?(?P<at> @ .+)?$"
+CUT = ["windows", "window_nll", "n_tokens", "nll_sum", "ppl", "delta_nll", "delta_nll_low", "delta_nll_high"]
 CUT_WORDS = [name for name in FIELDS if name.startswith(("last_word", "delta_last_word"))]
 
 
@@ -50,6 +57,12 @@ def find_metric(name: str) -> Field:
     if name not in known:
         raise UnknownMetric(f"no metric is called {name!r}; there are {', '.join(known)}")
     return known[name]
+
+
+def compared_by(metrics: Iterable[str]) -> list[str]:
+    """The columns in which rows have to agree for these fields to compare, but for the machine."""
+    within = {find_metric(name).within for name in metrics}
+    return PROTOCOL if "protocol" in within else SAME_TEXT if "text" in within else ["model"]
 
 
 def newest(rows: pd.DataFrame, same: list[str]) -> pd.DataFrame:
@@ -110,16 +123,21 @@ def _sign(name: str) -> int:
 def comparable(rows: pd.DataFrame) -> pd.DataFrame:
     """The successful rows of one model, protocol, text and number of tokens: those for which most recipes have a speed.
 
-    Rows of quality alone, as notebooks leave many on a few windows, decide only where that is a tie.
+    Rows of quality alone, as notebooks leave many on a few windows, decide only where that is a tie. A variant with
+    tokens of its own has read other numbers of them: it belongs to the rows of the same windows of text.
     Raises NotMeasured where no row has perplexity and size.
     """
-    rows = rows[(rows["status"] == "ok") & rows["ppl"].notna() & rows["weights_mb"].notna()]
-    if rows.empty:
+    rows = rows[(rows["status"] == "ok") & rows["weights_mb"].notna()]
+    per_token = rows[rows["ppl"].notna()]
+    if per_token.empty:
         raise NotMeasured('no row has ppl and weights_mb: measure first, for instance el.measure("none")')
-    timed = rows["recipe"].where(rows["decode_tok_s"].notna())
-    sets = rows.assign(timed=timed).groupby(PROTOCOL, dropna=False)[["timed", "recipe"]].nunique()
+    timed = per_token["recipe"].where(per_token["decode_tok_s"].notna())
+    sets = per_token.assign(timed=timed).groupby(PROTOCOL, dropna=False)[["timed", "recipe"]].nunique()
     chosen = sets.sort_values(["timed", "recipe"], kind="stable").index[-1]
-    return rows[(rows[PROTOCOL] == list(chosen)).all(axis=1)]
+    kept = rows["ppl"].notna() & (rows[PROTOCOL] == list(chosen)).all(axis=1)
+    texts = rows[SAME_TEXT].apply(tuple, axis=1)
+    other_tokens = rows["ppl"].isna() & rows["bits_per_byte"].notna()
+    return rows[kept | (other_tokens & texts.isin(texts[kept]))]
 
 
 def small_embedding(rows: pd.DataFrame) -> pd.DataFrame:
@@ -214,7 +232,13 @@ def _cut(row: pd.Series, baseline: pd.Series | None, windows: int) -> dict[str, 
     nll = row["window_nll"][:windows]
     tokens = row["n_tokens"] / len(row["window_nll"]) * windows  # every window scores as many
     mean = math.fsum(nll) / windows
-    found = {"window_nll": nll, "n_tokens": tokens, "nll_sum": mean * tokens, "ppl": math.exp(mean)}
+    found = {
+        "windows": windows,
+        "window_nll": nll,
+        "n_tokens": tokens,
+        "nll_sum": mean * tokens,
+        "ppl": math.exp(mean),
+    }
     compared = baseline is not None and row["recipe"] != BASELINE
     if compared:
         found |= difference(nll, baseline["window_nll"][:windows]).fields("delta_nll")
@@ -321,3 +345,56 @@ def by_method(rows: pd.DataFrame) -> pd.DataFrame:
     settings = rows["recipe"].str.extract(ROUNDED)
     found = rows.join(settings).dropna(subset="method")
     return found.assign(**found[["bits", "group_size"]].apply(pd.to_numeric))
+
+
+def by_sparsity(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that prune single weights at some sparsity, with all else at its default: with columns method and sparsity.
+
+    Of several rows of a recipe the last counts.
+    """
+    rows = rows.drop_duplicates("recipe", keep="last")
+    found = rows.join(rows["recipe"].str.extract(PRUNED)).dropna(subset="method")
+    return found.assign(sparsity=pd.to_numeric(found["sparsity"]))
+
+
+def of_recipes(rows: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
+    """The newest row of each recipe, in the order asked for; recipes without one are left out and named in the log.
+
+    recipes: canonical texts, as `str(parse(text))` gives them.
+    """
+    known = newest(rows[rows["recipe"].isin(recipes)], ["recipe"])
+    there = set(known["recipe"])
+    if missing := [recipe for recipe in recipes if recipe not in there]:
+        log.warning("Not measured yet, and left out here: %s.", "; ".join(missing))
+    return known.sort_values("recipe", key=lambda texts: texts.map(list(recipes).index), kind="stable")
+
+
+def without_recovery(recipes: pd.Series) -> pd.Series:
+    """Each recipe as it was before the `recover` that ends it; one that does not end so stays as it is."""
+    return recipes.str.replace(RECOVERED, r"\g<before>\g<at>", regex=True)
+
+
+def before_and_after(rows: pd.DataFrame, by: str = "ppl") -> pd.DataFrame:
+    """A field of quality before and after recovery: recipe (before), train_tokens, before, after, fast.
+
+    Only rows that agree in what the field compares by are a pair; of several of a recipe the newest counts.
+    """
+    same = compared_by([by])
+    known = newest(rows[(rows["status"] == "ok") & rows[by].notna()], ["recipe", *same])
+    known = known.assign(before=without_recovery(known["recipe"]))
+    after = known[known["before"] != known["recipe"]]
+    pairs = after.merge(
+        known, left_on=["before", *same], right_on=["recipe", *same], suffixes=("", "_before")
+    )
+    columns = {
+        "before": "recipe",
+        "train_tokens": "train_tokens",
+        f"{by}_before": "before",
+        by: "after",
+        "fast": "fast",
+    }
+    return (
+        pairs[list(columns)]
+        .rename(columns=columns)
+        .sort_values(["recipe", "train_tokens"], ignore_index=True)
+    )

@@ -25,6 +25,9 @@ NUMBERS = [
     "five_in_a_byte",
     "zeros_of_a_bell_curve",
     "unseen_directions",
+    "zeros_until_a_bitmap_pays",
+    "parameters_of_25_blocks",
+    "largest_smaller_rank",
 ]
 
 
@@ -57,6 +60,9 @@ def test_the_answers_worked_by_hand():
     assert EXERCISES["gradient_of_a_step"]().answer == pytest.approx((0 - 0.3) + (1 - 0.6) + 1)
     assert EXERCISES["five_in_a_byte"]().answer == pytest.approx(1.85)
     assert EXERCISES["zeros_of_a_bell_curve"]().answer == pytest.approx(31.006, abs=1e-3)
+    assert EXERCISES["zeros_until_a_bitmap_pays"]().answer == 78.125
+    assert EXERCISES["parameters_of_25_blocks"]().answer == 134_515_008 - 5 * (884_736 + 2_654_208 + 1152)
+    assert EXERCISES["largest_smaller_rank"]().answer == 143
 
 
 CODE = [
@@ -72,6 +78,9 @@ CODE = [
     "straight_through",
     "pack_five",
     "roofline_bound",
+    "wanda_mask",
+    "remove_one_weight",
+    "block_influence",
 ]
 
 
@@ -120,6 +129,38 @@ def test_functions_of_calibration_cache_training_and_engines_give_what_is_worked
         assert row == pytest.approx(wanted)
     # Steps of 3/255 from -1 to 2, 85 of them below zero
     assert called("static_range")[1] == pytest.approx([-1, 4 * 3 / 255, 2, -3 / 255], abs=1e-6)
+
+
+def test_functions_of_pruning_give_what_is_worked_by_hand():
+    import torch
+
+    asked = EXERCISES["wanda_mask"]()
+    # Norms of the inputs √3, √66, √0.5 and √12: the 3 of the first row scores 5.2, and its 2 scores 6.9
+    assert asked.solution(*asked.inputs).tolist() == [[0, 1, 0, 1], [0, 0, 1, 1]]
+    step = EXERCISES["remove_one_weight"]().solution
+    moved, error = step(torch.tensor([1.0, 1.0]), torch.tensor([[2.0, 1.0], [1.0, 2.0]]), 0)
+    assert moved.tolist() == pytest.approx([0, 1.5]) and error.item() == pytest.approx(0.75)
+
+
+def test_the_influence_of_a_block_is_worked_by_hand():
+    asked = EXERCISES["block_influence"]()
+    # Cosines 1, 1/√2, 0 (-0.25 - 0.75 + 1) and 3.5 / √(5 · 5.25)
+    expected = 1 - (1 + 0.5**0.5 + 0 + 3.5 / (5 * 5.25) ** 0.5) / 4
+    assert asked.solution(*asked.inputs).item() == pytest.approx(expected)
+
+
+def test_no_other_weights_without_one_do_better_than_those_of_the_exercise():
+    import torch
+
+    asked = EXERCISES["remove_one_weight"]()
+    weight, hessian, j = asked.inputs
+    moved, error = asked.solution(*asked.inputs)
+    assert error.item() == pytest.approx(0.5 * weight[j].item() ** 2 / torch.linalg.inv(hessian)[j, j].item())
+    for k in (1, 2):
+        for step in (-0.01, 0.01):
+            other = moved.clone()
+            other[k] += step
+            assert 0.5 * (other - weight) @ hessian @ (other - weight) > error
 
 
 def test_the_step_of_the_exercise_done_for_all_columns_is_gptq():

@@ -138,6 +138,31 @@ def test_tradeoff_draws_front_and_baseline(rows):
     assert figure.axes[0].get_yscale() == "linear"
 
 
+def test_other_tokens_of_the_same_text_share_a_front_in_what_is_not_per_token(rows):
+    whole = [one | {"windows": 4, "bits_per_byte": one["ppl"] / 20} for one in rows]
+    vocab = make_row(
+        "prune.vocab:keep=9", "prune", weights_mb=400.0, windows=4, n_tokens=2300, bits_per_byte=0.9
+    )
+    vocab |= {"ppl": None, "delta_nll": None, "window_nll": None}
+    figure = plots.tradeoff([*whole, vocab], y="bits_per_byte")
+    (front,) = curve(figure, FRONT)
+    np.testing.assert_allclose(front, [(120, 1.3), (200, 1.3), (200, 1.025), (400, 1.025), (400, 0.9)])
+    assert "comparable only" not in texts(figure)
+    assert "same windows; here they differ" in texts(
+        plots.tradeoff([*whole, vocab | {"windows": 9}], y="bits_per_byte")
+    )
+    per_token = texts(plots.tradeoff([*whole, vocab]))
+    assert "its tokens are others and ppl is per token: vocab keep=9." in per_token
+    assert "not measured" not in per_token
+
+
+def test_a_front_finds_its_baseline_where_a_column_is_empty_in_all_rows(rows):
+    with_bytes = [one | {"bits_per_byte": one["ppl"] / 20} for one in rows]  # and no windows
+    assert any(
+        np.allclose(line[:, 1], 1) for line in curve(plots.tradeoff(with_bytes, y="bits_per_byte"), "#000000")
+    )
+
+
 def test_stairs_of_a_metric_that_should_be_high():
     rows = [make_row(decode_ratio=1.0), make_row("quantize.rtn:bits=4", "quantize", 26.0, decode_ratio=2.0)]
     front = curve(plots.tradeoff(rows, x="decode_ratio"), FRONT)[0]

@@ -315,3 +315,107 @@ def test_rows_of_a_single_method_at_its_defaults_have_method_bits_and_group_size
     ]
     assert points["ppl"].iloc[0] == pytest.approx(np.exp(2))  # the newer of two
     assert rows.by_method(table.iloc[:1]).empty
+
+
+def test_rows_that_only_prune_single_weights_have_method_and_sparsity():
+    wanda = "prune.wanda:sparsity=0.5"
+    texts = ["none", wanda, f"{wanda},by_layer=owl", f"{wanda} + prune.store:format=bitmap", "prune.layers:keep=20",
+             "prune.magnitude:sparsity=0.3", wanda, f"{wanda} @ llamacpp"]  # fmt: skip
+    table = ledger.frame([row(text, [float(place)]) for place, text in enumerate(texts)])
+    points = rows.by_sparsity(table)
+    assert points[["method", "sparsity"]].to_numpy().tolist() == [
+        ["prune.magnitude", 0.3],
+        ["prune.wanda", 0.5],
+    ]
+    assert points["ppl"].tolist() == [pytest.approx(np.exp(5)), pytest.approx(np.exp(6))]  # the newer of two
+    assert rows.by_sparsity(table.iloc[:1]).empty
+
+
+def test_rows_come_in_the_order_asked_for_and_the_missing_are_named(caplog):
+    early, late = (f"2026-01-0{day}T00:00:00+00:00" for day in (1, 2))
+    table = ledger.frame(
+        [
+            row("none", [3.0], started_at=late),
+            row("none", [2.0], started_at=early),
+            row(RTN4, [3.5], started_at=early),
+            row("quantize.bf16", [3.1]),
+        ]
+    )
+    found = rows.of_recipes(table, [RTN4, GPTQ4, "none"])
+    assert found["recipe"].tolist() == [RTN4, "none"]
+    assert found["ppl"].tolist() == [pytest.approx(np.exp(3.5)), pytest.approx(np.exp(3))]
+    assert caplog.messages == [f"Not measured yet, and left out here: {GPTQ4}."]
+    caplog.clear()
+    assert rows.of_recipes(table, []).empty and rows.of_recipes(table, ["none"]).index.tolist() == [0]
+    assert caplog.messages == []
+
+
+# Variants with tokens of their own, and recovery
+
+VOCAB, LAYERS = "prune.vocab:keep=16384", "prune.layers:keep=20"
+
+
+@pytest.fixture
+def other_tokens():
+    """The baseline and 4 bits on two windows of text, and two variants that read the same text in other tokens."""
+    bytes_too = {"windows": 2, "bits_per_byte": 0.9}
+    own = {"ppl": None, "window_nll": None, "weights_mb": 400.0}
+    return ledger.frame(
+        [
+            row("none", [2.9, 3.1], 500.0, **bytes_too),
+            row(RTN4, [3.2, 3.3], 120.0, **bytes_too | {"bits_per_byte": 1.0}),
+            Row(**vars(row(VOCAB, [3.0, 3.0], **bytes_too | {"n_tokens": 1100})) | own),
+            Row(**vars(row(VOCAB, [3.0, 3.0], **bytes_too | {"n_tokens": 560, "windows": 1})) | own),
+        ]
+    )
+
+
+def test_other_tokens_of_the_same_text_are_comparable(other_tokens):
+    assert list(rows.comparable(other_tokens).index) == [0, 1, 2]
+    assert list(rows.comparable(other_tokens.assign(bits_per_byte=None)).index) == [0, 1]
+    with pytest.raises(rows.NotMeasured, match="ppl and weights_mb"):
+        rows.comparable(other_tokens.iloc[2:])
+
+
+def test_what_is_not_per_token_compares_by_text():
+    per_token = ["model", "protocol", "corpus", "n_tokens"]
+    assert rows.compared_by(["weights_mb", "ppl"]) == rows.compared_by(["kld_mean", "last_word"]) == per_token
+    assert rows.compared_by(["weights_mb", "bits_per_byte"]) == ["model", "protocol", "corpus", "windows"]
+    assert rows.compared_by(["weights_mb", "decode_ratio"]) == ["model"]
+
+
+def test_a_budget_may_be_best_spent_on_other_tokens(other_tokens):
+    by_bytes = other_tokens.assign(bits_per_byte=[0.95, 1.0, 0.9, 0.5])
+    assert rows.recommend(by_bytes, 450, by="bits_per_byte").row["recipe"] == VOCAB
+    assert rows.recommend(by_bytes, 450, by="ppl").row["recipe"] == RTN4
+
+
+def test_a_recipe_before_its_recovery():
+    after = {
+        f"{LAYERS} + recover": LAYERS,
+        f"{LAYERS} + recover:steps=122,loss=ce": LAYERS,
+        f"prune.heads:groups=2 + {LAYERS} + recover:steps=1 @ llamacpp": f"prune.heads:groups=2 + {LAYERS} @ llamacpp",
+        f"{LAYERS} + recover:steps=122 + {RTN4}": f"{LAYERS} + recover:steps=122 + {RTN4}",
+        LAYERS: LAYERS,
+        "none": "none",
+    }
+    assert rows.without_recovery(pd.Series([*after])).tolist() == [*after.values()]
+
+
+def test_before_and_after_are_pairs_of_the_same_windows():
+    steps = f"{LAYERS} + recover:steps=122"
+    table = ledger.frame(
+        [
+            row(LAYERS, [4.0, 4.0]),
+            row(LAYERS, [9.0]),
+            row(steps, [3.5, 3.5], train_tokens=124_928),
+            row(steps.replace("122", "243"), [3.0, 3.0], train_tokens=248_832),
+            row(steps, [1.0], status="error"),
+            row("prune.hidden:share=0.25 + recover:steps=122", [2.0, 2.0]),  # its like before is not there
+        ]
+    )
+    found = rows.before_and_after(table)
+    assert found[["recipe", "train_tokens"]].to_numpy().tolist() == [[LAYERS, 124_928], [LAYERS, 248_832]]
+    assert found["before"].tolist() == [pytest.approx(math.exp(4))] * 2
+    assert found["after"].tolist() == [pytest.approx(math.exp(3.5)), pytest.approx(math.exp(3))]
+    assert rows.before_and_after(table.iloc[:2]).empty

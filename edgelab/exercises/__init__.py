@@ -3,7 +3,18 @@
 Torch is imported by the exercises that need it, when they are asked.
 """
 
-from edgelab.exercises import calibration, engines, measuring, memory, one_bit, quantization, speed, training
+from edgelab.exercises import (
+    calibration,
+    engines,
+    measuring,
+    memory,
+    one_bit,
+    pruning,
+    quantization,
+    speed,
+    structures,
+    training,
+)
 from edgelab.exercises.checking import EXERCISES, Exercise, UnknownExercise, Verdict, check, exercise
 from edgelab.exercises.coding import CodeExercise
 from edgelab.exercises.predictions import Prediction, PredictionError, predict
@@ -24,7 +35,9 @@ __all__ = [
     "memory",
     "one_bit",
     "predict",
+    "pruning",
     "quantization",
     "speed",
+    "structures",
     "training",
 ]

@@ -31,7 +31,8 @@ class Field:
     """What everybody has to know of a field.
 
     better: which way is better, None for what is no measure of anything. within: "protocol" for values that compare
-    only where model, protocol and text agree, "machine" for those of one machine. heading: of its column in a
+    only where model, protocol, text and tokens agree, "text" for those that compare whatever the tokens, "machine" for
+    those of one machine. heading: of its column in a
     terminal, empty for none. form: how the report writes a value, empty for no column. ends: the two fields that hold
     its interval. baseline: its value where nothing was changed.
     """
@@ -40,7 +41,7 @@ class Field:
     group: str = "own"
     unit: str = ""
     better: Literal["lower", "higher"] | None = None
-    within: Literal["protocol", "machine"] | None = None
+    within: Literal["protocol", "text", "machine"] | None = None
     heading: str = ""
     form: str = ""
     ends: tuple[str, str] | None = None
@@ -109,11 +110,11 @@ class Row:
         "Bits per byte of text",
         "quality",
         **LOWER,
-        within="protocol",
+        within="text",
         meaning="Comparable across tokenizers.",
     )
     delta_bits_per_byte: float | None = declared(
-        "Bits per byte above the baseline", "quality", **LOWER, within="protocol", form="+.4f",
+        "Bits per byte above the baseline", "quality", **LOWER, within="text", form="+.4f",
         ends=("delta_bits_per_byte_low", "delta_bits_per_byte_high"), baseline=0.0,
         meaning="Paired on the same characters, with a 95 % interval over windows: also where a variant has other "
         "tokens than the baseline, and so no ΔNLL.",
@@ -147,12 +148,12 @@ class Row:
     )
 
     last_word: float | None = declared(
-        "Last words predicted", "tasks", unit="share of sentences", **HIGHER, within="protocol", heading="last word",
+        "Last words predicted", "tasks", unit="share of sentences", **HIGHER, within="text", heading="last word",
         form=".1%", meaning="Share of sentences in the scored windows whose last word is the most likely one.",
     )  # fmt: skip
     last_word_items: int | None = declared("Sentences asked for their last word", "tasks")
     delta_last_word: float | None = declared(
-        "Last words, difference to the baseline", "tasks", unit="share of sentences", **HIGHER, within="protocol",
+        "Last words, difference to the baseline", "tasks", unit="share of sentences", **HIGHER, within="text",
         form="+.1%", ends=("delta_last_word_low", "delta_last_word_high"), baseline=0.0,
         meaning="Paired, sentence by sentence, with a 95 % interval over windows.",
     )  # fmt: skip
@@ -166,13 +167,13 @@ class Row:
         "Last words, item by item", "tasks", meaning="1 for right, 0 for wrong; a space between windows."
     )
     story_cloze: float | None = declared(
-        "Story cloze", "tasks", unit="share of items", **HIGHER, within="protocol", form=".1%",
+        "Story cloze", "tasks", unit="share of items", **HIGHER, within="text", form=".1%",
         meaning="Share of items where the true next sentence of a story beats three from other stories, by "
         "log-probability per byte; chance is a quarter.",
     )  # fmt: skip
     story_cloze_items: int | None = declared("Items of the story cloze", "tasks")
     delta_story_cloze: float | None = declared(
-        "Story cloze, difference to the baseline", "tasks", unit="share of items", **HIGHER, within="protocol",
+        "Story cloze, difference to the baseline", "tasks", unit="share of items", **HIGHER, within="text",
         ends=("delta_story_cloze_low", "delta_story_cloze_high"), baseline=0.0,
         meaning="Paired, item by item, with a 95 % interval over stories.",
     )  # fmt: skip

@@ -15,6 +15,8 @@ from edgelab.plots.devices import device_rates, published_rates, step_operations
 from edgelab.plots.engines import engines
 from edgelab.plots.memory import NEED_PARTS, gigabytes, memory_bars
 from edgelab.plots.methods import method_lines
+from edgelab.plots.pruning import break_even, kept_weights, sparsity_lines, what_zeros_buy
+from edgelab.plots.removing import chosen_and_random, influence_and_loss, truth_table, width_times
 from edgelab.plots.roofline import decode_limit, limit_tok_s, roofline
 from edgelab.plots.rows import latency, protocols, size_bars, tradeoff, window_delta
 from edgelab.plots.style import BADGE_MARKERS, FAMILY_COLOURS, NothingToDraw, label
@@ -28,12 +30,16 @@ __all__ = [
     "NothingToDraw",
     "activation_outliers",
     "bit_allocation",
+    "break_even",
     "channel_magnitudes",
+    "chosen_and_random",
     "context_reach",
     "decode_limit",
     "device_rates",
     "engines",
     "gigabytes",
+    "influence_and_loss",
+    "kept_weights",
     "label",
     "largest_factor",
     "latency",
@@ -49,9 +55,13 @@ __all__ = [
     "roofline",
     "size_bars",
     "sparsity_allocation",
+    "sparsity_lines",
     "step_operations",
     "tradeoff",
     "training_curve",
+    "truth_table",
     "weight_grid",
+    "what_zeros_buy",
+    "width_times",
     "window_delta",
 ]

@@ -40,7 +40,7 @@ def within_sense(drawn: pd.DataFrame, x: str, y: str) -> tuple[pd.DataFrame, lis
         twin = drawn["recipe"].str.partition(" @ ")[0].isin(on_torch) & (drawn["runtime"] != "torch")
         drawn = drawn[~twin | drawn["reader"] | drawn["ring"]]
     for name, about in metrics.items():
-        if about.better == "lower" and about.within == "protocol":
+        if about.better == "lower" and about.within in ("protocol", "text"):
             away = far_off(drawn[name]) & ~drawn["ring"]
             if away.any():
                 notes.append(f"Far off, not drawn: {_named(drawn[away], name)}.")

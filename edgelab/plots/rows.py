@@ -48,7 +48,15 @@ from edgelab.plots.style import (
     stamp,
     style_axes,
 )
-from edgelab.rows import BASELINE, PROTOCOL, find_metric, interval_ends, pareto_front, tokens_per_unit
+from edgelab.rows import (
+    BASELINE,
+    PROTOCOL,
+    compared_by,
+    find_metric,
+    interval_ends,
+    pareto_front,
+    tokens_per_unit,
+)
 
 if TYPE_CHECKING:  # measuring imports torch, drawing does not need it
     from edgelab.measure.perplexity import Perplexity
@@ -86,7 +94,7 @@ def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str |
     marks = []
     within = {metric.within for metric in metrics}
     machine_bound = "machine" in within
-    keys = [*(PROTOCOL if "protocol" in within else ["model"]), *(["host"] if machine_bound else [])]
+    keys = [*compared_by((x, y)), *(["host"] if machine_bound else [])]
     drawn["front"] = False
     for which, group in drawn.groupby(keys, dropna=False):
         # Outputs that are not the reference's earn no rank in speed.
@@ -94,7 +102,8 @@ def tradeoff(rows: Rows, x: str = "weights_mb", y: str = "ppl", highlight: str |
         drawn.loc[front.index, "front"] = True
         lines.append(_stairs(front[[x, y]].to_numpy(), horizontal.better == "lower"))
         axes.plot(*lines[-1].T, color="#9a9a9a", linewidth=1.2, zorder=1)
-        baseline = measured[(measured["recipe"] == BASELINE) & (measured[keys] == list(which)).all(axis=1)]
+        same = measured[keys].eq(list(which)) | (measured[keys].isna() & pd.isna(list(which)))
+        baseline = measured[(measured["recipe"] == BASELINE) & same.all(axis=1)]
         for _, row in baseline.tail(1).iterrows():
             value = row[y] if vertical.baseline is None else vertical.baseline
             axes.axhline(value, **BASELINE_LINE)

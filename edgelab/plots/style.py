@@ -24,7 +24,7 @@ from edgelab.errors import EdgeLabError
 from edgelab.ledger import Row, every_field
 from edgelab.ledger.row import value_types
 from edgelab.ledger.store import NUMBERS
-from edgelab.rows import PROTOCOL, find_metric, newest
+from edgelab.rows import PROTOCOL, compared_by, find_metric, newest
 
 Rows = pd.DataFrame | Iterable[Row | dict[str, Any]]
 
@@ -273,17 +273,25 @@ def drawable(
     if failed.any():
         kinds = ", ".join(sorted(frame.loc[failed, "status"].unique()))
         notes.append(f"Not drawn, because measuring failed: {failed.sum()} ({kinds}).")
+    other_tokens = frame["ppl"].isna() & frame["bits_per_byte"].notna() & ~failed & ~complete
+    if per_token := [name for name in metrics if find_metric(name).within == "protocol"]:
+        if other_tokens.any():
+            notes.append(
+                f"Not drawn, because its tokens are others and {' and '.join(per_token)} is per token: "
+                f"{', '.join(dict.fromkeys(map(label, frame.loc[other_tokens, 'recipe'])))}."
+            )
+        complete |= other_tokens
     if missing := int((~failed & ~complete).sum()):
         notes.append(f"Not drawn, because not measured: {missing} without {' or '.join(metrics)}.")
     return newest(drawn, same), notes
 
 
-def cautions(drawn: pd.DataFrame, metrics: Iterable[str]) -> list[str]:
+def cautions(drawn: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
     """What must not be compared here: quality across protocols, times across machines or of wrong outputs."""
     notes = []
     within = {find_metric(name).within for name in metrics}
-    differ = [name for name in PROTOCOL if drawn[name].nunique() > 1]
-    if "protocol" in within and differ:
+    differ = [name for name in compared_by(metrics) if drawn[name].nunique() > 1]
+    if within & {"protocol", "text"} and differ:
         notes.append(
             f"Quality is comparable only between rows of the same {' and '.join(differ)}; here they differ."
         )

@@ -218,6 +218,7 @@ class Eager(Session):
     """A variant in PyTorch eager, on packed kernels where there are any. Greedy decoding with a growing cache.
 
     Layers that round their inputs without an integer kernel for it make the whole a simulation: the badge says so.
+    variant: its folder, or a model in memory, whose packed layers are changed in place.
     """
 
     badge = "packed"
@@ -233,9 +234,9 @@ class Eager(Session):
             f"native.{width} is rounded by an engine itself; name one, as in 'native.{width} @ onnxruntime'."
         )
 
-    def __init__(self, variant: Path) -> None:
+    def __init__(self, variant: Path | PreTrainedModel) -> None:
         super().__init__()
-        self.model: PreTrainedModel = variants.load(variant)
+        self.model: PreTrainedModel = variants.load(variant) if isinstance(variant, Path) else variant
         self.vocabulary = self.model.config.get_text_config().vocab_size
         self.kernel = self._prepare()
         if "bf" in self.kernel:  # what is summed in another order is rounded to 8 significant bits
