@@ -407,6 +407,8 @@ def test_window_delta_pairs_only_rows_of_the_same_protocol(rows):
         ),
         ("quantize.gptq:bits=4,group_size=0,symmetric=true", "gptq 4-bit per row sym"),
         ("quantize.rtn:bits=8,group_size=0 + quantize.embedding:bits=8", "rtn 8-bit per row + emb 8-bit"),
+        ("prune.layers:keep=0,drop=15/16", "layers without 15/16"),
+        ("prune.vocab:keep=0 @ llamacpp", "vocab @ llamacpp"),
         ("prune.layers:keep=20", "layers keep=20"),
     ],
 )

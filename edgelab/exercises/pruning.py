@@ -84,7 +84,7 @@ def remove_one_weight() -> CodeExercise:
     return CodeExercise(
         inputs=(weight, hessian, 0),
         solution=solution,
-        why="Remove the weight with the least error, update, and begin again: that is optimal brain surgery.",
+        why="Remove the weight with the least error, update, and begin again: that is the optimal brain surgeon.",
         hint="With P the inverse of hessian: w - w[j] / P[j, j] * P[j], and the error is w[j]² / (2 P[j, j]).",
         mistakes=[
             (not_divided, "weight j is not 0 yet: divide by entry [j, j] of the inverse."),

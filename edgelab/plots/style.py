@@ -192,6 +192,8 @@ SHORT_SETTINGS = {
     "group_size": "g{}",
     "embedding_bits": "emb {}-bit",
     "sparsity": "{} sparse",
+    "keep=0": "",
+    "drop": "without {}",
     "group_size=0": "per row",
     "symmetric=true": "sym",
     "range": "range {}",
@@ -212,9 +214,9 @@ def label(recipe: str, width: int = 48) -> str:
         words = []
         for setting in filter(None, _split(settings, ",")):
             key, _, value = setting.partition("=")
-            words.append(SHORT_SETTINGS.get(setting) or SHORT_SETTINGS.get(key, key + "={}").format(value))
+            words.append(SHORT_SETTINGS.get(setting, SHORT_SETTINGS.get(key, key + "={}").format(value)))
         name = name.rpartition(".")[2]
-        short.append(" ".join([SHORT_NAMES.get(name, name), *words]))
+        short.append(" ".join([SHORT_NAMES.get(name, name), *filter(None, words)]))
     text = " + ".join(short) + (f" @ {runtime}" if runtime else "")
     return textwrap.shorten(text, width, placeholder=" …")
 
