@@ -438,3 +438,24 @@ def test_a_process_that_is_asked_to_stop_may_keep_what_it_has(place, tmp_path, h
         pid = one.call("whoami")["pid"]
         one.call("last_words", progress=halt, path=str(tmp_path / "words"))
     assert (tmp_path / "words").read_text() == "kept" and not psutil.pid_exists(pid)
+
+
+IGNORING = """
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Jupyter's kernel does between two cells
+from edgelab.measure.isolation import Isolated
+
+def halt(done, total):
+    raise KeyboardInterrupt
+
+try:
+    with Isolated("isolated_subject:Subject", threads=2) as one:
+        one.call("last_words", progress=halt, path=sys.argv[1])
+except KeyboardInterrupt:
+    pass
+"""
+
+
+def test_a_parent_that_ignores_interrupts_can_still_ask(place, tmp_path):
+    subprocess.run([sys.executable, "-c", IGNORING, str(tmp_path / "words")], check=True, timeout=120)
+    assert (tmp_path / "words").read_text() == "kept"

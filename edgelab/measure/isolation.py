@@ -304,6 +304,8 @@ def _answer(kind: str, value: Any) -> None:
 def serve() -> None:
     """The other end: make the object of the first line, then call its methods, one line each."""
     global _answers
+    # A process that Jupyter's kernel starts ignores Ctrl-C, as the kernel does between two cells.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Whatever libraries print must not reach the pipe: file descriptor 1 becomes the error stream.
     _answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
