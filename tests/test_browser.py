@@ -166,11 +166,7 @@ def test_a_moved_slider_changes_the_value_and_the_picture(chromium: str, home: P
 def test_a_measurement_is_stopped_and_begun_again(chromium: str, home: Path, tmp_path: Path) -> None:
     """With widget messages one after the other, as the project sets JupyterLab: a blocked kernel would hear no stop."""
     cells = ["from edgelab.widgets.exploring import explorer", "explorer(windows=31)"]
-    kernel = {"name": "python3", "display_name": "Python 3"}  # without one JupyterLab asks for it
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": kernel}
-    )
-    nbformat.write(notebook, tmp_path / "stop.ipynb")
+    _write(tmp_path / "stop.ipynb", cells)
     with jupyterlab(tmp_path, home, "stop.ipynb") as address, opened(chromium, address) as page:
         explorer = page.locator(".widget-vbox", has=page.locator(".widget-dropdown")).first
         measure, stop = (explorer.get_by_role("button", name=name) for name in ("Measure live", "Stop"))
@@ -185,6 +181,39 @@ def test_a_measurement_is_stopped_and_begun_again(chromium: str, home: Path, tmp
             expect(explorer.get_by_text("Stopped. What had been measured is kept: 0 of 2")).to_be_visible()
             expect(measure).to_be_enabled()
         assert "perplexity" in explorer.locator("img").get_attribute("alt").lower()
+
+
+@pytest.mark.browser
+@pytest.mark.embedded
+def test_a_ticked_block_changes_what_the_model_writes(chromium: str, home: Path, tmp_path: Path) -> None:
+    cells = [
+        "import edgelab as el",
+        "from edgelab.widgets.layers import layer_picker",
+        "layer_picker(el.load(), tokens=8, windows=31, only='quality')",
+    ]
+    _write(tmp_path / "layers.ipynb", cells)
+    with jupyterlab(tmp_path, home, "layers.ipynb") as address, opened(chromium, address) as page:
+        picker = page.locator(".widget-vbox", has=page.locator(".edgelab-layers")).first
+        answer = picker.locator(".edgelab-layers")
+        expect(answer).to_have_attribute("data-blocks", "30")
+        picker.locator(".widget-checkbox input").first.check()
+        expect(answer).to_have_attribute("data-blocks", "29", timeout=60_000)
+        picker.get_by_role("button", name="Measure live").click()
+        expect(picker.get_by_text("to go.")).to_be_visible(timeout=60_000)
+        expect(picker.locator(".widget-checkbox input").first).to_be_disabled()
+        picker.get_by_role("button", name="Stop").click()
+        expect(picker.get_by_text("Stopped. What had been measured is kept")).to_be_visible(timeout=60_000)
+        picker.get_by_role("button", name="All blocks back").click()
+        expect(answer).to_have_attribute("data-blocks", "30", timeout=60_000)
+
+
+def _write(file: Path, cells: list[str]) -> None:
+    """A notebook of some code cells."""
+    kernel = {"name": "python3", "display_name": "Python 3"}  # without one JupyterLab asks for it
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata={"kernelspec": kernel}
+    )
+    nbformat.write(notebook, file)
 
 
 def _move_bits(page: Page) -> None:

@@ -146,10 +146,18 @@ def criteria():
 
 def test_who_beats_every_seed_is_counted(criteria):
     (axes,) = chosen_and_random(criteria, baseline=20.0).axes
-    assert axes.get_title(loc="left") == "1 of 2 criteria beat all 5 random choices"
+    assert axes.get_title(loc="left") == "1 of 2 criteria beat each of 5 random choices"
     assert names(axes) == ["magnitude", "random", "taylor"]
     assert sorted(points(axes)) == [(40, 2), (50, 1), (52, 0), (55, 1), (60, 1), (65, 1), (70, 1)]
     assert axes.patches[0].get_bbox().intervalx.tolist() == [50, 70]
+
+
+def test_a_criterion_far_off_is_named_and_stretches_no_axis(criteria):
+    far = pd.DataFrame({"criterion": ["activation"], "ppl": [812_345.0], "fast": False})
+    figure = chosen_and_random(pd.concat([criteria, far]))
+    assert names(figure.axes[0]) == ["magnitude", "random", "taylor"] and figure.axes[0].get_xlim()[1] < 100
+    assert figure.axes[0].get_title(loc="left").startswith("1 of 3 criteria")
+    assert figure.get_supxlabel() == "Far off, not drawn: activation (812,345)."
 
 
 @pytest.mark.parametrize("only", ["random", "taylor"])

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from edgelab.assets import fast
+from edgelab.plots.choosing import FAR
 from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.methods import METHOD_COLOURS
 from edgelab.plots.style import (
@@ -128,7 +129,7 @@ def _smaller_and_faster(removed: pd.DataFrame, baseline_mb: float) -> str:
     return f"{text}, {fast} of {len(timed)} that were timed write faster" if len(timed) else text
 
 
-def influence_and_loss(blocks: pd.DataFrame, most: int = 5) -> Figure:
+def influence_and_loss(blocks: pd.DataFrame, most: int = 4) -> Figure:
     """Each block by its influence along x and by the loss without it along y; the title says Spearman's correlation.
 
     blocks: by number, columns influence (1 - cosine) and loss: nats per token above that of all blocks when this one
@@ -163,7 +164,7 @@ def chosen_and_random(points: pd.DataFrame, baseline: float | None = None) -> Fi
     """Perplexity by criterion, the best on top; a band spans what chance gives. The title counts who beats all of it.
 
     points: criterion, ppl, fast; several points of a criterion are several seeds, and "random" is the control.
-    Raises NothingToDraw where that or all others are missing.
+    What is FAR above chance is named in a note. Raises NothingToDraw where random or all else is missing.
     """
     points = points[np.isfinite(points["ppl"].astype(float))]
     chance = points.loc[points["criterion"] == "random", "ppl"]
@@ -172,6 +173,13 @@ def chosen_and_random(points: pd.DataFrame, baseline: float | None = None) -> Fi
             "random and a criterion are needed, and there is "
             f"{', '.join(dict.fromkeys(points['criterion'])) or 'neither'}: measure prune.channels:by=random first"
         )
+    worst = points.groupby("criterion")["ppl"].max().drop("random")
+    beaten = (
+        f"{(worst < chance.min()).sum()} of {len(worst)} criteria beat each of {len(chance)} random choices"
+    )
+    far = points["ppl"] > FAR * chance.max()
+    names = [f"{row.criterion} ({row.ppl:,.0f})" for row in points[far].itertuples()]
+    points = points[~far]
     best = points.groupby("criterion")["ppl"].min().sort_values(ascending=False)
     figure = new_chart(7.6, 1.7 + 0.42 * len(best))
     axes = figure.subplots()
@@ -185,14 +193,12 @@ def chosen_and_random(points: pd.DataFrame, baseline: float | None = None) -> Fi
         )
     if baseline is not None:
         axes.axvline(baseline, **BASELINE_LINE)
-    worst = points.groupby("criterion")["ppl"].max().drop("random")
     axes.set_yticks(range(len(best)), best.index, parse_math=False)
     axes.set_ylim(-0.6, len(best) - 0.4)
     axes.margins(x=0.1)
     axes.set_xlabel("Perplexity, lower is better", fontsize=9.5)
-    count = f"{(worst < chance.min()).sum()} of {len(worst)} criteria beat"
-    style_axes(axes, f"{count} {'all ' if len(chance) > 1 else ''}{len(chance)} random choices")
-    return stamp(figure, points)
+    style_axes(axes, beaten)
+    return stamp(figure, points, [f"Far off, not drawn: {', '.join(names)}."] if names else [])
 
 
 def width_times(ms: pd.DataFrame) -> Figure:
