@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import PreTrainedModel
@@ -79,7 +80,7 @@ class Validation:
 
     rows: (windows, length). losses: by the name that their mean has in the curve; the first decides. every: steps from
     one look to the next, 0 for none before the end. patience: the run ends after so many looks without a lower value,
-    and takes its best weights back; 0 never.
+    and returns to its best weights; 0 never.
     """
 
     rows: Tensor
@@ -140,13 +141,13 @@ class _Run:
     best: list[Tensor] = field(default_factory=list)  # weights at the lowest look, where there is patience
     ended: bool = False
 
-    def save(self, kept: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint) -> None:
         tensors = {"random": torch.get_rng_state()}
         for place, parameter in enumerate(self.parameters):
             tensors[f"{place}.weight"] = parameter
             tensors |= {f"{place}.{name}": value for name, value in self.optimizer.state[parameter].items()}
         tensors |= {f"{place}.best": value for place, value in enumerate(self.best)}
-        kept.save(tensors, {"curve": self.curve, "looks": self.looks, "ended": self.ended})
+        checkpoint.save(tensors, {"curve": self.curve, "looks": self.looks, "ended": self.ended})
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -172,8 +173,9 @@ class _Run:
 
     @torch.no_grad()
     def take_best(self) -> None:
-        for parameter, value in zip(self.parameters, self.best, strict=False):
-            parameter.copy_(value)
+        if self.best:
+            for parameter, value in zip(self.parameters, self.best, strict=True):
+                parameter.copy_(value)
 
 
 def train(
@@ -191,7 +193,7 @@ def train(
     accumulate: int = 1,
     masks: dict[int, Tensor] | None = None,
     validation: Validation | None = None,
-    kept: Checkpoint | None = None,
+    checkpoint: Checkpoint | None = None,
     seed: int = 0,
     half: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -200,10 +202,11 @@ def train(
 
     seconds: stops by the clock instead of after `steps` where above 0; only steps can be repeated exactly. warmup:
     share of the run. clip: largest norm of the gradient, 0 for none. accumulate: batches whose gradients make one step.
-    masks: True where weights may move, by place in `parameters`; what is zero elsewhere stays zero. kept: where the run
-    is kept every so often and when it is stopped, and from where it goes on. half: matrix products in bfloat16. The
-    model stays in its mode, train or eval. FAST shortens the run. A point is {"step", "tokens", "seconds", "loss"}, the
-    loss in nats, of its batches before the step; and, where the run then looked at held-out text, what it found.
+    masks: True where weights may move, by place in `parameters`; what is zero elsewhere stays zero. checkpoint: where
+    the run is kept every so often and when it is stopped, and from where it goes on. half: matrix products in
+    bfloat16. The model stays in its mode, train or eval. FAST shortens the run. A point is {"step", "tokens",
+    "seconds", "loss"}, the loss in nats, of its batches before the step; and, where the run then looked at held-out
+    text, what it found.
     Raises TrainingError where the loss is not finite. Loshchilov and Hutter 2019, arXiv:1711.05101.
     """
     if assets.fast():
@@ -215,7 +218,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(seed)
-        if kept is not None and (found := kept.load()):
+        if checkpoint is not None and (found := checkpoint.load()):
             run.load(*found)
             for _ in range(len(run.curve) * accumulate):
                 next(data)
@@ -258,15 +261,15 @@ def train(
             if validation and ((every and step % every == 0) or not goes_on()):
                 with precision():
                     run.note(validation.look(model, len(ids)), validation.patience)
-            if kept is not None and (asked or elapsed - saved >= kept.every_s):
-                run.save(kept)
+            if checkpoint is not None and (asked or elapsed - saved >= checkpoint.every_s):
+                run.save(checkpoint)
                 saved = elapsed
             if asked:
                 raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
             progress(*((min(int(elapsed), int(seconds)), int(seconds)) if seconds else (step, steps)))
         run.take_best()
-    if kept is not None:
-        kept.remove()
+    if checkpoint is not None:
+        checkpoint.remove()
     return run.curve
 
 
@@ -312,7 +315,6 @@ class Trained:
                 f"validate={self.validate},patience={self.patience} should be at least 0, and patience needs looks: "
                 "validate=20 looks every 20 steps."
             )
-
         if self.text in (*corpora.EMBEDDED, *corpora.HUB):
             raise TrainingError(
                 f"text={self.text} is a corpus, part of which is for evaluation; "
@@ -365,7 +367,7 @@ class Trained:
                 validation=Validation(held_out, losses, self.validate, self.patience)
                 if len(held_out)
                 else None,
-                kept=self._kept(context),
+                checkpoint=self._checkpoint(context),
                 seed=context.seed,
                 half=half,
                 progress=context.progress,
@@ -383,15 +385,18 @@ class Trained:
         if not (self.text or self.validate):
             return torch.cat(texts), texts[0][:0]
         most = max(1, LARGEST_HELD_OUT // len(texts))
-        tails = [max(1, min(round(HELD_OUT * len(text)), most)) for text in texts]
-        if self.text:  # the whole tail is kept from training, even where less of it is looked at
-            tails = [max(1, round(HELD_OUT * len(texts[0])))]
+        tails = [max(1, round(HELD_OUT * len(text))) for text in texts]
+        if (
+            not self.text
+        ):  # of the reader's own, the whole tail is kept from training, however little is looked at
+            tails = [min(tail, most) for tail in tails]
         pairs = [(text[:-tail], text[-tail:][:most]) for text, tail in zip(texts, tails, strict=True)]
         return torch.cat([one for one, _ in pairs]), torch.cat([one for _, one in pairs])
 
-    def _kept(self, context: Context) -> Checkpoint | None:
+    def _checkpoint(self, context: Context) -> Checkpoint | None:
         if not context.stage:
             return None
         before = len(context.record.curve)  # a technique may train more than once
         made_of = self.method, self.version, asdict(self), self.reads(), context.seed, assets.fast(), before
+        made_of += torch.__version__, transformers.__version__
         return Checkpoint(assets.home() / "training" / key("training", context.stage, *made_of))

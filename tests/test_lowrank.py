@@ -180,3 +180,14 @@ def test_engines_that_multiply_by_one_matrix_refuse_two(new_model):
     about = variants.describe(parse("lowrank.svd:whitened=false").apply(new_model("llama"), Context()))
     for engine in ("llamacpp", "onnxruntime", "openvino", "executorch", "litert"):
         assert "self_attn.q_proj" in runtimes.find(engine).refusal(about), engine
+
+
+def test_a_layer_that_no_text_reaches_is_factorized_by_its_weights(new_model, context):
+    """Whitened or not, a share holds for the whole model."""
+    model = new_model("llama")
+    model.model.unused = torch.nn.Linear(64, 48, bias=False)
+    made = parse("lowrank.svd:share=0.5,samples=2,length=64").apply(model, context).model.unused
+    rank = made[0].out_features
+    pair = factorize(model.model.unused.weight, rank)
+    torch.testing.assert_close(made[1].weight @ made[0].weight, (pair.left @ pair.right).float())
+    assert rank == 13 and context.record.notes[-1].endswith("not their outputs: model.unused.")

@@ -1,6 +1,7 @@
 """Recovery: what has gone stays gone, what is left learns, and a stopped run goes on in the next process."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from edgelab import training
 from edgelab.model.marks import marked, marks_of
 from edgelab.recipes import Context, RecipeError, parse
+from edgelab.reference import resolve
+from edgelab.storage import variants
 from edgelab.techniques.pruning.magnitude import Magnitude
 from edgelab.techniques.pruning.store import Store
 from edgelab.techniques.quantization.rtn import RoundToNearest, linear_layers
@@ -117,11 +120,31 @@ def test_a_stopped_run_goes_on_where_it_was(new_model, home):
     assert not list((home / "training").iterdir())
 
 
+def test_what_a_stopped_run_has_cost_is_counted(tiny, home, monkeypatch):
+    """A checkpoint of a run that had taken 1,000 s when it was stopped."""
+    recipe, source = parse("recover:loss=ce,steps=3,batch=2,length=24"), resolve(str(tiny))
+
+    def build(stop: bool) -> float:
+        def progress(done: int, total: int) -> None:
+            if stop and (done, total) == (1, 3):
+                training.signal.raise_signal(training.signal.SIGINT)
+
+        return variants.read_about(variants.build(recipe, source, 0, progress))["apply_s"]
+
+    with pytest.raises(KeyboardInterrupt):
+        build(stop=True)
+    (folder,) = (home / "training").iterdir()
+    state = json.loads((folder / "state.json").read_text())
+    state["curve"][-1]["seconds"] += 1000
+    (folder / "state.json").write_text(json.dumps(state))
+    assert 1000 < build(stop=False) < 1100
+
+
 def test_only_the_same_run_goes_on():
     places = {
-        dataclasses.replace(SHORT, **changed)._kept(Context(seed=seed, stage=stage))
+        dataclasses.replace(SHORT, **changed)._checkpoint(Context(seed=seed, stage=stage))
         for changed in ({}, {"steps": 16}, {"learning_rate": 0.02})
         for seed in (0, 1)
         for stage in ("a", "b")
     }
-    assert len(places) == 12 and SHORT._kept(Context()) is None
+    assert len(places) == 12 and SHORT._checkpoint(Context()) is None

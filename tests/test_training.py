@@ -375,7 +375,7 @@ def test_a_run_that_was_stopped_ends_at_the_same_weights(new_model, tmp_path, pa
         validation = Validation(ids[4:], {"validation_loss": cross_entropy}, 2, patience)
         curve = train(
             model, batches(ids[:4], 2, 0), cross_entropy, list(model.parameters()), steps=9, accumulate=2,
-            learning_rate=0.01, validation=validation, kept=kept, progress=progress, seed=5,
+            learning_rate=0.01, validation=validation, checkpoint=kept, progress=progress, seed=5,
         )  # fmt: skip
         return model, [{name: value for name, value in point.items() if name != "seconds"} for point in curve]
 
@@ -402,7 +402,9 @@ def test_a_run_is_kept_every_so_often(tmp_path, monkeypatch):
         found = kept.load()
         seen.append(len(found[1]["curve"]) if found else 0)
 
-    train(model, iter(lambda: IDS, None), squared, [model.weight], steps=5, kept=kept, progress=progress)
+    train(
+        model, iter(lambda: IDS, None), squared, [model.weight], steps=5, checkpoint=kept, progress=progress
+    )
     assert seen == [0, 2, 2, 4, 4]
 
 

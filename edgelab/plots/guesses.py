@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping
 
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from edgelab.assets import fast
 from edgelab.plots.style import FAMILY_COLOURS, PALE, Chart, new_chart, stamp, style_axes
 
 WIDE_SPAN = 30  # times from which an axis is logarithmic
@@ -44,7 +42,7 @@ def guesses_over(
     style_axes(axes, _message(measured, guessed, question, unit))
     missing = [name for name in guesses if name not in measured]
     notes = [f"Expected, but not measured: {', '.join(missing)}."] if missing else []
-    return stamp(figure, pd.DataFrame({"fast": [fast()]}), notes)
+    return stamp(figure, notes=notes)
 
 
 def _message(measured: Mapping[str, float], guessed: Mapping[str, float], question: str, unit: str) -> str:

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from edgelab.assets import fast
 from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.methods import METHOD_COLOURS
 from edgelab.plots.style import (
@@ -60,7 +59,7 @@ def kept_weights(
     axes.set_ylabel("Magnitude of the weight", fontsize=9.5)
     style_axes(axes, f"Where {names[0]} and {names[1]} disagree", legend, columns=4)
     left_out = int((~shown).sum())
-    return stamp(figure, _here(), [f"Not drawn, because zero: {left_out}."] if left_out else [])
+    return stamp(figure, notes=[f"Not drawn, because zero: {left_out}."] if left_out else [])
 
 
 def sparsity_lines(points: pd.DataFrame, baseline: float) -> Figure:
@@ -131,7 +130,7 @@ def what_zeros_buy(bits: pd.DataFrame, times: Mapping[str, pd.DataFrame]) -> Fig
             else f"not up to {100 * ms.index[-1]:.0f} %"
         )
         _over_sparsity(axes, ms, "Milliseconds", f"{name}:\nfaster {wins}")
-    return stamp(figure, _here())
+    return stamp(figure)
 
 
 def _over_sparsity(axes: Axes, values: pd.DataFrame, unit: str, title: str) -> None:
@@ -145,7 +144,3 @@ def _over_sparsity(axes: Axes, values: pd.DataFrame, unit: str, title: str) -> N
     axes.set_xlabel("Zeros (%)", fontsize=9.5)
     axes.set_ylabel(f"{unit}, lower is better", fontsize=9.5)
     style_axes(axes, title, legend, columns=2)
-
-
-def _here() -> pd.DataFrame:
-    return pd.DataFrame({"fast": [fast()]})

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from edgelab.assets import fast
 from edgelab.plots.choosing import FAR
 from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.methods import METHOD_COLOURS
@@ -152,7 +151,7 @@ def influence_and_loss(blocks: pd.DataFrame, most: int = 4) -> Figure:
     axes.set_ylabel("Loss without this block (nats per token above all)", fontsize=9.5)
     style_axes(axes, f"Do blocks that change little cost little? Spearman {found:.2f}")
     left_out = len(blocks) - len(shown)
-    stamp(figure, _here(), [f"Not drawn, because not above zero: {left_out}."] if left_out else [])
+    stamp(figure, notes=[f"Not drawn, because not above zero: {left_out}."] if left_out else [])
     ends = [getattr(shown[name], way)(most).index for name in shown[["influence", "loss"]] for way in WAYS]
     chosen = shown.loc[sorted({place for those in ends for place in those})]
     marks = [Mark(row.influence, row.loss, f"block {place}", tint) for place, row in chosen.iterrows()]
@@ -221,8 +220,4 @@ def width_times(ms: pd.DataFrame) -> Figure:
     axes.set_xlabel("Width: channels that stay", fontsize=9.5)
     axes.set_ylabel(f"Time ÷ time at {widths.max():.0f}", fontsize=9.5)
     style_axes(axes, "Narrower products, and the time they take", legend, columns=4)
-    return stamp(figure, _here())
-
-
-def _here() -> pd.DataFrame:
-    return pd.DataFrame({"fast": [fast()]})
+    return stamp(figure)

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from edgelab.assets import fast
 from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.style import (
     BASELINE_LINE,
@@ -113,7 +112,7 @@ def roofline(points: pd.DataFrame, read_gb_s: float, gflop_s: Mapping[str, float
     axes.set_xlabel("Arithmetic intensity (operations per byte of weights)", fontsize=9.5)
     axes.set_ylabel("Rate (GFLOP/s), higher is better", fontsize=9.5)
     style_axes(axes, "Layers under the roofline")
-    stamp(figure, pd.DataFrame({"fast": [fast()]}))
+    stamp(figure)
     label_marks(axes, marks, lines)
     return figure
 

@@ -17,7 +17,6 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from edgelab.assets import fast
 from edgelab.measure.intervals import mean_interval
 from edgelab.plots.choosing import named, within_sense
 from edgelab.plots.labels import Mark, label_marks
@@ -321,7 +320,7 @@ def protocols(
         axes.set_title(title, loc="left", fontsize=9)
         axes.set_xlabel("lower is better", fontsize=8.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    return stamp(figure, pd.DataFrame({"fast": [fast()]}))
+    return stamp(figure)
 
 
 def _stairs(front: np.ndarray, lower_is_better: bool) -> np.ndarray:

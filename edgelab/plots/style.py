@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from PIL import Image
 
 from edgelab import ledger
+from edgelab.assets import fast
 from edgelab.errors import EdgeLabError
 from edgelab.ledger import Row, every_field
 from edgelab.ledger.row import value_types
@@ -121,9 +122,12 @@ def style_axes(axes: Axes, title: str = "", legend: Sequence[Any] = (), columns:
         axes.legend(handles=legend, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **look)
 
 
-def stamp(figure: Figure, frame: pd.DataFrame, notes: Iterable[str] = ()) -> Figure:
-    """Write FAST above the figure if any row was measured in fast mode, and notes below it. Returns it."""
-    if frame["fast"].any():
+def stamp(figure: Figure, frame: pd.DataFrame | None = None, notes: Iterable[str] = ()) -> Figure:
+    """Write FAST above the figure if any row was measured in fast mode, and notes below it. Returns it.
+
+    frame: the rows; None for what this process has computed.
+    """
+    if fast() if frame is None else frame["fast"].any():
         box = {"facecolor": FAMILY_COLOURS["prune"], "edgecolor": "none", "boxstyle": "round,pad=0.4"}
         text = "FAST: shrunken samples, not for conclusions"
         figure.suptitle(text, x=0.99, ha="right", fontsize=9, fontweight="bold", color="white", bbox=box)

@@ -8,7 +8,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from edgelab.assets import fast
 from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.methods import METHOD_COLOURS
 from edgelab.plots.style import GREY, NothingToDraw, new_chart, scale_axis, stamp, style_axes
@@ -68,6 +67,6 @@ def training_curve(
             Line2D([], [], linestyle=":", marker="s", color=GREY, markersize=5, label="held-out text")
         )
     style_axes(axes, "Loss while training, lower is better", legend)
-    stamp(figure, pd.DataFrame({"fast": [fast()]}))
+    stamp(figure)
     label_marks(axes, marks, lines)
     return figure

@@ -8,6 +8,7 @@ configuration does not give, and what the variant was made from; and below `expo
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from edgelab import assets
 from edgelab.model.finite import check_tensors
-from edgelab.model.logits import check_logits
+from edgelab.model.logits import PROBE, TOLERANCE, check_logits
 from edgelab.model.marks import ATTRIBUTE, marks_of
 from edgelab.model.shapes import give_shapes, odd_shapes, skeleton
 from edgelab.model.vocabulary import numbers_in, rows_of, with_rows
@@ -100,9 +101,10 @@ def _make(
     for place, technique in enumerate(recipe.techniques[before:], before):
         context.stage = keys[place]
         torch.manual_seed(seed)
-        started = time.perf_counter()
+        started, trained = time.perf_counter(), len(record.curve)
         model = technique.apply(model, context)
-        spent += time.perf_counter() - started
+        # A run that went on from a checkpoint has cost what it took before, too.
+        spent += max([time.perf_counter() - started, *(point["seconds"] for point in record.curve[trained:])])
     origin = {
         "recipe": recipe.weights,
         "model": source.name,
@@ -112,7 +114,7 @@ def _make(
         "record": asdict(record),
         "own_tokenizer": context.tokenizer is not tokenizer,
     }
-    save(model, folder, origin, context.tokenizer)
+    save(model, folder, origin, context.tokenizer, model.config.to_dict() != reference.config.to_dict())
 
 
 # Saving
@@ -123,10 +125,13 @@ def save(
     folder: Path,
     origin: dict[str, object],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    compare: bool = False,
 ) -> None:
     """Write a model, packed, into a folder that appears whole or not at all; with its tokenizer, which engines want.
 
-    Raises an EdgeLabError with one sentence where the place is read-only, the disk is full or a weight is not finite.
+    compare: read it back and compare logits, as a model needs whose configuration a technique has changed.
+    Raises an EdgeLabError with one sentence where the place is read-only, the disk is full, a weight is not finite, or
+    the model that is read back is another one.
     """
     tensors, matrices = stored_tensors(model)
     buffers = {name for name, _ in model.named_buffers()}  # a mask among them may hold minus infinity
@@ -148,6 +153,27 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         (draft / "variant.json").write_text(json.dumps(about, indent=1))
+        if compare:
+            _check_read_back(model, draft, str(origin.get("recipe")))
+
+
+@torch.inference_mode()
+def _check_read_back(model: PreTrainedModel, folder: Path, recipe: str) -> None:
+    """Compare the logits of a few tokens: a layout may compute from its configuration what a technique left alone."""
+    ids = torch.arange(2, 2 + PROBE)[None] % model.config.get_text_config().vocab_size
+    try:
+        expected, found = (
+            one(input_ids=ids, use_cache=False).logits.float() for one in (model, load(folder))
+        )
+        how = "its logits are others"
+        same = (found - expected).norm() <= TOLERANCE * expected.norm()
+    except (RuntimeError, ValueError, IndexError) as error:
+        how, same = textwrap.shorten(str(error).split("\n")[0], 100, placeholder=" …"), False
+    if not same:
+        raise VariantError(
+            f"What {recipe} makes of a {type(model).__name__} is another model when it is read back ({how}); use a "
+            "technique that leaves heads and layers as many as they are."
+        )
 
 
 def describe(model: PreTrainedModel, matrices: dict[str, dict] | None = None) -> Description:
@@ -312,7 +338,7 @@ def load_own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a variant that has other tokens than the reference; None where it has the same."""
     from transformers import PreTrainedTokenizerFast
 
-    if not read_about(folder).get("own_tokenizer"):  # a variant of before does not say
+    if not read_about(folder).get("own_tokenizer"):  # an older variant does not say
         return None
     # AutoTokenizer would go by the layout of the model, and split text as Qwen2's own tokenizer does for every Qwen2.
     return PreTrainedTokenizerFast.from_pretrained(folder)

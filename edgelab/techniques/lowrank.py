@@ -178,8 +178,19 @@ class LowRank(Calibrated):
                 return model
             found, hidden = blocks(model, tokens)
             for done, block in enumerate(found, 1):
-                hidden = _factorize_block(block, hidden, ranks)
+                groups = block.groups(hidden[:1])
+                for group in groups:
+                    for name in group.layers:
+                        layers.pop(f"{block.name}.{name}", None)
+                hidden = _factorize_block(block, hidden, groups, ranks)
                 context.progress(done, len(found))
+            rest = {name: layer for name, layer in layers.items() if ranks.get(name)}
+            for name, layer in rest.items():
+                model.set_submodule(name, _product(layer, ranks[name], None))
+            if rest:
+                context.record.notes.append(
+                    f"Layers that calibration does not reach keep their weights, not their outputs: {', '.join(rest)}."
+                )
         return model
 
     def _allocated(self, model: PreTrainedModel, tokens: Tensor, context: Context) -> dict[str, int]:
@@ -241,7 +252,7 @@ def _products(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     return products
 
 
-def _factorize_block(block: Block, hidden: Tensor, ranks: dict[str, int]) -> Tensor:
+def _factorize_block(block: Block, hidden: Tensor, groups: list[Group], ranks: dict[str, int]) -> Tensor:
     """Factorize the layers of a block in place, in the order they run; returns the hidden states behind it."""
     layers = block.linear()
     made: dict[str, nn.Module] = {}
@@ -260,7 +271,7 @@ def _factorize_block(block: Block, hidden: Tensor, ranks: dict[str, int]) -> Ten
             layers[name].weight.copy_(whole)  # later layers see what the factors give
 
     with half_precision():
-        outputs = block.on_the_way(hidden, block.groups(hidden[:1]), visit)
+        outputs = block.on_the_way(hidden, groups, visit)
     for name, module in made.items():
         block.module.set_submodule(name, module)
     return outputs

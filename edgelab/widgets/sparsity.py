@@ -69,8 +69,9 @@ def sparsity_sentence(table: SparsityTable, stay: np.ndarray, sparsity: float, p
     The prediction is also in `data-predicted`.
     """
     frame = table.frame(stay)
-    uniform = np.array([out * (row - round(sparsity * row)) for out, row in table.shapes])
-    ours, theirs = (ppl * math.exp(cost) for cost in (frame["cost"].sum(), table.costs_at(uniform).sum()))
+    ours, theirs = (
+        ppl * math.exp(cost) for cost in (frame["cost"].sum(), table.costs_at(table.uniform(sparsity)).sum())
+    )
     return (
         f'<span class="edgelab-sparsity" data-predicted="{ours:.6e}">{frame["sparsity"].min():.0%} to '
         f"{frame['sparsity'].max():.0%} of a layer go; predicted perplexity <b>{ours:.1f}</b>, where the reference has "

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from edgelab.model.shapes import skeleton
-from edgelab.model.structures import Part, UnsupportedLayout, attentions, narrow
+from edgelab.model.structures import Part, attentions, narrow
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.techniques.pruning.structured import Structured, stay
 
@@ -86,18 +85,7 @@ class Heads(Structured):
             config = model.config
             config.head_dim = size  # no longer hidden size over heads
             config.num_key_value_heads, config.num_attention_heads = len(kept[0]), heads[0].numel()
-            _check(model, parts[0].reader.rpartition(".")[0], size)
         return model
-
-
-def _check(model: PreTrainedModel, attention: str, size: int) -> None:
-    """Raise UnsupportedLayout for a model that would be read back with heads of another size than `size`."""
-    found = getattr(skeleton(model.config).get_submodule(attention), "head_dim", size)
-    if found != size:
-        raise UnsupportedLayout(
-            f"{type(model).__name__} makes heads wider where there are fewer, {found} and not {size}, and could not be "
-            "read back; use prune.channels or prune.layers."
-        )
 
 
 def _channels(heads: Tensor, size: int) -> Tensor:

@@ -45,11 +45,15 @@ class SparsityTable(CostTable):
     @property
     def amounts(self) -> np.ndarray:
         """Weights that stay, (layers, sparsities)."""
-        return np.array([[_stay(*shape, sparsity) for sparsity in self.sparsities] for shape in self.shapes])
+        return np.stack([self.uniform(sparsity) for sparsity in self.sparsities], axis=1)
 
     def budget(self, sparsity: float) -> int:
         """Weights of all layers that stay where every row loses this share, in whole weights."""
-        return sum(_stay(*shape, sparsity) for shape in self.shapes)
+        return int(self.uniform(sparsity).sum())
+
+    def uniform(self, sparsity: float) -> np.ndarray:
+        """Weights that stay in each layer, (layers,), where every row of each loses this share."""
+        return np.array([_stay(*shape, sparsity) for shape in self.shapes])
 
     def allocate(self, sparsity: float) -> np.ndarray:
         """Weights that stay in each layer, (layers,): as many in all as a uniform sparsity leaves.
@@ -65,12 +69,11 @@ class SparsityTable(CostTable):
 
         stay: (layers,). The cost is that of the sparsity, the sensitivity that of 50 %, both in nats per token.
         """
-        half = np.array([_stay(*shape, 0.5) for shape in self.shapes])
         return self.places().assign(
             sparsity=1 - stay / np.prod(self.shapes, axis=1),
             weights=stay,
             cost=self.costs_at(stay),
-            sensitivity=self.costs_at(half),
+            sensitivity=self.costs_at(self.uniform(0.5)),
         )
 
 
