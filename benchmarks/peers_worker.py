@@ -1,9 +1,10 @@
 """One peer library quantizes one model, in the peers' environment: `python peers_worker.py JOB.json`.
 
 The job names a peer, a model folder, a file of calibration tokens, bits, group size, and the folder to write to. What
-is written: `weights.safetensors`, the dequantized linear layers in float32, and `report.json`: seconds (quantizing
-alone, without importing, loading and writing), bits per weight as the peer itself stores the layers, and the version
-of the peer; or the error. Nothing of edgelab is imported: the peers ask for other versions of its dependencies.
+is written: `weights.safetensors`, the linear layers in float32, dequantized or with their zeros, and `report.json`:
+seconds (of the technique alone, without importing, loading and writing), bits per weight as the peer itself stores
+quantized layers, and the version of the peer; or the error. Nothing of edgelab is imported: the peers ask for other
+versions of its dependencies.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 @dataclass(frozen=True)
 class Job:
-    """What to do. iterations: steps per block of a method that learns; other methods pass over it."""
+    """What to do. bits: to round to, or 0. pattern: in which half of the weights go, or "".
+
+    iterations: steps per block of a method that learns; other methods pass over it.
+    """
 
     peer: str
     model: str
     tokens: str
     out: str
     bits: int
+    pattern: str
     group_size: int
     iterations: int
     threads: int
@@ -57,17 +62,48 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 def gptq_llm_compressor(model: PreTrainedModel, tokens: Tensor, job: Job, clock: Clock) -> int:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
-    from torch.utils.data import DataLoader
 
     grid = QuantizationArgs(
         num_bits=job.bits, type="int", symmetric=False, strategy="group", group_size=job.group_size
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=grid)
     recipe = GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"], actorder="static")
-    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens]
     layers = linear_layers(model)
+    one_shot(recipe, model, tokens, job, clock)
+    write(layers, job)
+    model.save_pretrained(Path(job.out) / "packed", save_compressed=True)
+    return stored_bytes(Path(job.out) / "packed", layers)
+
+
+def wanda(model: PreTrainedModel, tokens: Tensor, job: Job, clock: Clock) -> int:
+    from llmcompressor.modifiers.pruning import WandaPruningModifier
+
+    return removed(WandaPruningModifier, model, tokens, job, clock)
+
+
+def sparsegpt(model: PreTrainedModel, tokens: Tensor, job: Job, clock: Clock) -> int:
+    from llmcompressor.modifiers.pruning import SparseGPTModifier
+
+    return removed(SparseGPTModifier, model, tokens, job, clock)
+
+
+def removed(modifier: type, model: PreTrainedModel, tokens: Tensor, job: Job, clock: Clock) -> int:
+    """Half of the weights of every linear layer but the head, by one of llm-compressor's methods."""
+    structure = "0:0" if job.pattern == "unstructured" else job.pattern
+    recipe = modifier(sparsity=0.5, mask_structure=structure, targets=["Linear"], ignore=["lm_head"])
+    one_shot(recipe, model, tokens, job, clock)
+    layers = linear_layers(model)
+    write(layers, job)
+    return sum(layer.weight.nbytes for layer in layers.values())
+
+
+def one_shot(recipe: object, model: PreTrainedModel, tokens: Tensor, job: Job, clock: Clock) -> None:
+    """llm-compressor's way through a model, block after block."""
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
+
+    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens]
     with clock:
         oneshot(
             model=model,
@@ -78,9 +114,6 @@ def gptq_llm_compressor(model: PreTrainedModel, tokens: Tensor, job: Job, clock:
             max_seq_length=tokens.shape[1],
             pipeline="sequential",
         )
-    write(layers, job)
-    model.save_pretrained(Path(job.out) / "packed", save_compressed=True)
-    return stored_bytes(Path(job.out) / "packed", layers)
 
 
 def autoround(model: PreTrainedModel, tokens: Tensor, job: Job, clock: Clock) -> int:
@@ -151,9 +184,12 @@ def torchao(model: PreTrainedModel, tokens: Tensor, job: Job, clock: Clock) -> i
     return total
 
 
-# Name on the distribution index -> what runs it: changes the model, times itself, writes it, returns stored bytes.
+# Name on the distribution index, and a method where it has several -> what runs it: changes the model, times itself,
+# writes it, returns stored bytes.
 PEERS: dict[str, Callable[[PreTrainedModel, Tensor, Job, Clock], int]] = {
     "llmcompressor": gptq_llm_compressor,
+    "llmcompressor/wanda": wanda,
+    "llmcompressor/sparsegpt": sparsegpt,
     "auto-round": autoround,
     "hqq": hqq,
     "torchao": torchao,
@@ -188,7 +224,7 @@ def run(job: Job) -> dict[str, object]:
     return {
         "seconds": clock.seconds,
         "bits_per_weight": 8 * stored / weights,
-        "version": importlib.metadata.version(job.peer),
+        "version": importlib.metadata.version(job.peer.partition("/")[0]),
     }
 
 

@@ -299,7 +299,9 @@ def _stream(rows: Any, as_json: bool, finish: Callable[[Any], None] | None = Non
                 err.print(f"{len(done)}: {row.recipe} done in {row.duration_s:.0f} s", highlight=False)
     except KeyboardInterrupt:
         rows.close()
-        err.print(f"Interrupted; {len(done)} rows so far are kept in the ledger.")
+        err.print(
+            f"Interrupted; {len(done)} rows so far are kept in the ledger, and the same command goes on from there."
+        )
         raise typer.Exit(130) from None
     finally:
         if done and not as_json:

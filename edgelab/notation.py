@@ -10,6 +10,7 @@ Separators inside quotes and parentheses separate nothing. In quotes, write \\" 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -79,7 +80,10 @@ class Setting:
                 return text.lower() == "true"
             raise RecipeError(f"{name} is true or false, not '{said}'.")
         try:
-            return int(text) if self.kind == "int" else float(text)
+            value = int(text) if self.kind == "int" else float(text)
+            if self.kind == "int" or math.isfinite(value):
+                return value
+            raise ValueError
         except ValueError:
             wanted = "a whole number" if self.kind == "int" else "a number"
             raise RecipeError(f"{name} is {wanted}, not '{said}'.") from None

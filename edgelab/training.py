@@ -277,13 +277,13 @@ def train(
 class Trained:
     """Settings of every technique that trains.
 
-    steps: of AdamW. minutes: stop by the clock instead, where above 0; steps give the same weights again, minutes do
-    not. learning_rate: its peak. batch: windows of which the gradient is taken at a time. accumulate: such batches a
-    step. length: tokens of a window. corpus: training texts, joined by a slash. text: a UTF-8 file to train on in their
-    place; its last tenth is held out. validate: steps from one look at held-out text to the next, 0 for none. patience:
-    stop after so many looks without a lower loss, and take the best weights; 0 never. activation_checkpointing: compute
-    activations again for the gradients, which needs less memory and more time. The seed of the recipe decides the
-    order of the windows.
+    steps: updates of the weights by AdamW. minutes: stop by the clock instead, where above 0; steps give the same
+    weights again, minutes do not. learning_rate: its peak. batch: windows of which the gradient is taken at a time.
+    accumulate: such batches a step. length: tokens of a window. corpus: training texts, joined by a slash. text: a
+    UTF-8 file to train on in their place; its last tenth is held out. validate: steps from one look at held-out text to
+    the next, 0 for none. patience: stop after so many looks without a lower loss, and take the best weights; 0 never.
+    activation_checkpointing: compute activations again for the gradients, which needs less memory and more time. The
+    seed of the recipe decides the order of the windows.
     """
 
     kept: ClassVar[bool] = True  # as a stage: training costs

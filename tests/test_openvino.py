@@ -1,5 +1,8 @@
 """OpenVINO on tiny models: our integers after two conversions, PyTorch's logits, and what it refuses."""
 
+import subprocess
+import sys
+
 import numpy as np
 import openvino
 import pytest
@@ -44,6 +47,25 @@ def test_logits_with_our_integers_are_those_of_pytorch(variant, text):
     folder = variant(text)
     runtime = runtimes.load("openvino", folder)
     assert "int8 activations" in runtime.kernel and apart(runtime, folder) < 0.06
+
+
+def test_ctrl_c_is_heard_after_two_that_overlapped(variant):
+    """The first is closed while the second runs, as in `engine = load(…)` written twice."""
+    folder = variant("quantize.fp16")
+    program = f"""
+import pathlib, signal
+from edgelab import runtimes
+one = runtimes.load("openvino", pathlib.Path({str(folder)!r}))
+two = runtimes.load("openvino", pathlib.Path({str(folder)!r}))
+del one
+del two
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["heard"])
 
 
 def test_the_graph_holds_our_integers(variant):

@@ -12,19 +12,41 @@ from benchmarks import peers
 from edgelab.techniques.quantization.rtn import quantize_affine
 
 
-def test_table_is_ordered_by_bits_then_perplexity_with_failures_last():
+def test_table_is_ordered_by_task_then_perplexity_with_failures_last():
+    three, four, pairs = peers.Task(3), peers.Task(4), peers.Task(pattern="2:4")
     rows = [
-        peers.Result("HQQ", "hqq 1", 3, 40.0, 3.7, 10.04),
-        peers.Result("GPTQ", "a peer", 4, error="out of\nmemory | disk"),
-        peers.Result("HQQ", "hqq 1", 4, 26.256, 4.5, 79.44),
-        peers.Result("quantize.gptq:bits=4", "edgelab", 4, 25.5, 4.3125, 60.0),
+        peers.Result("Wanda", "a peer", pairs, 145.0, zeros=0.5, seconds=108.0),
+        peers.Result("HQQ", "hqq 1", three, 40.0, 3.7, seconds=10.04),
+        peers.Result("GPTQ", "a peer", four, error="out of\nmemory | disk"),
+        peers.Result("HQQ", "hqq 1", four, 26.256, 4.5, seconds=79.44),
+        peers.Result("quantize.gptq:bits=4", "edgelab", four, 25.5, 4.3125, seconds=60.0),
     ]
     assert peers.table(rows)[2:] == [
-        "| 4 | `quantize.gptq:bits=4` | edgelab | 25.50 | 4.312 | 60.0 |",
-        "| 4 | `HQQ` | hqq 1 | 26.26 | 4.500 | 79.4 |",
-        "| 4 | `GPTQ` | a peer | out of memory / disk | | |",
-        "| 3 | `HQQ` | hqq 1 | 40.00 | 3.700 | 10.0 |",
+        "| 4 bits | `quantize.gptq:bits=4` | edgelab | 25.50 | 4.312 |  | 60.0 |",
+        "| 4 bits | `HQQ` | hqq 1 | 26.26 | 4.500 |  | 79.4 |",
+        "| 4 bits | `GPTQ` | a peer | out of memory / disk |  |  |  |",
+        "| 3 bits | `HQQ` | hqq 1 | 40.00 | 3.700 |  | 10.0 |",
+        "| half, 2:4 | `Wanda` | a peer | 145.00 |  | 50.00% | 108.0 |",
     ]
+
+
+def test_own_and_peer_of_a_method_take_turns():
+    assert peers.Task(pattern="4:8").contestants == (
+        *("prune.wanda", "llmcompressor/wanda"),
+        *("prune.sparsegpt", "llmcompressor/sparsegpt"),
+    )
+    assert set(peers.Task(4).contestants) | set(peers.Task(pattern="4:8").contestants) == {
+        *peers.OWN,
+        *peers.PEERS,
+    }
+
+
+def test_most_kept_counts_within_groups_of_the_pattern():
+    weight = torch.tensor([[1.0, 2.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0]])
+    assert peers.most_kept(weight, "2:4") == 0.5
+    assert peers.most_kept(weight, "4:8") == peers.most_kept(weight, "unstructured") == 0.375
+    assert peers.most_kept(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), "2:4") == 0.75
+    assert peers.zeros([weight, torch.ones(1, 2)]) == 0.5
 
 
 def test_most_values_counts_within_groups():

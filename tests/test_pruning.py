@@ -303,6 +303,8 @@ def test_sensitivities_of_every_layer_beside_their_predictors(new_model, context
         ("prune.sparsegpt:pattern=2:4,by_layer=measured", "by_layer=measured needs pattern=unstructured"),
         ("prune.wanda:by_layer=measured,sparsity=0.95", "above 0.9"),
         ("prune.sparsegpt:damping=0", "outside 0 to 1"),
+        ("prune.wanda:owl_lambda=0.04", "belong to by_layer=owl"),
+        ("prune.wanda:by_layer=owl,sensitivity=kl", "belongs to by_layer=measured"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(recipe, sentence):

@@ -64,7 +64,7 @@ def registered():
 
 VALUES = {
     "int": st.integers(),
-    "float": st.floats(allow_nan=False),
+    "float": st.floats(allow_nan=False, allow_infinity=False),
     "bool": st.booleans(),
     "str": st.text() | st.text('ab ,+@:=()"\\'),
 }
@@ -279,6 +279,8 @@ def test_recipes_of_earlier_versions_are_read(old, new):
         ("quantize.rtn:group_size=-64", "group_size=-64 is negative"),
         ("test.everything:share=0.1", "test.everything needs steps"),
         ("test.everything:steps=1,share=half", "test.everything:share is a number, not 'half'"),
+        ("test.everything:steps=1,share=inf", "test.everything:share is a number, not 'inf'"),
+        ("test.everything:steps=1,share=nan", "test.everything:share is a number, not 'nan'"),
     ],
 )
 def test_mistakes_are_answered_with_one_sentence(text, sentence):
@@ -303,6 +305,13 @@ def test_a_description_of_a_technique():
     assert found["width"].options == (2, 4, "auto")
     assert (found["teacher"].default, found["start"].default) == ("(none)", "none")
     assert found["share"].meaning == ""
+
+
+def test_every_setting_says_what_it_means():
+    described = [method for one in recipes.catalogue() for method in one.values()]
+    own = [method for method in described if method.name not in ("test.everything", "elsewhere")]
+    unsaid = [f"{method.name}:{one.name}" for method in own for one in method.settings if not one.meaning]
+    assert len(own) > 30 and not unsaid
 
 
 def test_what_calibrates_or_trains_is_kept():

@@ -256,6 +256,7 @@ def test_sizes_of_inputs_are_root_mean_squares(new_model):
         ("prune.layers", "takes keep"),
         ("prune.layers:keep=2,drop=1", "takes keep"),
         ("prune.layers:drop=a", "no list of blocks"),
+        ("prune.layers:drop=1,by=even", "one of the two"),
         ("prune.heads", "takes groups"),
         ("prune.heads:queries=1,by_layer=global", "needs groups"),
         ("prune.channels:share=1", "below 1"),

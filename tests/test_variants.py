@@ -211,6 +211,19 @@ def test_a_stage_says_which_it_was_made_from(source, monkeypatch):
     variants.build(parse("quantize.bf16 + quantize.rtn:bits=3,group_size=32"), source, 0, ignore)
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"), [("quantize.bf16", True), ("quantize.bf16 + prune.magnitude", False)]
+)
+def test_a_prediction_holds_for_the_model_it_was_made_of(text, kept, source, monkeypatch):
+    def foretells(self, model, context):
+        context.record.numbers["predicted_kld"] = 0.5
+        return model
+
+    monkeypatch.setattr(recipes.techniques()["quantize.bf16"], "apply", foretells)
+    record = variants.read_about(variants.build(parse(text), source, 0, ignore))["record"]
+    assert record["numbers"] == ({"predicted_kld": 0.5} if kept else {})
+
+
 def test_build_of_none_costs_nothing_to_make(source):
     assert variants.read_about(variants.build(parse("none"), source, 0, ignore))["apply_s"] is None
 

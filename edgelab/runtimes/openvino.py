@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,17 @@ except ImportError:
 GRAPH = "openvino_model.xml"
 LAYOUTS = ("llama", "qwen2", "qwen3")  # that OpenVINO GenAI reads from GGUF
 SMALL_TYPES = ("u4", "i4", "u8", "i8")
+
+
+@cache
+def core():
+    """The one Core of this process.
+
+    Every Core with a CPU plugin brings a stack for signal handlers, and puts the one before it back when it goes. Where
+    the first of two goes first, the second puts back one that is no more, and the next Ctrl-C ends the process with a
+    segmentation fault.
+    """
+    return openvino.Core()
 
 
 class OpenVino(TwoGraphs):
@@ -107,12 +119,12 @@ class OpenVino(TwoGraphs):
 
     def _read_file(self):
         with self._refusing():
-            return openvino.Core().read_model(self.file)
+            return core().read_model(self.file)
 
     def _compiled(self, model):
         options = {"INFERENCE_NUM_THREADS": self.threads, "INFERENCE_PRECISION_HINT": "f32"}
         with self._refusing():
-            return openvino.Core().compile_model(model, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
+            return core().compile_model(model, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -183,7 +195,7 @@ def compress(file: Path, width: str) -> None:
 
     int4 = {"mode": nncf.CompressWeightsMode.INT4_ASYM, "group_size": 64}
     settings = int4 if width == "int4" else {"mode": nncf.CompressWeightsMode.INT8_ASYM}
-    model = nncf.compress_weights(openvino.Core().read_model(file), **settings)
+    model = nncf.compress_weights(core().read_model(file), **settings)
     draft = file.with_name(f"rounded_{file.name}")
     openvino.save_model(model, draft, compress_to_fp16=False)
     del model  # it has the old file open

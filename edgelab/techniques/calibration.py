@@ -22,7 +22,7 @@ class CalibrationError(RecipeError):
 class Calibrated:
     """Settings of every technique that looks at text.
 
-    samples: windows of text. length: tokens of each. corpus: a corpus with a calibration split; another split is
+    samples: windows of text. length: tokens of a window. corpus: a corpus with a calibration split; another split is
     asked for by name, as in wiki.evaluation. The seed of the recipe chooses the windows; seed 0 takes the first.
     """
 

@@ -49,7 +49,6 @@ class Recover(Trained):
                 f"recover trains in float32, and the model is in {str(model.dtype).removeprefix('torch.')}, "
                 "whose steps are too coarse; put it before quantize.bf16 or quantize.fp16."
             )
-        context.record.numbers.pop("predicted_kld", None)  # of the model before
         half = bfloat16_is_fast()
         loss = self._loss(model, context, half)
         model = copy.deepcopy(model).requires_grad_(True)

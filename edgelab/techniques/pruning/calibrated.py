@@ -57,6 +57,12 @@ class CalibratedPruning(Sparse, Calibrated, ABC):
                 f"pattern={self.pattern} removes half of every layer; by_layer={self.by_layer} needs "
                 "pattern=unstructured."
             )
+        if self.by_layer != "owl" and (self.owl_lambda, self.owl_outlier) != (0.08, 5.0):
+            raise RecipeError(
+                f"owl_lambda={self.owl_lambda},owl_outlier={self.owl_outlier} belong to by_layer=owl."
+            )
+        if self.by_layer != "measured" and self.sensitivity != "fisher":
+            raise RecipeError(f"sensitivity={self.sensitivity} belongs to by_layer=measured.")
         if self.by_layer == "measured" and self.sparsity > SPARSITIES[-1]:
             raise RecipeError(
                 f"sparsity={self.sparsity} is above {SPARSITIES[-1]}, the most that by_layer=measured tries on a layer."

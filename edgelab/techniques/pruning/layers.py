@@ -52,6 +52,10 @@ class Layers(Calibrated):
             raise RecipeError(
                 "prune.layers takes keep, how many blocks stay (keep=20), or drop, which ones go (drop=15/16)."
             )
+        if self.drop and self.by != "greedy":
+            raise RecipeError(
+                f"by={self.by} chooses blocks, and drop={self.drop} names them; give one of the two."
+            )
         if not all(place.isdecimal() for place in self.drop.split("/") if self.drop):
             raise RecipeError(f"prune.layers:drop={self.drop} is no list of blocks such as 15/16/17.")
 

@@ -110,7 +110,9 @@ class SparseGPT(CalibratedPruning):
     """Set weights to zero where their neighbours can make up for it, and update the neighbours.
 
     damping: added to the diagonal of the Hessian, as a share of its mean. bits: 2 to 8 rounds what stays in the same
-    pass, onto a grid per group_size inputs (0: whole rows), whose ends range chooses; 0 leaves it in float.
+    pass; 0 leaves it in float. group_size: with bits, neighbouring inputs of a row that share a grid, 0 for whole
+    rows. range: with bits, where the grid of a group ends: at its extreme weights (minmax), or where its squared error
+    is least (mse).
     """
 
     damping: float = 0.01

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Share:
     """Settings of techniques that make a dimension narrower.
 
-    share: of it that goes, 0 to 1. multiple: what stays is rounded up to a multiple of this.
+    share: of the dimension that goes, from 0 to below 1. multiple: what stays is rounded up to a multiple of this.
     """
 
     share: float = 0.25
@@ -37,8 +37,8 @@ class Share:
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1 or self.multiple < 1:
             raise RecipeError(
-                f"{self.method}:share={self.share},multiple={self.multiple} should be at least 0 and below 1, and at "
-                "least 1."
+                f"{self.method}:share={self.share},multiple={self.multiple} should be a share from 0 to below 1 and a "
+                "multiple of at least 1."
             )
 
 

@@ -181,12 +181,13 @@ class QuantizationAwareTraining(Trained):
     """Train every linear layer but the head behind its rounding; then store it like any other quantized layer.
 
     bits: 1 (signs), 1.58 (-1, 0, 1) or 2 to 8. group_size: inputs that share a scale, 0 for a whole row. loss: kl, the
-    divergence to the reference's predictions, or ce, next-token cross-entropy. range, from 2 bits on: mse and
-    percentile are found once, and stay; minmax follows the weights as they are trained, and so do the mean magnitudes
-    of 1 and 1.58 bits. learned_step: the scales are trained too, from where they are at the beginning.
-    activation_bits: 8 rounds the inputs of the layers per token as well, 0 leaves them. Norms and biases are trained
-    along, a few thousand numbers that are stored in float anyway; the embedding and a head tied to it are not: they
-    would take a quarter more time and memory, and what is gained would no longer come from quantized weights alone.
+    divergence to the reference's predictions, or ce, next-token cross-entropy. range: from 2 bits on, how the ends of
+    the grid are chosen: mse and percentile once, to stay; minmax follows the weights as they are trained, and so do
+    the mean magnitudes of 1 and 1.58 bits. learned_step: the scales are trained too, from where they are at the
+    beginning. activation_bits: 8 rounds the inputs of the layers per token as well, 0 leaves them. Norms and biases
+    are trained along, a few thousand numbers that are stored in float anyway; the embedding and a head tied to it are
+    not: they would take a quarter more time and memory, and what is gained would no longer come from quantized weights
+    alone.
 
     Layers that are quantized already start from their own weights and grid, which stays or is learned, and the
     reference is then the model before all techniques.
