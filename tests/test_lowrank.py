@@ -172,6 +172,8 @@ def test_factors_are_saved_loaded_and_quantized(tail, tiny):
 def test_shares_that_mean_nothing_are_refused(new_model, context):
     with pytest.raises(RecipeError, match="above 0"):
         parse("lowrank.svd:share=0")
+    with pytest.raises(RecipeError, match="at most 1"):
+        parse("lowrank.svd:share=2,by_layer=allocated")
     with pytest.raises(RecipeError, match=r"leaves a layer of .* no rank"):
         parse("lowrank.svd:share=0.001,whitened=false").apply(new_model("llama"), context)
 

@@ -152,6 +152,10 @@ class LowRank(Calibrated):
             raise RecipeError(
                 f"lowrank.svd:share={self.share} should be above 0; 0.5 keeps half of the numbers."
             )
+        if self.by_layer == "allocated" and self.share > 1:
+            raise RecipeError(
+                f"lowrank.svd:share={self.share} with by_layer=allocated should be at most 1, which leaves all as it is."
+            )
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model with two linear layers, one after the other, where there was one."""
