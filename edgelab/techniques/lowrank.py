@@ -154,7 +154,7 @@ class LowRank(Calibrated):
             )
         if self.by_layer == "allocated" and self.share > 1:
             raise RecipeError(
-                f"lowrank.svd:share={self.share} with by_layer=allocated should be at most 1, which leaves all as it is."
+                f"lowrank.svd:share={self.share},by_layer=allocated should be at most 1, which leaves all as it is."
             )
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
