@@ -124,14 +124,14 @@ class Contestant:
         if tensors.keys() != {f"{name}.weight" for name in layers}:
             raise ValueError(f"it changed {len(tensors)} of {len(layers)} linear layers")
         for name, layer in layers.items():
-            found = tensors[f"{name}.weight"]
-            if bits and (values := most_values(found, GROUP_SIZE)) > 2**bits:
+            weight = tensors[f"{name}.weight"]
+            if bits and (values := most_values(weight, GROUP_SIZE)) > 2**bits:
                 raise ValueError(f"a group of {name} holds {values} values, more than {bits} bits can tell")
-            if pattern and (kept := most_kept(found, pattern)) > 0.501:
+            if pattern and (kept := most_kept(weight, pattern)) > 0.501:
                 raise ValueError(
                     f"{name} keeps {kept:.1%} of its weights, or of a group of {pattern}, not half"
                 )
-            layer.weight.data = found
+            layer.weight.data = weight
         found = {"ppl": self._perplexity(model, windows)}
         return found | {"zeros": zeros(list(tensors.values()))} if pattern else found
 

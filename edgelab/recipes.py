@@ -43,8 +43,8 @@ def _ignore(done: int, total: int) -> None:
 class Record:
     """What a technique leaves behind beside the model: what it cost, and what a reader of the row has to know.
 
-    train_corpus: what it was trained on. numbers: further fields of the row, by name. curve: points of a training run,
-    {"step", "tokens", "seconds", "loss"}.
+    train_corpus: what it was trained on. numbers: further fields of the row, by name, about the model as the last
+    technique leaves it. curve: points of a training run, {"step", "tokens", "seconds", "loss"}.
     """
 
     calibration_tokens: int | None = None

@@ -386,9 +386,8 @@ class Trained:
             return torch.cat(texts), texts[0][:0]
         most = max(1, LARGEST_HELD_OUT // len(texts))
         tails = [max(1, round(HELD_OUT * len(text))) for text in texts]
-        if (
-            not self.text
-        ):  # of the reader's own, the whole tail is kept from training, however little is looked at
+        # Of the reader's own text the whole tail is kept from training, however little of it is looked at.
+        if not self.text:
             tails = [min(tail, most) for tail in tails]
         pairs = [(text[:-tail], text[-tail:][:most]) for text, tail in zip(texts, tails, strict=True)]
         return torch.cat([one for one, _ in pairs]), torch.cat([one for _, one in pairs])

@@ -33,7 +33,7 @@ SMALL_TYPES = ("u4", "i4", "u8", "i8")
 
 
 @cache
-def core():
+def core() -> openvino.Core:
     """The one Core of this process.
 
     Every Core with a CPU plugin brings a stack for signal handlers, and puts the one before it back when it goes. Where

@@ -100,7 +100,7 @@ def _make(
         check_logits(reference)
     for place, technique in enumerate(recipe.techniques[before:], before):
         context.stage = keys[place]
-        record.numbers.pop("predicted_kld", None)  # foretold of the model that this technique is given
+        record.numbers.clear()  # they are of the model that this technique is given
         torch.manual_seed(seed)
         started, trained = time.perf_counter(), len(record.curve)
         model = technique.apply(model, context)

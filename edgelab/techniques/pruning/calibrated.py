@@ -57,7 +57,8 @@ class CalibratedPruning(Sparse, Calibrated, ABC):
                 f"pattern={self.pattern} removes half of every layer; by_layer={self.by_layer} needs "
                 "pattern=unstructured."
             )
-        if self.by_layer != "owl" and (self.owl_lambda, self.owl_outlier) != (0.08, 5.0):
+        defaults = type(self).owl_lambda, type(self).owl_outlier
+        if self.by_layer != "owl" and (self.owl_lambda, self.owl_outlier) != defaults:
             raise RecipeError(
                 f"owl_lambda={self.owl_lambda},owl_outlier={self.owl_outlier} belong to by_layer=owl."
             )
