@@ -2,6 +2,8 @@
 
 import copy
 import math
+import os
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -77,6 +79,15 @@ def test_reference_against_itself(states, tiny_reference, story):
     evaluate(tiny_reference.model, tiny_reference.tokenizer, story, one, 3, track=[divergence])
     assert divergence.position == 3 * 149
     assert divergence.values() == {"kld_mean": 0, "top1_agreement": 1}
+
+
+def test_states_that_are_used_are_not_the_longest_unused(tmp_path, tiny_reference):
+    """Or the variants of a long comparison would push out of the cache what each of its rows is compared with."""
+    file = tmp_path / "states.npy"
+    np.save(file, np.zeros((4, 64), dtype=np.float32))
+    os.utime(file, (1, 1))
+    DivergenceSum(file, tiny_reference.model)
+    assert time.time() - file.stat().st_mtime < 60
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -19,6 +19,7 @@ from edgelab import assets, reference
 from edgelab.measure import Subject, measurement
 from edgelab.measure.perplexity import Slice
 from edgelab.model.logits import SLICE, head_logits, prepacked
+from edgelab.storage import cache
 
 
 def kl_divergence(reference: Tensor, candidate: Tensor) -> Tensor:
@@ -60,6 +61,7 @@ class DivergenceSum:
 
     def __init__(self, file: Path, reference: PreTrainedModel) -> None:
         self.states = np.load(file, mmap_mode="r")
+        cache.touch(file)  # needed by every row of a long comparison, whose variants fill the cache
         self.reference = reference
         self.position = self.agreed = 0
         self.divergence = 0.0
