@@ -24,6 +24,7 @@ from edgelab.rows import small_embedding
 from edgelab.runtimes import support
 
 DOCS = Path(__file__).resolve().parent
+REMOVING = r"^(?:prune|lowrank)\."  # how the recipes of that family begin
 TYPES = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text", "recipe": "recipe"}
 FAMILIES = {
     "quantize": "Quantization",
@@ -140,9 +141,9 @@ def field_reference() -> str:
 
 
 def technique_table() -> str:
-    """What techniques cost and buy: recipes in PyTorch that have a quality, from many bytes to few."""
-    known = _measured()
-    known = known[(known["runtime"] == "torch") & known["ppl"].notna()]
+    """What rounding costs and buys: recipes in PyTorch that have a quality, from many bytes to few."""
+    known = _in_torch("ppl")
+    known = known[~known.index.str.contains(REMOVING)]
     known = small_embedding(known.reset_index()).set_index("recipe")
     known = known.assign(size=-known["weights_mb"].round()).sort_values(
         ["size", "ppl"], ascending=[True, False]
@@ -155,6 +156,23 @@ def technique_table() -> str:
         "MB": _numbers(known, "weights_mb", ".0f"),
         "bits per weight": _numbers(known, "bits_per_weight", ".2f"),
         "seconds": _numbers(known, "apply_s", ".0f"),
+    }
+    return _table(known.index, columns)
+
+
+def removing_table() -> str:
+    """What removing costs and buys, before and after training on: from the best quality to the worst."""
+    known = _in_torch("bits_per_byte")
+    known = known[known.index.str.contains(REMOVING) | (known.index == "none")].sort_values("bits_per_byte")
+    columns = {
+        "bits per byte": _numbers(known, "bits_per_byte", ".3f"),
+        "difference to the baseline [95 %]": _with_ends(known, "delta_bits_per_byte", "+.3f"),
+        "perplexity": _numbers(known, "ppl", ".2f"),
+        "story cloze": _numbers(known, "story_cloze", ".1%"),
+        "MB": _numbers(known, "weights_mb", ".0f"),
+        "prefill ÷ eager float32": _numbers(known, "prefill_ratio", ".2f"),
+        "decoding ÷ eager float32": _numbers(known, "decode_ratio", ".2f"),
+        "tokens trained": _numbers(known, "train_tokens", ",.0f"),
     }
     return _table(known.index, columns)
 
@@ -173,6 +191,12 @@ def speed_table() -> str:
         "export, s": _numbers(known, "export_s", ".0f"),
     }
     return _table(known.index, columns)
+
+
+def _in_torch(field: str) -> pd.DataFrame:
+    """What was measured in PyTorch and has a value of the field."""
+    known = _measured()
+    return known[(known["runtime"] == "torch") & known[field].notna()]
 
 
 def _measured() -> pd.DataFrame:
@@ -223,7 +247,7 @@ def pages() -> dict[str, str]:
         "recipes.md": recipe_reference(),
         "fields.md": field_reference(),
         "engines.md": filled("engines.md", support=support.markdown(support.table()), speed=speed_table()),
-        "results.md": filled("results.md", techniques=technique_table()),
+        "results.md": filled("results.md", techniques=technique_table(), removing=removing_table()),
     }
 
 

@@ -61,7 +61,7 @@ def sparsity_allocation(layers: pd.DataFrame, title: str = "Sparsity of each lay
     """
     if layers.empty:
         raise NothingToDraw("the table has no layers: compute sensitivities first, with prune.wanda")
-    below = "Sensitivity: KL divergence when half of this layer alone is removed"
+    below = "Sensitivity: predicted KL divergence when half of this layer alone is removed"
     percent = layers.assign(percent=100 * layers["sparsity"])
     return _two_maps(percent, "percent", (0, 100, 70), title, below)
 
