@@ -21,6 +21,7 @@ help:
 	@echo "make docs       write what docs/ says of recipes, fields and engines, from the registries"
 	@echo "make lint       format, lint, import and notebook checks;  make format mends what it can"
 	@echo "make reference  measure the rows of data/reference anew, and the picture of the README"
+	@echo "make removing   of these, the rows of pruning and low rank alone"
 	@echo "make bench      measure the measuring: against a plain loop and against lm-eval"
 	@echo "make engines    the same integers on every engine: shares of the bandwidth limit, and the engines' own timings"
 	@echo "make phone      an environment for ExecuTorch and LiteRT too, in .venv-phone"
@@ -187,7 +188,7 @@ reference: phone removing
 	$(BIN)/edgelab ledger export data/reference/rows.jsonl
 	$(BIN)/edgelab report --reference data/reference/tradeoff.png
 
-# The rows of pruning and low rank, in a home and a file of their own: two hours, half of them training.
+# The rows of pruning and low rank, in a home and a file of their own: two to three hours, half of them training.
 removing: export EDGELAB_HOME := $(CURDIR)/results/removing
 removing: fetch
 	$(BIN)/edgelab compare none $(ZEROS) $(CONTROLS) $(SAME_BYTES) --only quality

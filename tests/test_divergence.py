@@ -21,6 +21,7 @@ from edgelab.measure.perplexity import evaluate, score, windows
 from edgelab.measure.protocols import PROTOCOLS
 from edgelab.recipes import Context
 from edgelab.reference import resolve
+from edgelab.storage.cache import CacheError
 from edgelab.techniques.quantization.rtn import RoundToNearest
 
 LOGITS = arrays("float32", (3, 5), elements=st.floats(-30, 30, width=32)).map(torch.from_numpy)
@@ -88,6 +89,9 @@ def test_states_that_are_used_are_not_the_longest_unused(tmp_path, tiny_referenc
     os.utime(file, (1, 1))
     DivergenceSum(file, tiny_reference.model)
     assert time.time() - file.stat().st_mtime < 60
+    file.unlink()
+    with pytest.raises(CacheError, match="have left the cache"):
+        DivergenceSum(file, tiny_reference.model)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

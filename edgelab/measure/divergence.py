@@ -57,9 +57,17 @@ class StateRecorder:
 
 
 class DivergenceSum:
-    """Adds up KL divergence and top-1 agreement with a reference whose hidden states were kept."""
+    """Adds up KL divergence and top-1 agreement with a reference whose hidden states were kept.
+
+    Raises CacheError where they are gone.
+    """
 
     def __init__(self, file: Path, reference: PreTrainedModel) -> None:
+        if not file.exists():
+            raise cache.CacheError(
+                "The reference's hidden states have left the cache, which is too small for this comparison; "
+                "ask again with a larger EDGELAB_CACHE_GB."
+            )
         self.states = np.load(file, mmap_mode="r")
         cache.touch(file)  # needed by every row of a long comparison, whose variants fill the cache
         self.reference = reference

@@ -31,7 +31,7 @@ DRAFT = re.compile(r"\.(?P<pid>\d+)-\w+\.part$")  # as `assets.staged` names wha
 
 
 class CacheError(EdgeLabError):
-    """The limit of the cache is no number."""
+    """The limit of the cache is no number, or too small for what is asked."""
 
 
 @dataclass(frozen=True)
