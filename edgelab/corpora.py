@@ -73,26 +73,36 @@ def read(corpus: str, split: str = "evaluation") -> str:
     return _range(corpus, split)[0]
 
 
-def _range(corpus: str, split: str) -> tuple[str, int]:
-    """The text of a split, and where it begins in the whole."""
-    if corpus in HUB:
-        return _from_hub(corpus, split), 0
-    if (corpus, split) in SPLITS:
-        text = _embedded_text(corpus)
-        begin, end = (_position(mark, len(text)) for mark in SPLITS[corpus, split])
-        return text[begin:end], begin
+def check(corpus: str, split: str = "evaluation") -> None:
+    """Raise CorpusError naming what there is, where a corpus has no such split. Reads no text."""
+    if split not in _HUB_SPLITS:
+        raise CorpusError(
+            f"Texts have no split '{assets.shown(split)}'; use one of {', '.join(_HUB_SPLITS)}."
+        )
+    if corpus in HUB or (corpus, split) in SPLITS:
+        return
+    there = [name for name, which in SPLITS if which == split]
     if corpus in EMBEDDED:
-        others = ", ".join(f"{name} ({which})" for name, which in SPLITS if which == split)
+        others = ", ".join(f"{name} ({split})" for name in there)
         raise CorpusError(
             f"'{corpus}' is not for {split}, so that texts never overlap; for {split} there is {others}."
         )
-    path = assets.find(corpus)
-    if path is not None and path.is_file() and split == "evaluation":
-        return _from_file(path), 0
-    names = ", ".join((*EMBEDDED, *HUB))
-    raise CorpusError(
-        f"There is no corpus '{assets.shown(corpus)}' for {split}; use one of {names}, or a text file to evaluate on."
-    )
+    path = assets.find(corpus) if split == "evaluation" else None
+    if path is None or not path.is_file():
+        others = ", ".join((*there, *HUB)) + (", or a text file" if split == "evaluation" else "")
+        raise CorpusError(f"There is no corpus '{assets.shown(corpus)}' for {split}; use one of {others}.")
+
+
+def _range(corpus: str, split: str) -> tuple[str, int]:
+    """The text of a split, and where it begins in the whole."""
+    check(corpus, split)
+    if corpus in HUB:
+        return _from_hub(corpus, split), 0
+    if (corpus, split) not in SPLITS:
+        return _from_file(assets.find(corpus)), 0
+    text = _embedded_text(corpus)
+    begin, end = (_position(mark, len(text)) for mark in SPLITS[corpus, split])
+    return text[begin:end], begin
 
 
 def _from_file(path: Path) -> str:

@@ -147,8 +147,14 @@ class Plain:
 
     @property
     def family(self) -> str:
-        """Family of the last technique; "baseline" for none."""
-        return self.calls[-1].method.name.partition(".")[0] if self.calls else "baseline"
+        """Family of the last technique; "baseline" for none.
+
+        A smaller embedding is an addition to whatever comes before it, and not what a recipe is about.
+        """
+        names = [call.method.name for call in self.calls]
+        if len(names) > 1 and names[-1] == "quantize.embedding":
+            names.pop()
+        return names[-1].partition(".")[0] if names else "baseline"
 
     @property
     def runtime(self) -> str:

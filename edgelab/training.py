@@ -320,6 +320,9 @@ class Trained:
                 f"text={self.text} is a corpus, part of which is for evaluation; "
                 f"use corpus={self.text}, or a text file."
             )
+        if not self.text:
+            for name in self.corpus.split("/"):
+                corpora.check(name, "training")
 
     def reads(self) -> list[str]:
         """The name and a hash of the text file. Raises TrainingError where there is none."""

@@ -77,7 +77,7 @@ def test_a_text_file_is_for_evaluation_only(tmp_path):
     assert isinstance(rows, datasets.Dataset)
     assert (list(rows["text"]), list(rows["start"])) == (["erste Zeile\n", "zweite – ohne Ende"], [0, 12])
     for split in ("training", "calibration"):
-        with pytest.raises(CorpusError, match="or a text file to evaluate on"):
+        with pytest.raises(CorpusError, match=f"for {split}; use one of w"):
             load(str(path), split)
 
 
@@ -108,7 +108,9 @@ def test_a_file_is_known_by_its_content(tmp_path, tiny_reference):
             r"'code' is not for training, .* there is wiki \(training\), web \(training\), stories",
         ),
         ("technical", "calibration", "'technical' is not for calibration"),
-        ("wikki", "evaluation", "There is no corpus 'wikki' for evaluation; use one of wiki, web"),
+        ("wikki", "evaluation", "There is no corpus 'wikki' for evaluation; use one of wiki, stories"),
+        ("wikki", "training", r"no corpus 'wikki' for training; use one of wiki, web, stories, wikitext-2\."),
+        ("wiki", "test", "Texts have no split 'test'; use one of evaluation, calibration, training"),
         ("", "evaluation", "There is no corpus ''"),
     ],
 )

@@ -203,6 +203,11 @@ def test_parts_of_a_recipe():
     assert (none.family, none.techniques, none.runtime, none) == ("baseline", (), "torch", Recipe())
 
 
+def test_a_smaller_embedding_does_not_make_a_family():
+    assert parse("qat:bits=4 + quantize.embedding").family == "qat"
+    assert parse("quantize.embedding").family == "quantize"
+
+
 def test_a_recipe_applies_its_techniques_in_order():
     recipe = parse("test.everything:steps=1 + test.everything:steps=2")
     assert recipe.apply([0], Context()) == [0, 1, 2]

@@ -10,6 +10,7 @@ from torch import nn
 
 from edgelab import assets, corpora, training
 from edgelab.corpora import CorpusError
+from edgelab.errors import EdgeLabError
 from edgelab.model.losses import cross_entropy
 from edgelab.recipes import Context
 from edgelab.storage.checkpoints import Checkpoint
@@ -217,10 +218,11 @@ def test_bfloat16_products_give_nearly_the_same_loss(new_model, settings):
         ({"patience": 2}, "validate=0,patience=2 should be at least 0, and patience needs looks"),
         ({"text": "wiki"}, "text=wiki is a corpus, part of which is for evaluation; use corpus=wiki"),
         ({"validate": -1}, "validate=-1,patience=0 should be at least 0"),
+        ({"corpus": "wiki/wob"}, "There is no corpus 'wob' for training; use one of wiki, web, stories"),
     ],
 )
 def test_bad_settings(values, message):
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(EdgeLabError, match=message):
         Trained(**values)
 
 

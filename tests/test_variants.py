@@ -320,6 +320,19 @@ def test_trim_removes_what_was_unused_for_longest(source, monkeypatch):
     assert [entry.path for entry in cache.entries()] == [third]
 
 
+def test_what_another_process_removes_meanwhile_is_not_listed(source, monkeypatch):
+    gone, kept = (variants.build(parse(recipe), source, 0, ignore) for recipe in ("none", "quantize.bf16"))
+    tree_bytes = cache.tree_bytes
+
+    def removing(path):
+        if path == gone:
+            shutil.rmtree(path)
+        return tree_bytes(path)
+
+    monkeypatch.setattr(cache, "tree_bytes", removing)
+    assert [entry.path for entry in cache.entries()] == [kept]
+
+
 def test_a_new_variant_larger_than_the_limit_is_kept(source, monkeypatch):
     monkeypatch.setenv("EDGELAB_CACHE_GB", "0")
     old = variants.build(parse("none"), source, 0, ignore)

@@ -61,12 +61,17 @@ def locked(path: Path) -> FileLock:
 
 def entries() -> list[Entry]:
     """Everything in the cache, longest unused first."""
-    found = [
-        Entry(path, _what(path), tree_bytes(path), path.stat().st_mtime)
-        for kind in KINDS
-        for path in place(kind).glob("[!.]*")
-    ]
+    paths = [path for kind in KINDS for path in place(kind).glob("[!.]*")]
+    found = [entry for entry in map(_entry, paths) if entry is not None]
     return sorted(found, key=lambda entry: entry.used)
+
+
+def _entry(path: Path) -> Entry | None:
+    """None where another process has removed it meanwhile."""
+    try:
+        return Entry(path, _what(path), tree_bytes(path), path.stat().st_mtime)
+    except FileNotFoundError:
+        return None
 
 
 def _what(path: Path) -> str:

@@ -37,6 +37,12 @@ class Calibrated:
             raise CalibrationError(
                 f"Calibration needs at least 1 sample of 2 tokens, not samples={self.samples},length={self.length}."
             )
+        corpora.check(*self._text())
+
+    def _text(self) -> tuple[str, str]:
+        """The corpus and its split."""
+        corpus, _, split = self.corpus.partition(".")
+        return corpus, split or "calibration"
 
     def draw(self, context: Context, longest: int) -> Tensor:
         """Token windows (samples, length) int64, and a record of how many tokens that is. FAST takes fewer samples.
@@ -47,8 +53,8 @@ class Calibrated:
             raise CalibrationError(
                 f"length={self.length} is longer than the {longest} tokens the model can see."
             )
-        corpus, _, split = self.corpus.partition(".")
-        ids = corpora.tokenize(corpus, context.tokenizer, split or "calibration").ids
+        corpus, split = self._text()
+        ids = corpora.tokenize(corpus, context.tokenizer, split).ids
         available = len(ids) // self.length
         samples = min(self.samples, FAST_SAMPLES) if assets.fast() else self.samples
         if samples > available:
