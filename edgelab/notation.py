@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from edgelab.errors import EdgeLabError
 
 DEFAULT_DEPLOYMENT = "torch"
+ADDITIONS = ("recover", "prune.store", "quantize.embedding")  # behind others, which a recipe is about
 Kind = Literal["int", "float", "bool", "str", "choice", "recipe"]
 
 _QUOTED = r'"(?:\\.|[^"\\])*"'
@@ -147,12 +148,9 @@ class Plain:
 
     @property
     def family(self) -> str:
-        """Family of the last technique; "baseline" for none.
-
-        A smaller embedding is an addition to whatever comes before it, and not what a recipe is about.
-        """
+        """Family of the last technique that a recipe is about; "baseline" for none."""
         names = [call.method.name for call in self.calls]
-        if len(names) > 1 and names[-1] == "quantize.embedding":
+        while len(names) > 1 and names[-1] in ADDITIONS:
             names.pop()
         return names[-1].partition(".")[0] if names else "baseline"
 

@@ -41,7 +41,7 @@ def table():
         row(WANDA, 1.2, **timed(1.01, 0.95)),
         row(LAYERS, 1.5, 400.0, **timed(1.4, 1.3)),
         row(VOCAB, 1.1, 420.0, ppl=None, n_tokens=19000),
-        row(LAYERS + STEPS, 1.3, 400.0, "recover", train_tokens=124_928),
+        row(LAYERS + STEPS, 1.3, 400.0, "prune", train_tokens=124_928),
     ]
 
 
@@ -90,7 +90,7 @@ def test_rows_of_another_text_and_failed_rows_are_not_in_it(table):
 
 def test_of_several_rows_the_newest_counts_and_what_has_only_recovered_has_its_own_line(table):
     newer = row(WANDA, 1.4, started_at="2026-11-30")
-    lonely = row("prune.channels:share=0.25" + STEPS, 1.25, 450.0, "recover", train_tokens=124_928)
+    lonely = row("prune.channels:share=0.25" + STEPS, 1.25, 450.0, "prune", train_tokens=124_928)
     figure = truth_table([*table, newer, lonely])
     assert names(figure.axes[0])[2] == "channels share=0.25 + recover steps=122"
     assert (1.4, 1) in points(figure.axes[0])
