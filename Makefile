@@ -159,21 +159,22 @@ ZEROS := prune.magnitude prune.magnitude:per=row prune.magnitude:per=global \
 SHAPES := prune.heads:groups=2 prune.heads:queries=2 prune.channels prune.layers:keep=25 prune.layers:keep=20 \
 	prune.hidden prune.vocab:keep=16384 lowrank.svd:share=0.8 lowrank.svd:share=0.8,by_layer=allocated
 CONTROLS := prune.channels:by=activation prune.channels:by=magnitude lowrank.svd:share=0.8,whitened=false \
-	$(foreach by,influence angular even random,prune.layers:keep=25,by=$(by))
+	$(foreach by,influence angular even random,prune.layers:keep=25,by=$(by)) prune.layers:keep=20,by=influence
 STORED := "prune.wanda + prune.store" "prune.wanda + prune.store:format=csr" \
 	"prune.wanda:sparsity=0.9 + prune.store:format=csr" "prune.wanda:pattern=2:4 + prune.store:format=two_four"
+SHORTEST := prune.layers:keep=20 + recover:steps=243
 # What the bytes of a half-empty 4-bit model buy otherwise.
 SAME_BYTES := "prune.sparsegpt:by_layer=measured,bits=4 + prune.store $(SMALL)" \
 	"prune.wanda:by_layer=measured + quantize.rtn:bits=4 + prune.store $(SMALL)" \
 	"prune.layers:keep=20 + quantize.gptq:bits=4,range=mse $(SMALL)" \
+	"$(SHORTEST) + quantize.gptq:bits=4,range=mse $(SMALL)" \
 	"prune.vocab:keep=8192 + quantize.gptq:bits=4,range=mse $(SMALL)"
 # As many tokens for each as 5 minutes train at 415 tokens/s, and as 10 for the shortest.
 RECOVERED := $(foreach recipe,prune.wanda:by_layer=measured prune.heads:groups=2 prune.channels prune.layers:keep=25 \
 	prune.layers:keep=20 prune.hidden,"$(recipe) + recover:steps=122") \
-	"lowrank.svd:share=0.8,by_layer=allocated + recover:steps=122"
-SHORTEST := "prune.layers:keep=20 + recover:steps=243"
-ON_ENGINES := $(foreach engine,onnxruntime llamacpp,"prune.layers:keep=20 @ $(engine)" "prune.channels @ $(engine)" \
-	"prune.heads:groups=2 @ $(engine)")
+	"lowrank.svd:share=0.8,by_layer=allocated + recover:steps=122" "prune.layers:keep=25 + recover:steps=122,corpus=web"
+ON_ENGINES := $(foreach engine,onnxruntime llamacpp,$(foreach recipe,none prune.layers:keep=20 prune.channels \
+	prune.heads:groups=2,"$(recipe) @ $(engine)"))
 reference: export EDGELAB_HOME := $(CURDIR)/results/reference
 reference: phone removing
 	$(BIN)/edgelab compare $(MEASURED)
@@ -194,8 +195,8 @@ removing: fetch
 	$(BIN)/edgelab compare none $(ZEROS) $(CONTROLS) $(SAME_BYTES) --only quality
 	for seed in 1 2 3 4 5; do $(BIN)/edgelab compare none prune.channels:by=random --only quality --seed $$seed; done
 	$(BIN)/edgelab compare none $(SHAPES) $(STORED) $(ON_ENGINES)
-	$(BIN)/edgelab compare none $(RECOVERED) $(SHORTEST) --only quality
-	$(BIN)/edgelab compare none $(SHAPES) $(STORED) $(RECOVERED) $(SHORTEST) $(SAME_BYTES) --only tasks
+	$(BIN)/edgelab compare none $(RECOVERED) "$(SHORTEST)" --only quality
+	$(BIN)/edgelab compare none prune.wanda $(SHAPES) $(RECOVERED) "$(SHORTEST)" $(SAME_BYTES) --only tasks
 	$(BIN)/edgelab ledger export data/reference/removing.jsonl
 
 lint: setup

@@ -88,6 +88,22 @@ def test_rows_of_another_text_and_failed_rows_are_not_in_it(table):
     assert names(truth_table([*table, other, failed]).axes[0]) == names(truth_table(table).axes[0])
 
 
+def test_speeds_of_an_engine_are_over_its_own_baseline(table):
+    engine = row("none @ llamacpp", family="baseline", **timed(2.5))
+    others = [row(f"{LAYERS} @ {name}", 1.5, 400.0, **timed(3.5)) for name in ("llamacpp", "onnxruntime")]
+    figure = truth_table([*table, engine, *others])
+    quality, _, prefill, decode = figure.axes
+    assert len(names(quality)) == 5 and "relative to the same engine" in figure.get_supxlabel()
+    assert sorted(x for x, _ in points(decode)) == sorted(x for x, _ in points(prefill)) == [1.01, 1.4, 1.4]
+
+
+def test_a_row_far_off_is_named_and_stretches_no_axis(table):
+    others = [row(f"prune.wanda:sparsity=0.{one}", 1 + one / 10) for one in (1, 2)]
+    figure = truth_table([*table, *others, row("prune.wanda:sparsity=0.9", 3.6)])
+    assert max(x for x, _ in points(figure.axes[0])) == 1.5
+    assert "Too far off in bits per byte to be drawn: wanda 0.9 sparse (3.60)." in figure.get_supxlabel()
+
+
 def test_of_several_rows_the_newest_counts_and_what_has_only_recovered_has_its_own_line(table):
     newer = row(WANDA, 1.4, started_at="2026-11-30")
     lonely = row("prune.channels:share=0.25" + STEPS, 1.25, 450.0, "prune", train_tokens=124_928)

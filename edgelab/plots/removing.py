@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from edgelab.plots.choosing import FAR
+from edgelab.plots.choosing import FAR, far_off
 from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.methods import METHOD_COLOURS
 from edgelab.plots.style import (
@@ -43,8 +43,12 @@ from edgelab.rows import (
 )
 
 PANELS = ("bits_per_byte", "weights_mb", "prefill_ratio", "decode_ratio")
-OF_SPEED = ["prefill_ratio", "decode_ratio", "decode_ratio_low", "decode_ratio_high", "host"]
+RATIOS = ["prefill_ratio", "decode_ratio", "decode_ratio_low", "decode_ratio_high"]
+OF_BASELINE = ["prefill_ratio", *["decode_ratio"] * 3]  # what each of them is divided by
+OF_SPEED = [*RATIOS, "host"]
+UNCHANGED = rf"{BASELINE}(?: @ .*)?$"
 SMALLER = 0.99  # of the baseline's bytes
+TOKEN_BYTES = 4  # of text, about: what makes a perplexity of bits per byte
 WAYS = ("nsmallest", "nlargest")
 
 
@@ -52,14 +56,19 @@ def truth_table(rows: Rows) -> Figure:
     """A line for each recipe: bits per byte before and after recovery, MB, and both speeds over the baseline's.
 
     rows: with the baseline; `comparable` chooses the text, and of several rows of a recipe the newest counts, the
-    reader's before the project's. The title says how many recipes are smaller and how many write faster. Triangles are
-    the same recipe with `recover` at its end. Raises NothingToDraw where the baseline or all else is missing.
+    reader's before the project's. An engine's speeds are those over the same engine's baseline, `none @ engine`, and
+    are left out without that row. The title says how many recipes are smaller and how many write faster. Triangles are
+    the same recipe with `recover` at its end. Rows far off are named in a note. Raises NothingToDraw where the baseline
+    or all else is missing.
     """
     frame = as_frame(rows)
     known = _known(frame)
-    baseline, removed = known.loc[BASELINE], known.drop(BASELINE)
+    baseline, removed = known.loc[BASELINE], known[~known["recipe"].str.match(UNCHANGED)]
     is_after = (removed["before"] != removed["recipe"]) & removed["before"].isin(removed["recipe"])
     after, removed = removed[is_after], removed[~is_after].sort_values("bits_per_byte", ascending=False)
+    far = far_off(2 ** (TOKEN_BYTES * removed["bits_per_byte"])) & ~removed["recipe"].isin(after["before"])
+    names = [f"{label(row['recipe'])} ({row['bits_per_byte']:.2f})" for _, row in removed[far].iterrows()]
+    removed = removed[~far]
     if removed.empty:
         raise NothingToDraw(
             "only the baseline has bits per byte and weights_mb: measure prune.layers:keep=20 first"
@@ -87,7 +96,10 @@ def truth_table(rows: Rows) -> Figure:
     signs = [f"{sign} {badge}" for badge, sign in BADGE_SIGNS.items() if badge in set(removed["badge"])]
     tokens = " or ".join(f"{count:,.0f}" for count in sorted(set(after["train_tokens"].dropna())))
     signs += [f"◀ after recovery on {tokens} tokens"] if len(after) else []
-    return stamp(figure, known, ["   ".join(signs), *cautions(known, PANELS)])
+    notes = [f"Too far off in bits per byte to be drawn: {', '.join(names)}."] if names else []
+    if removed["recipe"].str.contains(" @ ").any():
+        notes.append("Speeds of an engine are relative to the same engine without removing.")
+    return stamp(figure, known, ["   ".join(signs), *notes, *cautions(known, PANELS)])
 
 
 def _known(frame: pd.DataFrame) -> pd.DataFrame:
@@ -106,6 +118,10 @@ def _known(frame: pd.DataFrame) -> pd.DataFrame:
     ]
     known, timed = (newest(one, ["recipe"]).set_index("recipe", drop=False) for one in (scored, timed))
     known[OF_SPEED] = timed[OF_SPEED].reindex(known.index)
+    engine = known["recipe"].str.partition(" @ ")[2]
+    own = known.reindex(f"{BASELINE} @ {name}" for name in engine)
+    for name, by in zip(RATIOS, OF_BASELINE, strict=True):
+        known[name] = known[name].where(engine == "", known[name] / own[by].to_numpy())
     return known.assign(before=without_recovery(known["recipe"]))
 
 
@@ -147,7 +163,7 @@ def influence_and_loss(blocks: pd.DataFrame, most: int = 4) -> Figure:
         shown["influence"], shown["loss"], s=34, color=tint, edgecolor="white", linewidth=0.5, zorder=3
     )
     axes.margins(0.1)
-    axes.set_xlabel("Influence: 1 - cosine of the states before and behind the block", fontsize=9.5)
+    axes.set_xlabel("Influence: 1 - cosine of the states before and after the block", fontsize=9.5)
     axes.set_ylabel("Loss without this block (nats per token above all)", fontsize=9.5)
     style_axes(axes, f"Do blocks that change little cost little? Spearman {found:.2f}")
     left_out = len(blocks) - len(shown)

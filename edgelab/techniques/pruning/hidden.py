@@ -6,8 +6,9 @@ layers that read them computes the same with
     embedding Q        W_in diag(g) Q  behind a norm        Q^T W_out  before the sum        head diag(g) Q
 
 and the last columns of Q, sorted by how much of the normed states lies along them, can be left out. One rotation for
-all layers keeps an ordinary model; one for each would fit each better and need a matrix in every residual connection,
-which at this width weighs as much as it saves. The head is untied: it has taken in the weight of the last norm.
+all layers keeps an ordinary model; one for each would fit each better and need a matrix in every residual connection.
+The head is untied, since it has taken in the weight of the last norm: in a small model with a tied head, its copy and
+such matrices would weigh nearly as much as the blocks save.
 Ashkboos et al. 2024, arXiv:2401.15024.
 """
 
