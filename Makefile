@@ -10,7 +10,7 @@ TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch lab compare test phone browser compiler docs notebooks reference removing lint format bench engines peers lock clean
+.PHONY: help setup fetch lab compare test phone browser compiler docs notebooks reference removing distilling adapting lint format bench engines peers lock clean
 
 help:
 	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint       format, lint, import and notebook checks;  make format mends what it can"
 	@echo "make reference  measure the rows of data/reference anew, and the picture of the README"
 	@echo "make removing   of these, the rows of pruning and low rank alone"
+	@echo "make distilling the rows of students, and make adapting those of adapters"
 	@echo "make bench      measure the measuring: against a plain loop and against lm-eval"
 	@echo "make engines    the same integers on every engine: shares of the bandwidth limit, and the engines' own timings"
 	@echo "make phone      an environment for ExecuTorch and LiteRT too, in .venv-phone"
@@ -116,8 +117,8 @@ notebooks: fetch
 	$(BIN)/python notebooks/build.py check
 
 # The project's own rows, measured anew in a home of their own on the reference machine, and the picture of the README.
-# Seven hours on two quiet cores: training, tasks, engines and removing take more than an hour each. An interrupted call
-# goes on at the next; remove results/reference and results/removing first to begin anew.
+# Twelve hours on two quiet cores: training, tasks, engines, removing, distilling and adapting take more than an hour
+# each. An interrupted call goes on at the next; remove the folders in results first to begin anew.
 # Techniques are compared with the embedding in 8 bits: under a float one, half of the bytes are not theirs. That stage
 # costs nothing once the layers are made, so there are rows with and without it.
 SMALL := + quantize.embedding
@@ -176,7 +177,7 @@ RECOVERED := $(foreach recipe,prune.wanda:by_layer=measured prune.heads:groups=2
 ON_ENGINES := $(foreach engine,onnxruntime llamacpp,$(foreach recipe,none prune.layers:keep=20 prune.channels \
 	prune.heads:groups=2,"$(recipe) @ $(engine)"))
 reference: export EDGELAB_HOME := $(CURDIR)/results/reference
-reference: phone removing
+reference: phone removing distilling adapting
 	$(BIN)/edgelab compare $(MEASURED)
 	$(BIN)/edgelab compare $(SCORED) $(BARE) $(TRAINED) --only quality
 	$(BIN)/edgelab compare $(COMPILED) --only speed
@@ -198,6 +199,46 @@ removing: fetch
 	$(BIN)/edgelab compare none $(RECOVERED) "$(SHORTEST)" --only quality
 	$(BIN)/edgelab compare none prune.wanda $(SHAPES) $(RECOVERED) "$(SHORTEST)" $(SAME_BYTES) --only tasks
 	$(BIN)/edgelab ledger export data/reference/removing.jsonl
+
+# Half a model as a student: which blocks, which lesson, at the same steps; with a teacher and without at the same
+# seconds, three seeds; and the longest runs, in 4 bits on the fastest engine, too. About three and a half hours.
+HALF := prune.layers:keep=15
+LOSSES := loss=kl loss=ce loss=reverse_kl loss=jsd loss=skew_kl,mix=0.1 loss=logits hidden=1 fresh=true
+OTHERS := $(HALF),by=even $(HALF),by=influence prune.layers:drop=8/9/10/11/12/13/14/15/16/17/18/19/20/21/22
+LESSONS := $(foreach lesson,$(LOSSES),"$(HALF) + distill:$(lesson),steps=61") \
+	$(foreach half,$(OTHERS),"$(half) + distill:steps=61")
+CLOCKED_STUDENTS := $(foreach loss,kl ce,"$(HALF) + distill:loss=$(loss),minutes=10")
+LONGEST := $(foreach keep,15 20,"prune.layers:keep=$(keep) + distill:minutes=30" \
+	"prune.layers:keep=$(keep) + distill:minutes=30 + $(INT4) @ llamacpp")
+distilling: export EDGELAB_HOME := $(CURDIR)/results/distilling
+distilling: fetch
+	$(BIN)/edgelab compare none $(HALF) $(LESSONS) --only quality
+	for seed in 0 1 2; do $(BIN)/edgelab compare none $(CLOCKED_STUDENTS) --only quality --seed $$seed; done
+	$(BIN)/edgelab compare none "none @ llamacpp" $(LONGEST)
+	$(BIN)/edgelab compare none $(CLOCKED_STUDENTS) $(LONGEST) --only tasks
+	$(BIN)/edgelab ledger export data/reference/distilling.jsonl
+
+# Adapters for stories, code and orders: ranks, learning rates, all weights as the control, packed bases, merging. Each
+# is judged on the text it was trained on, on wiki for what it has forgotten, or by the orders it reads. Two hours.
+TOLD := corpus=stories,steps=60
+WAYS := $(foreach rank,1 4 8 16 64,lora:rank=$(rank),$(TOLD)) lora:rank=8,$(TOLD),targets=q_proj/v_proj \
+	lora:rank=8,$(TOLD),dora=true \
+	$(foreach rate,0.001 0.01,lora:rank=8,$(TOLD),learning_rate=$(rate)) \
+	$(foreach rate,0.00003 0.0001 0.0003,recover:loss=ce,$(TOLD),learning_rate=$(rate))
+SPARE := quantize.rtn:bits=4,group_size=64
+BASES := "$(SPARE) + qlora:$(TOLD)" "lora:$(TOLD) + merge" "lora:$(TOLD) + merge + $(SPARE)" $(SPARE) \
+	"quantize.rtn:bits=2,group_size=64 + qlora:$(TOLD)" "quantize.loftq:bits=2,group_size=64 + qlora:$(TOLD),start=residual"
+ORDERS := lora:corpus=extraction,length=128,steps=120 "$(SPARE) + qlora:corpus=extraction,length=128,steps=120" \
+	recover:loss=ce,corpus=extraction,length=128,steps=120,learning_rate=0.0001
+adapting: export EDGELAB_HOME := $(CURDIR)/results/adapting
+adapting: fetch
+	$(BIN)/edgelab compare none $(WAYS) $(BASES) lora:corpus=stories,minutes=3 --only quality --corpus stories
+	$(BIN)/edgelab compare none $(WAYS) $(BASES) --only quality
+	$(BIN)/edgelab compare none lora:corpus=code,steps=60 --only quality --corpus code
+	$(BIN)/edgelab compare none $(ORDERS) --only extraction
+	$(BIN)/edgelab compare none "lora:$(TOLD)" "lora:$(TOLD) @ llamacpp" "lora:$(TOLD) + merge" "$(SPARE) + qlora:$(TOLD)"
+	$(BIN)/edgelab compare none "lora:$(TOLD)" "lora:$(TOLD) + merge" lora:corpus=code,steps=60 --only tasks
+	$(BIN)/edgelab ledger export data/reference/adapting.jsonl
 
 lint: setup
 	$(BIN)/ruff format --check

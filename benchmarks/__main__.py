@@ -1,4 +1,4 @@
-"""`make bench`: measure the measuring, about fifteen minutes on two cores. Writes results/bench.md and prints it."""
+"""`make bench`: measure the measuring, about twenty minutes on two cores. Writes results/bench.md and prints it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks import evaluation, processes, removing, road, sessions, training
+from benchmarks import adapters, evaluation, processes, removing, road, sessions, training
 from edgelab import ledger
 
 
@@ -17,6 +17,7 @@ def main() -> None:
         *sessions.rows(),
         *training.rows(),
         *removing.rows(),
+        *adapters.rows(),
         *road.rows(),
     ]
     machine = ledger.provenance(threads=2)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from edgelab import reference
 from edgelab.model.blocks import bfloat16_is_fast
-from edgelab.model.losses import Divergence, cross_entropy
+from edgelab.model.losses import Divergence, cross_entropy, live
 from edgelab.recipes import Context
 from edgelab.techniques.quantization.floats import BFloat16
 from edgelab.techniques.quantization.qat import QuantizationAwareTraining
@@ -67,8 +67,8 @@ def rows() -> Iterator[tuple[str, str, str]]:
     contestants: dict[str, Callable[[], list[float]]] = {
         "bare loop": lambda: bare(model, data, half),
         "cross-entropy": lambda: ours(model, cross_entropy, data, half),
-        "divergence (recover)": lambda: ours(model, Divergence(teacher), data, half),
-        "divergence and rounding (qat)": lambda: ours(rounded, Divergence(teacher), data, half),
+        "divergence (recover)": lambda: ours(model, Divergence(live(teacher)), data, half),
+        "divergence and rounding (qat)": lambda: ours(rounded, Divergence(live(teacher)), data, half),
         "cross-entropy, activations computed again": lambda: recomputed(cross_entropy),
     }
     turns: dict[str, list[float]] = {name: [] for name in contestants}

@@ -31,6 +31,11 @@ FAMILIES = {
     "qat": "Quantization-aware training",
     "prune": "Pruning",
     "lowrank": "Low rank",
+    "recover": "Recovery",
+    "distill": "Distillation",
+    "lora": "LoRA",
+    "qlora": "LoRA over packed weights",
+    "merge": "Merging an adapter",
     "native": "An engine's own quantizer",
 }
 GROUPS = {

@@ -5,6 +5,7 @@ A split is a range of characters of one text, as rows of one line each; joining 
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 CHARACTERS, SPARE = 6, 256  # of a token, more than most have; tokens that a cut may have changed
 EMBEDDED = ("wiki", "web", "code", "stories", "technical", "multilingual")
+EXTRACTION = "extraction"  # orders in messages and as JSON, from a file that this project has written
+WRITTEN_FILE = "extraction.jsonl"
 HUB = {"wikitext-2": ("Salesforce/wikitext", "wikitext-2-raw-v1")}
 
 # (corpus, split) -> first and last character; a float is a fraction of the text, None its end.
@@ -31,9 +34,14 @@ SPLITS: dict[tuple[str, str], tuple[float | int, float | int | None]] = {
     ("stories", "evaluation"): (0, 1 / 3),
     ("stories", "training"): (1 / 3, None),
     ("code", "evaluation"): (0, 400_000),
+    ("code", "training"): (500_000, None),
     ("technical", "evaluation"): (0, None),
     ("multilingual", "evaluation"): (0, None),
 }
+WRITTEN = {
+    (EXTRACTION, "evaluation"): "test",
+    (EXTRACTION, "training"): "training",
+}  # -> the split of its file
 _HUB_SPLITS = {"evaluation": "test", "calibration": "train", "training": "validation"}
 
 
@@ -73,16 +81,25 @@ def read(corpus: str, split: str = "evaluation") -> str:
     return _range(corpus, split)[0]
 
 
+def extraction(split: str = "evaluation") -> list[tuple[str, str]]:
+    """Items of the extraction task: a prompt with a message, and the order in it as one line of JSON."""
+    check(EXTRACTION, split)
+    lines = (assets.data_dir() / WRITTEN_FILE).read_text(encoding="utf-8").splitlines()
+    items = [item for item in map(json.loads, lines) if item["split"] == WRITTEN[EXTRACTION, split]]
+    return [(f"Message: {item['message']}\nOrder: ", item["answer"]) for item in items]
+
+
 def check(corpus: str, split: str = "evaluation") -> None:
     """Raise CorpusError naming what there is, where a corpus has no such split. Reads no text."""
     if split not in _HUB_SPLITS:
         raise CorpusError(
             f"Texts have no split '{assets.shown(split)}'; use one of {', '.join(_HUB_SPLITS)}."
         )
-    if corpus in HUB or (corpus, split) in SPLITS:
+    places = [*SPLITS, *WRITTEN]
+    if corpus in HUB or (corpus, split) in places:
         return
-    there = [name for name, which in SPLITS if which == split]
-    if corpus in EMBEDDED:
+    there = [name for name, which in places if which == split]
+    if corpus in (*EMBEDDED, EXTRACTION):
         others = ", ".join(f"{name} ({split})" for name in there)
         raise CorpusError(
             f"'{corpus}' is not for {split}, so that texts never overlap; for {split} there is {others}."
@@ -98,6 +115,8 @@ def _range(corpus: str, split: str) -> tuple[str, int]:
     check(corpus, split)
     if corpus in HUB:
         return _from_hub(corpus, split), 0
+    if corpus == EXTRACTION:
+        return "".join(f"{prompt}{answer}\n\n" for prompt, answer in extraction(split)), 0
     if (corpus, split) not in SPLITS:
         return _from_file(assets.find(corpus)), 0
     text = _embedded_text(corpus)
@@ -141,7 +160,9 @@ def tokenize(
 
 def identity(corpus: str) -> str:
     """What a row calls a corpus: its name, or for a file its name and a hash of its content."""
-    path = None if corpus in EMBEDDED or corpus in HUB else assets.find(corpus)
+    path = None if corpus in (*EMBEDDED, *HUB) else assets.find(corpus)
+    if corpus == EXTRACTION:
+        path = assets.data_dir() / WRITTEN_FILE
     if path is None or not path.is_file():
         return corpus
     try:

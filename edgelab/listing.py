@@ -62,7 +62,9 @@ def listing(what: str) -> list[dict[str, Any]]:
     if what == "corpora":
         from edgelab import corpora
 
-        splits = [{"corpus": name, "split": split} for name, split in sorted(corpora.SPLITS)]
+        splits = [
+            {"corpus": name, "split": split} for name, split in sorted([*corpora.SPLITS, *corpora.WRITTEN])
+        ]
         return [*splits, *({"corpus": name, "split": "any (needs the network once)"} for name in corpora.HUB)]
     from edgelab import devices
 

@@ -19,7 +19,13 @@ from typing import Any, Literal, NamedTuple
 from edgelab.errors import EdgeLabError
 
 DEFAULT_DEPLOYMENT = "torch"
-ADDITIONS = ("recover", "prune.store", "quantize.embedding")  # behind others, which a recipe is about
+ADDITIONS = (
+    "recover",
+    "merge",
+    "prune.store",
+    "quantize.embedding",
+)  # behind others, which a recipe is about
+SIBLINGS = {"qlora": "lora"}  # families that are one
 Kind = Literal["int", "float", "bool", "str", "choice", "recipe"]
 
 _QUOTED = r'"(?:\\.|[^"\\])*"'
@@ -152,7 +158,8 @@ class Plain:
         names = [call.method.name for call in self.calls]
         while len(names) > 1 and names[-1] in ADDITIONS:
             names.pop()
-        return names[-1].partition(".")[0] if names else "baseline"
+        family = names[-1].partition(".")[0] if names else "baseline"
+        return SIBLINGS.get(family, family)
 
     @property
     def runtime(self) -> str:

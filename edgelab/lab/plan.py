@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from edgelab import ledger
 from edgelab.lab.question import NOTHING, Question, known
 from edgelab.ledger import Row
 from edgelab.measure import protocols
-from edgelab.recipes import Recipe
+from edgelab.recipes import Plain, Recipe
 from edgelab.storage import stages
 
 SECONDS = {"quality": 1 / 900, "tasks": 70.0, "speed": 4.0, "memory": 1.0}  # quality: of each token
@@ -92,13 +93,15 @@ def plan(questions: list[Question]) -> list[Step]:
                 # A row that is asked for anyway serves as well, and is then made first.
                 wider = next((one for one in asked_of.get(needed.name, ()) if one.covers(needed)), needed)
                 add(wider, None)
-            for stage in stages.kept_stages(question.recipe):
-                add_stage(question, stage)
+            for recipe in (*inside(question.recipe), question.recipe):
+                for before, stage in pairwise((0, *stages.kept_stages(recipe))):
+                    add_stage(replace(question, recipe=recipe), before, stage)
         steps.append(Step(question, None, row, place, 0.0 if row else seconds.of(question)))
         rows.setdefault(question.name, []).append(steps[-1])
 
-    def add_stage(question: Question, stage: int) -> None:
-        step = Step(question, stage, estimate_s=seconds.making(question.recipe.prefix(stage), question))
+    def add_stage(question: Question, before: int, stage: int) -> None:
+        whole, known = (seconds.making(question.recipe.prefix(done)) for done in (stage, before))
+        step = Step(question, stage, estimate_s=max(whole - known, 0.0))
         if all(other.stage is None or other.folder != step.folder for other in steps):
             steps.append(step)
 
@@ -114,6 +117,15 @@ def prerequisites(question: Question) -> Iterable[Question]:
         yield Question(NOTHING, question.source, here, question.outputs)
 
 
+def inside(recipe: Recipe | Plain) -> Iterable[Recipe]:
+    """Recipes that a technique has among its settings, such as that of a teacher, and makes of the same model."""
+    for technique in recipe.techniques:
+        for setting in fields(technique):
+            value = getattr(technique, setting.name)
+            if isinstance(value, Recipe) and not getattr(technique, "model", ""):
+                yield value
+
+
 class _Seconds:
     """Estimates of time from rows that were measured before, the reader's and the project's."""
 
@@ -126,10 +138,12 @@ class _Seconds:
                 found.setdefault(row.recipe.partition(" @ ")[0], []).append(row.apply_s)
         return found
 
-    def making(self, recipe: Recipe, question: Question) -> float:
+    def making(self, recipe: Recipe) -> float:
         if recipe.weights in self.made:
             return statistics.median(self.made[recipe.weights])
-        return sum(MAKING_S[technique.kept] for technique in recipe.techniques)
+        by_clock = [60 * getattr(technique, "minutes", 0.0) for technique in recipe.techniques]
+        usual = [MAKING_S[technique.kept] for technique in recipe.techniques]
+        return sum(minutes or other for minutes, other in zip(by_clock, usual, strict=True))
 
     def of(self, question: Question) -> float:
         tokens = question.settings.windows * protocols.protocol(question.settings.protocol).window

@@ -25,7 +25,7 @@ from edgelab.measure import (
     saved_measurements,
 )
 from edgelab.notation import DEFAULT_DEPLOYMENT, split
-from edgelab.recipes import Plain, Recipe
+from edgelab.recipes import Plain, Recipe, reads
 from edgelab.reference import Source
 from edgelab.storage import cache, stages
 
@@ -142,7 +142,7 @@ class Question:
             found["protocol"] = protocols.protocol(self.settings.protocol).version
         if self.has_twin:
             found["gate"] = parity.VERSION
-        if read := [name for technique in self.recipe.techniques for name in stages.reads(technique)]:
+        if read := [name for technique in self.recipe.techniques for name in reads(technique)]:
             found["reads"] = "+".join(read)
         return found | {one.name: one.version for one in self.measurements if self._applies(one)}
 

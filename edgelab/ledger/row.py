@@ -184,6 +184,24 @@ class Row:
     story_cloze_right: str | None = declared(
         "Story cloze, item by item", "tasks", meaning="1 for right, 0 for wrong; a space between stories."
     )
+    extraction: float | None = declared(
+        "Orders extracted", "tasks", unit="share of items", **HIGHER, within="text", form=".1%",
+        meaning="Share of messages whose order is written as JSON without a wrong character.",
+    )  # fmt: skip
+    extraction_items: int | None = declared("Items of the extraction", "tasks")
+    delta_extraction: float | None = declared(
+        "Orders extracted, difference to the baseline", "tasks", unit="share of items", **HIGHER, within="text",
+        ends=("delta_extraction_low", "delta_extraction_high"), baseline=0.0,
+        meaning="Paired, item by item, with a 95 % interval over items.",
+    )  # fmt: skip
+    delta_extraction_low: float | None = declared("Lower end of the difference", "tasks")
+    delta_extraction_high: float | None = declared("Upper end of the difference", "tasks")
+    extraction_lost: int | None = declared("Orders that the baseline alone got", "tasks")
+    extraction_won: int | None = declared("Orders that the baseline did not get", "tasks")
+    extraction_right: str | None = declared(
+        "Extraction, item by item", "tasks", meaning="1 for right, 0 for wrong."
+    )
+    extraction_answers: list[str] | None = declared("What was written as the order", "tasks")
     sample: list[str] | None = declared(
         "What the model writes", "tasks", meaning="Greedy continuations of three fixed prompts."
     )
@@ -201,6 +219,9 @@ class Row:
         meaning="Stored bits of all weights over the number of weights.",
     )  # fmt: skip
     file_mb: float | None = declared("File", "size", **MB)
+    adapter_mb: float | None = declared(
+        "Adapter", "size", **MB, meaning="What stands beside the weights; part of what is stored."
+    )
     kv_cache_mb_per_1k: float | None = declared(
         "KV cache", "size", unit="MB per 1,000 tokens", **LOWER, meaning="As the deployment keeps it."
     )
@@ -253,6 +274,17 @@ class Row:
     )
     train_tokens: int | None = declared("Training tokens", "cost", **LOWER)
     train_corpus: str | None = declared("Training text", "cost")
+    teacher_s: float | None = declared(
+        "Seconds of the teacher", "cost", unit="s", **LOWER,
+        meaning="What a teacher took to read the training text, where its answers were kept.",
+    )  # fmt: skip
+    teacher_mb: float | None = declared(
+        "Answers of the teacher on disk",
+        "cost",
+        unit="MB",
+        **LOWER,
+        meaning="Final hidden states, where they were kept.",
+    )
     calibration_tokens: int | None = declared("Calibration tokens", "cost", **LOWER)
     notes: str | None = declared(
         "Notes", "cost", meaning="What the checkpoint and the techniques have to say about this run."

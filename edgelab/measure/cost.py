@@ -18,6 +18,8 @@ from edgelab.measure import Subject, measurement
         "train_tokens",
         "train_corpus",
         "predicted_kld",
+        "teacher_s",
+        "teacher_mb",
         "notes",
     ),
 )
@@ -30,6 +32,8 @@ def cost(subject: Subject) -> dict[str, Any]:
         "calibration_tokens": record["calibration_tokens"],
         "train_tokens": record["train_tokens"],
         "train_corpus": record["train_corpus"],
+        "teacher_s": record.get("teacher_s"),  # an older variant does not say
+        "teacher_mb": record.get("teacher_mb"),
         "notes": " ".join(record["notes"]) or None,
         **record["numbers"],
     }

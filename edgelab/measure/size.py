@@ -5,9 +5,11 @@ In PyTorch they are counted from the tensors of the variant; for an engine from 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelab.measure import Subject, measurement
+from edgelab.storage.variants import parent_of
 
 if TYPE_CHECKING:
     from edgelab.storage.description import Description
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         "embedding_mb",
         "scales_mb",
         "file_mb",
+        "adapter_mb",
         "bits_per_weight",
         "kv_cache_mb_per_1k",
     ),
@@ -36,8 +39,10 @@ def size(subject: Subject) -> dict[str, Any]:
         found = {f"{part}_mb": parts[f"{part}_bytes"] / 1e6 for part in ("linear", "embedding", "scales")}
         found |= {
             "weights_mb": stored / 1e6,
-            "file_mb": (subject.folder / "model.safetensors").stat().st_size / 1e6,
+            "file_mb": sum(file.stat().st_size for file in _files(subject)) / 1e6,
         }
+        if parts.get("adapter_bytes"):
+            found["adapter_mb"] = parts["adapter_bytes"] / 1e6
     else:
         found = {"weights_mb": export.weights_bytes / 1e6, "file_mb": export.file_bytes / 1e6}
     return found | {
@@ -45,6 +50,13 @@ def size(subject: Subject) -> dict[str, Any]:
         "bits_per_weight": 8e6 * found["weights_mb"] / parts["parameters"],
         "kv_cache_mb_per_1k": kv_cache_mb_per_1k(subject.description, subject.cache_bytes),
     }
+
+
+def _files(subject: Subject) -> list[Path]:
+    """The weights of a variant, and below an adapter those that it stands on."""
+    parent = parent_of(subject.folder)
+    folders = [subject.folder] if parent is None else [subject.folder, parent]
+    return [file for folder in folders for file in folder.glob("*.safetensors")]
 
 
 def kv_cache_mb_per_1k(description: Description, bytes_per_value: float = 4) -> float:

@@ -1,9 +1,10 @@
 """The losses of a language model, computed without all logits at once.
 
-cross-entropy   -log p[next token]                        gradient by the logits: p - onehot(next token)
-divergence      sum r (log r - log p), r the reference's  gradient by the logits: p - r
+cross-entropy   -log p[next token]                  gradient by the logits: p - onehot(next token)
+divergence      from a teacher's distribution       see `divergences`; at temperature T, T**2 times that of logits / T
+logits          mean of (logits - teacher's)**2     2 (logits - teacher's) / vocabulary
 
-Both gradients are known as soon as a slice of logits is, so that they are taken to the hidden states slice by slice and
+All gradients are known as soon as a slice of logits is, so that they are taken to the hidden states slice by slice and
 a tensor of positions x vocabulary never exists.
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from edgelab.model.divergences import Between, TopK, kl, over_buckets
 from edgelab.model.logits import head_logits, head_parameters, hidden_states
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ SLICE = 128  # positions whose logits exist at once: 25 MB in float32 at a vocab
 SLICE_TRAINED = 512  # where the head is trained, since every slice adds a gradient as large as the head
 
 Loss = Callable[["PreTrainedModel", Tensor], Tensor]  # model, token ids (batch, time) -> scalar
+# ids -> positions, flattened -> their logits, or the likeliest tokens at the temperature of the loss
+Teacher = Callable[[Tensor], Callable[[slice], Tensor | TopK]]
 Score = Callable[
     [Tensor, slice], tuple[Tensor, Tensor]
 ]  # logits, positions -> loss of each, gradient of logits
@@ -44,17 +48,41 @@ def next_token_score(targets: Tensor, logits: Tensor, where: slice) -> tuple[Ten
 
 
 def divergence_score(
-    reference: Callable[[slice], Tensor], logits: Tensor, where: slice
+    teacher: Callable[[slice], Tensor | TopK],
+    between: Between,
+    temperature: float,
+    logits: Tensor,
+    where: slice,
 ) -> tuple[Tensor, Tensor]:
-    """KL(reference || model) of positions `where` in nats, (positions,), and its gradient by their logits.
+    """A divergence of positions `where` in nats, (positions,), and its gradient by their logits.
 
-    reference: gives the reference's logits of positions. logits: (positions, vocabulary) float32.
+    teacher: gives log p of positions at this temperature. logits: (positions, vocabulary) float32. Both are multiplied
+    by the temperature squared, so that the gradient is about as large at any (Hinton et al. 2015, arXiv:1503.02531).
     """
-    log_p = torch.log_softmax(logits, -1)
-    log_r = torch.log_softmax(reference(where), -1)
-    r = log_r.exp()
-    loss = log_r.sub_(log_p).mul_(r).sum(-1)  # no vecdot, which autocast would take in bfloat16
-    return loss, log_p.exp_().sub_(r)
+    log_q, log_p = torch.log_softmax(logits / temperature if temperature != 1 else logits, -1), teacher(where)
+    if isinstance(log_p, TopK):
+        loss, gradient = over_buckets(between, log_p, log_q)
+    else:
+        loss, gradient = between(log_p, log_q)
+    return loss * temperature**2, gradient.mul_(temperature)
+
+
+def logit_score(teacher: Callable[[slice], Tensor], logits: Tensor, where: slice) -> tuple[Tensor, Tensor]:
+    """Mean squared difference of logits over the vocabulary, (positions,), and its gradient by them.
+
+    teacher: gives logits of positions. Ba and Caruana 2014, arXiv:1312.6184.
+    """
+    gap = logits - teacher(where)
+    return gap.square().mean(-1), gap.mul_(2 / gap.shape[-1])
+
+
+def mixed_score(parts: list[tuple[float, Score]], logits: Tensor, where: slice) -> tuple[Tensor, Tensor]:
+    """The weighted sum of scores, and its gradient."""
+    loss, gradient = 0.0, 0.0
+    for weight, score in parts:
+        of_part, by_logits = score(logits, where)
+        loss, gradient = loss + weight * of_part, gradient + weight * by_logits
+    return loss, gradient
 
 
 class _Sliced(torch.autograd.Function):
@@ -116,17 +144,47 @@ def cross_entropy(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return _mean_score(model, score, hidden_states(model, ids)[:, :-1])
 
 
+def live(reference: PreTrainedModel) -> Teacher:
+    """A teacher that reads every batch when it is asked."""
+
+    def read(ids: Tensor) -> Callable[[slice], Tensor]:
+        with torch.no_grad():
+            states = hidden_states(reference, ids).flatten(0, -2)
+        return lambda where: head_logits(reference, states[where])
+
+    return read
+
+
 @dataclass(frozen=True)
 class Divergence:
-    """Mean KL divergence in nats to a reference that runs on the same windows, at every position."""
+    """Mean divergence in nats from a teacher that reads the same windows, at every position.
 
-    reference: PreTrainedModel
+    between: which one; None for the squared difference of logits. temperature: of both. top_k: of the teacher's
+    tokens, and all others as one event; 0 for every token. hard: share of the cross-entropy that is mixed in, 0 to 1,
+    and the divergence has the rest.
+    """
+
+    teacher: Teacher
+    between: Between | None = kl
+    temperature: float = 1.0
+    top_k: int = 0
+    hard: float = 0.0
 
     def __call__(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = hidden_states(self.reference, ids).flatten(0, -2)
+        given = ids[:, :-1] if self.hard else ids  # nothing is known to come behind the last token
+        said = self.teacher(given)
 
-        def logits_of(where: slice) -> Tensor:
-            return head_logits(self.reference, target[where])
+        def log_p(where: slice) -> Tensor | TopK:
+            found = said(where)
+            if isinstance(found, TopK):
+                return found
+            found = torch.log_softmax(found / self.temperature, -1)
+            return TopK.of(found, self.top_k) if self.top_k else found
 
-        return _mean_score(model, partial(divergence_score, logits_of), hidden_states(model, ids))
+        score: Score = partial(logit_score, said)
+        if self.between is not None:
+            score = partial(divergence_score, log_p, self.between, self.temperature)
+        if self.hard:
+            labels = partial(next_token_score, ids[:, 1:].flatten())
+            score = partial(mixed_score, [(1 - self.hard, score), (self.hard, labels)])
+        return _mean_score(model, score, hidden_states(model, given))

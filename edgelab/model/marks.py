@@ -50,10 +50,15 @@ def refuse_zeros(model: PreTrainedModel, method: str) -> None:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """A hash of configuration, marks, names, shapes and values of all tensors, for a model without an address."""
+    config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
+    return tensors_hash(model, repr((sorted(config.items(), key=str), marks_of(model))))
+
+
+def tensors_hash(model: PreTrainedModel, besides: str = "") -> str:
+    """A hash of names, shapes and values of all tensors, and of a text."""
     import torch
 
-    config = {name: value for name, value in model.config.to_dict().items() if not name.startswith("_")}
-    digest = hashlib.sha256(repr((sorted(config.items(), key=str), marks_of(model))).encode())
+    digest = hashlib.sha256(besides.encode())
     tensors = model.state_dict()
     for name, layer in model.named_modules():  # packed layers keep their matrices outside the state dict
         if hasattr(layer, "tensor"):

@@ -1,6 +1,7 @@
 """Pictures: functions to a matplotlib `Figure`, without pyplot state; from rows, from weights, from devices."""
 
 from edgelab.plots.activations import activation_outliers, channel_magnitudes
+from edgelab.plots.adapters import held_by_rank, rank_lines, rank_sweep, rate_lines
 from edgelab.plots.allocation import (
     bit_allocation,
     largest_factor,
@@ -12,8 +13,9 @@ from edgelab.plots.allocation import (
 )
 from edgelab.plots.cache import context_reach
 from edgelab.plots.devices import device_rates, published_rates, step_operations
+from edgelab.plots.distilling import covering_and_seeking, even_students, learned_over_seconds
 from edgelab.plots.engines import engines
-from edgelab.plots.memory import NEED_PARTS, gigabytes, memory_bars
+from edgelab.plots.memory import NEED_PARTS, gigabytes, memory_bars, training_bars
 from edgelab.plots.methods import method_lines
 from edgelab.plots.pruning import break_even, kept_weights, sparsity_lines, what_zeros_buy
 from edgelab.plots.removing import chosen_and_random, influence_and_loss, truth_table, width_times
@@ -34,15 +36,19 @@ __all__ = [
     "channel_magnitudes",
     "chosen_and_random",
     "context_reach",
+    "covering_and_seeking",
     "decode_limit",
     "device_rates",
     "engines",
+    "even_students",
     "gigabytes",
+    "held_by_rank",
     "influence_and_loss",
     "kept_weights",
     "label",
     "largest_factor",
     "latency",
+    "learned_over_seconds",
     "limit_tok_s",
     "memory_bars",
     "method_lines",
@@ -52,12 +58,16 @@ __all__ = [
     "protocols",
     "published_rates",
     "rank_correlations",
+    "rank_lines",
+    "rank_sweep",
+    "rate_lines",
     "roofline",
     "size_bars",
     "sparsity_allocation",
     "sparsity_lines",
     "step_operations",
     "tradeoff",
+    "training_bars",
     "training_curve",
     "truth_table",
     "weight_grid",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from edgelab.devices import Device, MemoryNeed
-from edgelab.plots.style import BASELINE_LINE, GREY, new_chart, style_axes
+from edgelab.plots.style import BASELINE_LINE, GREY, new_chart, stamp, style_axes
 
 NEED_PARTS = {  # field of a MemoryNeed: words, colour of the same palette
     "weights_gb": ("weights", "#0072B2"),
@@ -84,6 +86,37 @@ def memory_bars(
         axes.grid(axis="y", visible=False)
     lower.set_xlabel("Memory (GB of 10⁹ bytes)", fontsize=9.5)
     return figure
+
+
+def training_bars(parts: pd.DataFrame, title: str = "Training: memory at the peak") -> Figure:
+    """What fills memory at the peak of a step of training, and the peak of a process that ran it.
+
+    parts: a row for each way to train, by name; columns weights_gb, optimizer_gb and working_gb, which is gradients and
+    activations, counted from shapes; and measured_gb, NaN where no process ran. GB of 10^9 bytes.
+    """
+    figure = new_chart(8.5, 1.5 + 0.55 * len(parts))
+    axes = figure.subplots()
+    looks = {name: NEED_PARTS[name] for name in ("weights_gb", "optimizer_gb")}
+    looks["working_gb"] = ("gradients and activations", NEED_PARTS["activations_gb"][1])
+    longest = max(parts[list(looks)].sum(axis=1).max(), parts["measured_gb"].max())
+    for position, (_, row) in enumerate(parts.iterrows()):
+        start = 0.0
+        for name, (_, tint) in looks.items():
+            axes.barh(position, row[name], left=start, height=0.6, color=tint, linewidth=0)
+            start += row[name]
+        text = gigabytes(start)
+        if np.isfinite(row["measured_gb"]):
+            axes.plot(row["measured_gb"], position, "D", color="black", markersize=6, zorder=4)
+            text += f", measured {gigabytes(row['measured_gb'])}"
+        axes.text(max(start, row["measured_gb"]) + 0.02 * longest, position, text, va="center", fontsize=8.5)
+    axes.set_xlim(0, 1.45 * longest)
+    axes.set_yticks(range(len(parts)), list(parts.index), parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlabel("GB of 10⁹ bytes", fontsize=9.5)
+    handles = [Patch(color=tint, label=text) for text, tint in looks.values()]
+    handles.append(Line2D([], [], linestyle="", marker="D", color="black", markersize=6, label="measured"))
+    style_axes(axes, title, handles)
+    return stamp(figure)
 
 
 def _label_bar(axes: Axes, position: float, length: float, limit: float, text: str, **look: str) -> None:

@@ -222,6 +222,7 @@ class Eager(Session):
     """
 
     badge = "packed"
+    adapters = True
     can = Can(layers=True)
     tolerance = 1e-4  # float32 sums in another order
 

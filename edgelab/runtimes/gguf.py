@@ -36,7 +36,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from edgelab import assets
 from edgelab.runtimes import RuntimeRefused, refusals
-from edgelab.storage import variants
+from edgelab.storage import adapters, variants
 from edgelab.storage.description import Description
 from edgelab.storage.layers import packed_layers
 from edgelab.storage.uniform import QuantizedTensor
@@ -156,6 +156,34 @@ def write_model(model: PreTrainedModel, folder: Path, file: Path, name: str, rec
     return weights
 
 
+def write_adapter(variant: Path, file: Path) -> int:
+    """Write the adapter of a variant as the GGUF file that llama.cpp puts beside its model; returns its bytes."""
+    model = variants.load(variant)
+    architecture = find_architecture(model)
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
+    place, order, stored = Places(model, architecture), RowOrder(model), 0
+    layers = adapters.adapted_layers(model)
+    [scale] = {layer.scaling[adapters.NAME] for layer in layers.values()}
+    [rank] = {layer.r[adapters.NAME] for layer in layers.values()}
+    try:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scale * rank)  # which llama.cpp divides by the rank
+        for name, layer in layers.items():
+            theirs = place(f"{name}.weight")
+            a, b = layer.lora_A[adapters.NAME].weight, layer.lora_B[adapters.NAME].weight
+            for part, values in (("a", a), ("b", b[order(theirs, len(b))])):
+                values = values.detach().float().numpy()
+                writer.add_tensor(f"{theirs}.lora_{part}", values)
+                stored += values.nbytes
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    return stored
+
+
 def layer_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
     """Query heads, key-value heads and MLP channels of every layer, from the layers themselves."""
     layers = model.model.layers
@@ -197,19 +225,7 @@ def add_shape(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
 
 def tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, np.ndarray, Type]]:
     """Names, contents and types of all tensors of the file. Vectors are float32, as llama.cpp wants them."""
-    named = gguf.get_tensor_name_map(architecture, len(model.model.layers))
-    head = model.model.layers[0].self_attn.head_dim
-
-    def place(name: str) -> str:
-        found = named.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise RuntimeRefused(f"llama.cpp has no place for {name} in a {model.config.model_type} model.")
-        return found
-
-    def order(name: str, rows: int) -> Tensor | slice:
-        interleaved = model.config.model_type == "llama" and name.split(".")[-2] in ("attn_q", "attn_k")
-        return interleaved_rows(rows, head) if interleaved else slice(None)
-
+    place, order = Places(model, architecture), RowOrder(model)
     if (factors := rotary_factors(model)) is not None:
         yield "rope_freqs.weight", factors, Type.F32
     written: set[int] = set()  # a head tied to the embedding is stored once
@@ -222,6 +238,33 @@ def tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> Iterator[t
         theirs = place(name)
         values = parameter.detach()[order(theirs, len(parameter))]
         yield theirs, *encode_float(values if values.dim() > 1 else values.float())
+
+
+class Places:
+    """What llama.cpp calls each tensor of a model. Raises RuntimeRefused for one that it has no place for."""
+
+    def __init__(self, model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> None:
+        self.kind = model.config.model_type
+        self.named = gguf.get_tensor_name_map(architecture, len(model.model.layers))
+
+    def __call__(self, name: str) -> str:
+        found = self.named.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise RuntimeRefused(f"llama.cpp has no place for {name} in a {self.kind} model.")
+        return found
+
+
+class RowOrder:
+    """The order of a tensor's rows, by its name in llama.cpp, where queries and keys of a Llama are interleaved."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.interleaved = model.config.model_type == "llama"
+        self.head = model.model.layers[0].self_attn.head_dim
+
+    def __call__(self, place: str, rows: int) -> Tensor | slice:
+        if self.interleaved and place.split(".")[-2] in ("attn_q", "attn_k"):
+            return interleaved_rows(rows, self.head)
+        return slice(None)
 
 
 def interleaved_rows(rows: int, head: int) -> Tensor:

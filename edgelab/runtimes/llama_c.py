@@ -117,6 +117,8 @@ FUNCTIONS = {  # name -> (result, *arguments)
     "llama_context_default_params": (ContextParams,),
     "llama_init_from_model": (c_void_p, c_void_p, ContextParams),
     "llama_free": (None, c_void_p),
+    "llama_adapter_lora_init": (c_void_p, c_void_p, c_char_p),  # freed with its model
+    "llama_set_adapters_lora": (c_int32, c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)),
     "llama_n_ctx": (c_uint32, c_void_p),
     "llama_get_memory": (c_void_p, c_void_p),
     "llama_memory_clear": (None, c_void_p, c_bool),

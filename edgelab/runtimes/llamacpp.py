@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab.runtimes import cannot_load, gguf, llama_c
+from edgelab.runtimes import cannot_load, exported, gguf, llama_c
 from edgelab.runtimes.llama_c import LlamaError, library
 from edgelab.runtimes.session import Session
+from edgelab.storage import variants
 from edgelab.storage.description import Description
 
 FILE = "model.gguf"
+ADAPTER = "adapter.gguf"
 CONTEXT = 1024  # tokens of keys and values at first; it doubles where a sequence outgrows it
 BATCH = 512  # tokens that are computed at once, llama.cpp's default
 # What llama.cpp rounds the inputs of a product to, by the type of the weights; blocks of int8 for all others.
 ACTIVATIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+def _link(file: Path, other: Path) -> None:
+    """Let a file appear at a second place, at no cost in bytes where the file system can do that."""
+    try:
+        other.hardlink_to(file)
+    except OSError:
+        shutil.copy2(file, other)
+
+
 class LlamaCpp(Session):
     """A variant in llama.cpp on the CPU. Greedy decoding; keys and values in float16, which is llama.cpp's default."""
 
+    adapters = True
     tolerance = 0.1  # one token runs on other kernels than many, which round inputs to int8 elsewhere
     cache_bits = 16
 
@@ -40,12 +52,19 @@ class LlamaCpp(Session):
                 "llama.cpp rounds inputs on a grid of its own, for each 32 of them; leave them to it and quantize "
                 "the weights only, or run this on torch."
             )
+        if about.adapter == "dora":
+            return "llama.cpp has adapters without DoRA's lengths of columns; put merge behind it for this engine."
         return gguf.refusal(about)
 
     @staticmethod
     def export(variant: Path, folder: Path) -> int:
-        """Write the GGUF file; returns the bytes of the weights in it."""
-        return gguf.write(variant, folder / FILE)
+        """Write the GGUF file, and that of an adapter; returns the bytes of the weights in them."""
+        base = variants.parent_of(variant)
+        if base is None:
+            return gguf.write(variant, folder / FILE)
+        shared = exported("llamacpp", base)  # so that adapters of one base have one file of it
+        _link(shared.folder / FILE, folder / FILE)
+        return shared.weights_bytes + gguf.write_adapter(variant, folder / ADAPTER)
 
     def __init__(self, folder: Path, threads: int) -> None:
         super().__init__()
@@ -61,6 +80,11 @@ class LlamaCpp(Session):
             reason = next(iter(llama_c.said), "").rpartition("error loading model: ")[2]
             raise cannot_load("llama.cpp", folder, reason)
         self.kernel = self._kernel()
+        self._adapter: int | None = None
+        if (adapter := folder / ADAPTER).is_file():
+            self._adapter = self._c.llama_adapter_lora_init(self._model, os.fsencode(adapter))
+            if not self._adapter:
+                raise cannot_load("llama.cpp", folder, next(iter(llama_c.said), "the adapter"))
         self.vocabulary = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
         self._open(CONTEXT)
         self.prefill([0, 0])  # warm-up: weights are read, buffers allocated
@@ -87,6 +111,10 @@ class LlamaCpp(Session):
                 f"llama.cpp has no memory for a context of {context} tokens; use a shorter text."
             )
         self._room = self._c.llama_n_ctx(self._context)
+        if self._adapter:
+            adapter, scale = ctypes.c_void_p(self._adapter), ctypes.c_float(1.0)
+            if self._c.llama_set_adapters_lora(self._context, ctypes.byref(adapter), 1, ctypes.byref(scale)):
+                raise LlamaError("llama.cpp does not take this adapter; put merge behind it.")
 
     def _cut(self, length: int) -> bool:
         memory = self._c.llama_get_memory(self._context)

@@ -48,7 +48,7 @@ class Session(ABC):
     pieces; about what they are off from PyTorch's anyway. cache_bits: of a key or value that an engine keeps.
     export: writes all that an engine loads of a variant into an empty folder and returns the bytes of the weights in
     it, `export(variant, folder)`; None in PyTorch, which loads variants themselves. spare: files of an export that
-    running does not need.
+    running does not need. adapters: whether it runs them beside the weights.
     """
 
     badge = "runtime"
@@ -60,6 +60,7 @@ class Session(ABC):
     cache_bits: ClassVar[int]
     export: ClassVar[Callable[..., int] | None] = None
     spare: ClassVar[tuple[str, ...]] = ()
+    adapters: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -71,6 +72,8 @@ class Session(ABC):
         native = about.marks.native
         if native and (about.matrices or about.marks.cache or about.dtype != "float32"):
             return f"native.{native} leaves float32 weights to an engine; take the other quantization out."
+        if about.adapter and not cls.adapters:
+            return "This engine runs no adapter beside the weights, as 'torch' and 'llamacpp' do; put merge behind it."
         return cls._refusal(about)
 
     @classmethod

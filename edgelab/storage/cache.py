@@ -21,7 +21,7 @@ from edgelab.errors import EdgeLabError
 
 KINDS = {
     "variants": "packed weights, and what engines made of them",
-    "states": "hidden states of references",
+    "states": "what references and teachers made of texts",
     "sensitivity": "sensitivities of layers",
     "training": "runs of training that were stopped",
     "inductor": "compiled code",

@@ -11,7 +11,8 @@ from edgelab.storage.kv_cache import CacheGrid
 @dataclass(frozen=True)
 class Description:
     """dtype: of what is not packed. matrices: how each packed layer is stored, by name. shapes: of the layers that
-    the configuration does not give. config: what config.json says.
+    the configuration does not give. config: what config.json says. adapter: the kind that stands beside the weights,
+    lora or dora.
     """
 
     dtype: str
@@ -19,6 +20,7 @@ class Description:
     marks: Marks = Marks()
     shapes: dict[str, list[int]] = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+    adapter: str | None = None
 
     @property
     def layout(self) -> str:
@@ -37,6 +39,7 @@ class Description:
             "matrices": self.matrices,
             "marks": asdict(self.marks),
             "shapes": self.shapes,
+            "adapter": self.adapter,
         }
 
 
@@ -45,4 +48,6 @@ def from_json(about: dict, config: dict) -> Description:
     marks = about["marks"]
     cache = CacheGrid(**marks["cache"]) if marks["cache"] else None
     marks = Marks(cache, marks["native"], marks.get("pruned", False))  # a variant of before has none
-    return Description(about["dtype"], about["matrices"], marks, about["shapes"], config)
+    return Description(
+        about["dtype"], about["matrices"], marks, about["shapes"], config, about.get("adapter")
+    )

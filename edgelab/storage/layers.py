@@ -79,7 +79,26 @@ class PackedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         if self.activation is not None:
             inputs = self.activation.round(inputs)
+        if inputs.requires_grad and torch.is_grad_enabled():
+            return _Through.apply(inputs, self.tensor, self.bias)
         return functional.linear(inputs, self.tensor.dequantize(inputs.dtype), self.bias)
+
+
+class _Through(torch.autograd.Function):
+    """The product with a matrix that is not trained, and its gradient by the inputs.
+
+    The dense weight is made again in the backward pass, where autograd would have kept it: that of every layer at once.
+    """
+
+    @staticmethod
+    def forward(ctx, inputs: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+        ctx.matrix = matrix
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
+        return functional.linear(inputs, matrix.dequantize(dtype), bias)
+
+    @staticmethod
+    def backward(ctx, outer: Tensor) -> tuple[Tensor, None, None]:
+        return outer @ ctx.matrix.dequantize(outer.dtype), None, None
 
 
 class PackedEmbedding(nn.Module):

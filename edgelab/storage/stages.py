@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from edgelab import assets
 from edgelab.errors import EdgeLabError
 from edgelab.keys import key
-from edgelab.recipes import Recipe
+from edgelab.recipes import Recipe, reads
 from edgelab.storage import cache
 
 if TYPE_CHECKING:
-    from edgelab.recipes import Technique
     from edgelab.reference import Source
 
 FORMAT = 4  # of the folder
+ABOUT = "variant.json"
 
 
 class VariantError(EdgeLabError):
@@ -41,19 +41,18 @@ def stage_keys(recipe: Recipe, source: Source, seed: int) -> list[str]:
     return keys
 
 
-def reads(technique: Technique) -> list[str]:
-    """Names of what a technique reads beside the model, such as a text or a teacher; most read nothing."""
-    return list(technique.reads()) if hasattr(technique, "reads") else []
-
-
 def address(recipe: Recipe, source: Source, seed: int) -> Path:
     """The folder of a variant."""
     return cache.place("variants") / stage_keys(recipe, source, seed)[-1]
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a variant is there: its folder appears at once."""
-    return (folder / "variant.json").is_file()
+    """Whether a variant is there: its folder appears at once. An adapter needs what it stands on as well."""
+    try:
+        below = json.loads((folder / ABOUT).read_text()).get("adapter_of")
+    except (OSError, ValueError):
+        return (folder / ABOUT).is_file()  # a damaged one is there, and says so when it is read
+    return below is None or is_whole(folder.parent / below)
 
 
 def kept_stages(recipe: Recipe) -> list[int]:
@@ -65,7 +64,7 @@ def kept_stages(recipe: Recipe) -> list[int]:
 def read_about(folder: Path) -> dict:
     """What `variant.json` says. Raises VariantError for a folder that is no variant of this format."""
     try:
-        about = json.loads((folder / "variant.json").read_text())
+        about = json.loads((folder / ABOUT).read_text())
     except (OSError, ValueError):
         raise VariantError(f"{folder} holds no variant; measure its recipe to make it.") from None
     if about.get("format") != FORMAT:

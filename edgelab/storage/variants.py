@@ -2,16 +2,19 @@
 
 A variant is a folder: `model.safetensors` with plain tensors and, for each packed layer, the parts of its matrix;
 `config.json` and tokenizer of the model; `variant.json`, which says how layers are stored, which shapes the
-configuration does not give, and what the variant was made from; and below `exports`, what engines made of it.
+configuration does not give, and what the variant was made from; and below `exports`, what engines made of it. An
+adapter is stored alone, in PEFT's files, and `variant.json` names the variant that it stands on.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +29,15 @@ from edgelab.model.logits import PROBE, TOLERANCE, check_logits
 from edgelab.model.marks import ATTRIBUTE, marks_of
 from edgelab.model.shapes import give_shapes, odd_shapes, skeleton
 from edgelab.model.vocabulary import numbers_in, rows_of, with_rows
-from edgelab.recipes import Context, Recipe, Record
-from edgelab.reference import Source, load_model, load_tokenizer
-from edgelab.storage import cache, matrix
+from edgelab.recipes import Context, Recipe, Record, refuse_adapter
+from edgelab.reference import Source, load_model, load_tokenizer, resolve
+from edgelab.storage import adapters, cache, matrix
 from edgelab.storage.description import Description, from_json
 from edgelab.storage.layers import ActivationGrid, PackedEmbedding, PackedLinear, packed_layers
 from edgelab.storage.matrix import Matrix
+from edgelab.storage.outputs import kept_outputs
 from edgelab.storage.stages import (
+    ABOUT,
     FORMAT,
     VariantError,
     address,
@@ -57,10 +62,17 @@ class Size:
     embedding_bytes: int
     scales_bytes: int  # scales and zero-points, wherever they belong
     other_bytes: int
+    adapter_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.linear_bytes + self.embedding_bytes + self.scales_bytes + self.other_bytes
+        return (
+            self.linear_bytes
+            + self.embedding_bytes
+            + self.scales_bytes
+            + self.other_bytes
+            + self.adapter_bytes
+        )
 
 
 def build(recipe: Recipe, source: Source, seed: int, progress: Callable[[int, int], None]) -> Path:
@@ -86,7 +98,12 @@ def _make(
     reference = load_model(source, notes=record.notes)
     before = max((done for done in kept_stages(recipe)[:-1]), default=0)
     model, spent = reference, 0.0
-    context = Context(seed, progress, tokenizer, record, reference)
+
+    def variant(wanted: Recipe, name: str) -> PreTrainedModel:
+        return load(build(wanted, resolve(name) if name else source, seed, progress))
+
+    outputs = partial(kept_outputs, progress=progress)
+    context = Context(seed, progress, tokenizer, record, reference, variant=variant, outputs=outputs)
     if before:
         parent = build(recipe.prefix(before), source, seed, progress)
         about = read_about(parent)
@@ -102,10 +119,12 @@ def _make(
         context.stage = keys[place]
         record.numbers.clear()  # they are of the model that this technique is given
         torch.manual_seed(seed)
-        started, trained = time.perf_counter(), len(record.curve)
+        started, trained, spared = time.perf_counter(), len(record.curve), record.spared_s
+        refuse_adapter(technique, model)
         model = technique.apply(model, context)
         # A run that went on from a checkpoint has cost what it took before, too.
         spent += max([time.perf_counter() - started, *(point["seconds"] for point in record.curve[trained:])])
+        spent += record.spared_s - spared
     origin = {
         "recipe": recipe.weights,
         "model": source.name,
@@ -115,7 +134,11 @@ def _make(
         "record": asdict(record),
         "own_tokenizer": context.tokenizer is not tokenizer,
     }
-    save(model, folder, origin, context.tokenizer, model.config.to_dict() != reference.config.to_dict())
+    if adapters.has_adapter(model):
+        parent = build(recipe.prefix(len(recipe.techniques) - 1), source, seed, progress)
+        save_adapter(model, folder, origin, parent)
+    else:
+        save(model, folder, origin, context.tokenizer, model.config.to_dict() != reference.config.to_dict())
 
 
 # Saving
@@ -153,9 +176,33 @@ def save(
         model.config.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        (draft / "variant.json").write_text(json.dumps(about, indent=1))
+        (draft / ABOUT).write_text(json.dumps(about, indent=1))
         if compare:
             _check_read_back(model, draft, str(origin.get("recipe")))
+
+
+def save_adapter(model: PreTrainedModel, folder: Path, origin: dict[str, object], parent: Path) -> None:
+    """Write the adapter of a model alone, into a folder that appears whole; what it stands on is the variant `parent`.
+
+    Raises an EdgeLabError with one sentence where the place cannot be written or a weight is not finite.
+    """
+    tensors = adapters.adapter_tensors(model)
+    check_tensors(tensors, f"after {origin.get('recipe')}")
+    below = read_about(parent)
+    size = below["size"] | {"adapter_bytes": sum(tensor.nbytes for tensor in tensors.values())}
+    size["parameters"] += sum(tensor.numel() for tensor in tensors.values())
+    described = {name: below[name] for name in ("dtype", "matrices", "marks", "shapes")}
+    about = {"format": FORMAT, **origin, **described, "size": size}
+    about |= {"adapter": adapters.kind(model), "adapter_of": parent.name}
+    with assets.staged(folder) as draft:
+        draft.mkdir()
+        adapters.write(model, draft)
+        for file in parent.iterdir():
+            if (
+                file.is_file() and file.suffix != ".safetensors" and file.name != ABOUT
+            ):  # configuration and tokenizer
+                shutil.copy2(file, draft)
+        (draft / ABOUT).write_text(json.dumps(about, indent=1))
 
 
 @torch.inference_mode()
@@ -182,7 +229,8 @@ def describe(model: PreTrainedModel, matrices: dict[str, dict] | None = None) ->
     if matrices is None:
         _, matrices = stored_tensors(model)
     dtype = str(model.dtype).removeprefix("torch.")
-    return Description(dtype, matrices, marks_of(model), odd_shapes(model), model.config.to_dict())
+    adapter = adapters.kind(model) if adapters.has_adapter(model) else None
+    return Description(dtype, matrices, marks_of(model), odd_shapes(model), model.config.to_dict(), adapter)
 
 
 def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, dict]]:
@@ -247,8 +295,16 @@ def measure_size(model: PreTrainedModel, tensors: dict[str, Tensor], matrices: d
 # Loading
 
 
+def parent_of(folder: Path) -> Path | None:
+    """The variant that an adapter stands on; None for a variant with weights of its own."""
+    below = read_about(folder).get("adapter_of")
+    return None if below is None else folder.parent / below
+
+
 def load(folder: Path) -> PreTrainedModel:
     """Read a variant back: a model with PackedLinear and PackedEmbedding layers where it is packed."""
+    if (parent := parent_of(folder)) is not None:
+        return _load_adapter(folder, parent)
     about = read_description(folder)
     try:
         config = load_config(folder)
@@ -288,6 +344,20 @@ def load(folder: Path) -> PreTrainedModel:
     if left:
         raise _lacking(folder, left[0])
     setattr(model, ATTRIBUTE, about.marks)
+    return model.eval()
+
+
+def _load_adapter(folder: Path, parent: Path) -> PreTrainedModel:
+    if not is_whole(parent):
+        raise VariantError(
+            f"What the adapter in {folder} stands on is gone; measure its recipe to make it again."
+        )
+    cache.touch(parent)
+    model = load(parent)
+    try:
+        adapters.read(model, folder)
+    except (OSError, SafetensorError, adapters.AdapterError) as error:
+        raise _damaged(folder, str(error).split("\n")[0]) from None
     return model.eval()
 
 

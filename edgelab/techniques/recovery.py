@@ -1,24 +1,22 @@
 """Recovery: train what is left after removing, so that it takes over the work of what has gone.
 
-All weights move, embedding and norms too; the zeros that pruning has left stay zeros, bit for bit.
+All weights move, embedding and norms too; the zeros that pruning has left stay zeros, bit for bit. Or none of them
+moves, and an adapter beside them is trained (LoRA, which see): less memory, and zeros and packed layers stay as well.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
 
 from edgelab.model.blocks import bfloat16_is_fast
-from edgelab.model.losses import Divergence, Loss, cross_entropy
-from edgelab.model.marks import marks_of
 from edgelab.recipes import Context, RecipeError, register
 from edgelab.storage.layers import packed_layers
-from edgelab.techniques.quantization.floats import BFloat16
-from edgelab.techniques.quantization.rtn import linear_layers
+from edgelab.techniques.lessons import lesson, where_weights_may_move
+from edgelab.techniques.lora import LoRA
 from edgelab.training import Trained
 
 if TYPE_CHECKING:
@@ -30,14 +28,26 @@ if TYPE_CHECKING:
 class Recover(Trained):
     """Train every weight of a model from which something was removed.
 
-    loss: kl, the divergence to the reference's predictions, or ce, next-token cross-entropy.
+    loss: kl, the divergence to the reference's predictions, or ce, next-token cross-entropy. adapter: none trains all
+    weights, lora an adapter beside them instead, at ten times the learning rate. rank: of the adapter.
     """
 
     loss: Literal["kl", "ce"] = "kl"
+    adapter: Literal["none", "lora"] = "none"
+    rank: int = 8
     learning_rate: float = field(default=3e-4, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise RecipeError(f"recover:rank={self.rank} should be at least 1; 8 is usual.")
+        if self.adapter == "none" and self.rank != type(self).rank:
+            raise RecipeError(f"recover:rank={self.rank} belongs to adapter=lora.")
 
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model, trained; zeros of single weights stay where pruning has put them."""
+        if self.adapter == "lora":
+            return self.beside().apply(model, context)
         packed = next(iter(packed_layers(model)), None)
         if packed is not None:
             raise RecipeError(
@@ -50,29 +60,13 @@ class Recover(Trained):
                 "whose steps are too coarse; put it before quantize.bf16 or quantize.fp16."
             )
         half = bfloat16_is_fast()
-        loss = self._loss(model, context, half)
+        loss = lesson(self.method, self.loss, model, context)
         model = copy.deepcopy(model).requires_grad_(True)
         parameters = list(model.parameters())
-        self.fit(model, loss, parameters, context, half, _masks(model, parameters))
+        self.fit(model, loss, parameters, context, half, where_weights_may_move(model, parameters))
         return model
 
-    def _loss(self, model: PreTrainedModel, context: Context, half: bool) -> Loss:
-        if self.loss == "ce":
-            return cross_entropy
-        reference = context.reference
-        if reference is None:
-            raise RecipeError("recover needs the reference for its loss; use loss=ce.")
-        rows, wanted = (one.get_output_embeddings().weight.shape[0] for one in (model, reference))
-        if rows != wanted:
-            raise RecipeError(
-                f"The model predicts {rows} tokens and the reference {wanted}, which have no divergence; use loss=ce."
-            )
-        return Divergence(BFloat16().apply(reference, context) if half else reference)
-
-
-def _masks(model: PreTrainedModel, parameters: list[nn.Parameter]) -> dict[int, Tensor]:
-    """Where weights may move, by place, in the layers of a model with single weights removed."""
-    if not marks_of(model).pruned:
-        return {}
-    place = {id(parameter): number for number, parameter in enumerate(parameters)}
-    return {place[id(layer.weight)]: layer.weight.detach() != 0 for layer in linear_layers(model).values()}
+    def beside(self) -> LoRA:
+        """The training of an adapter with the same settings."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Trained)}
+        return LoRA(**shared | {"learning_rate": 10 * self.learning_rate}, loss=self.loss, rank=self.rank)

@@ -41,7 +41,8 @@ class Live:
     """Buttons and a line of text, in `box`, that measure what `asked` says and hand the rows to `done`.
 
     asked: the recipes, when the button is pressed. done: called with the rows that were measured, after a stop or an
-    error with those before it. locked: controls that cannot be used meanwhile. settings: as of `edgelab.measure`.
+    error with those before it. locked: controls that cannot be used meanwhile. on_tick: called twice a second while it
+    measures. settings: as of `edgelab.measure`.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class Live:
         asked: Callable[[], list[str]],
         done: Callable[[list[Row]], None],
         locked: Sequence[ipywidgets.Widget] = (),
+        on_tick: Callable[[], None] | None = None,
         **settings: object,
     ) -> None:
         self.asked, self.done, self.locked, self.settings = asked, done, locked, settings
+        self.on_tick = on_tick
         self.start = ipywidgets.Button(description="Measure live", button_style="primary")
         self.stop = ipywidgets.Button(description="Stop", disabled=True)
         self.bar = ipywidgets.FloatProgress(max=1, layout={"visibility": "hidden", "width": "200px"})
@@ -126,6 +129,8 @@ class Live:
 
     def _write(self, text: str, share: float) -> None:
         self.said.value, self.bar.value = html.escape(text), share
+        if self.on_tick is not None:
+            self.on_tick()
 
 
 class _Told:

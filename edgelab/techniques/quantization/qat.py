@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgelab.model.blocks import bfloat16_is_fast
-from edgelab.model.losses import Divergence, cross_entropy
 from edgelab.model.marks import refuse_zeros
 from edgelab.recipes import Context, RecipeError, Record, register
 from edgelab.storage.codebook import CodebookTensor
 from edgelab.storage.layers import ActivationGrid, PackedLinear
 from edgelab.storage.scales import SMALLEST, as_stored
 from edgelab.storage.uniform import QuantizedTensor
-from edgelab.techniques.quantization.floats import BFloat16
+from edgelab.techniques.lessons import lesson
 from edgelab.techniques.quantization.one_bit import binary_scale, ternary_scale
 from edgelab.techniques.quantization.ranges import Range, find_grid
 from edgelab.techniques.quantization.rtn import check_group_size, check_settings, linear_layers
@@ -220,7 +219,8 @@ class QuantizationAwareTraining(Trained):
         refuse_zeros(model, self.method)
         half = bfloat16_is_fast()
         given, model = model, self.prepare(model, context.record)
-        loss = Divergence(self._reference(given, context, half)) if self.loss == "kl" else cross_entropy
+        packed = any(isinstance(module, PackedLinear) for module in given.modules())
+        loss = lesson(self.method, self.loss, given, context, otherwise=None if packed else given)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.fit(model, loss, parameters, context, half)
         return convert(model)
@@ -271,12 +271,6 @@ class QuantizationAwareTraining(Trained):
         return FakeQuantLinear(
             weight, layer.bias, grid, groups, scale, zero_point, self.learned_step, activation
         )
-
-    def _reference(self, model: PreTrainedModel, context: Context, half: bool) -> PreTrainedModel:
-        if context.reference is None and any(isinstance(module, PackedLinear) for module in model.modules()):
-            raise RecipeError("qat of a quantized model needs the reference for its loss; use loss=ce.")
-        reference = context.reference or model
-        return BFloat16().apply(reference, context) if half else reference
 
 
 def convert(model: PreTrainedModel) -> PreTrainedModel:
