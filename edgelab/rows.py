@@ -211,13 +211,15 @@ def difference(nll: list[float], other: list[float]) -> Interval:
     return intervals.paired(nll, other, np.ones(len(nll)))
 
 
-def first_windows(rows: pd.DataFrame, windows: int, corpus: str = Asked.corpus) -> pd.DataFrame:
-    """Rows of the embedded model on one text, with their quality over the first `windows` windows only.
+def first_windows(
+    rows: pd.DataFrame, windows: int, corpus: str = Asked.corpus, model: str = assets.EMBEDDED_NAME
+) -> pd.DataFrame:
+    """Rows of one model on one text, with their quality over the first `windows` windows only.
 
     A row of 32 windows holds the NLL and the last words of each, so that it also answers for 4. Differences to the
     baseline and their intervals are computed anew where the table holds the baseline.
     """
-    asked = {"model": assets.EMBEDDED_NAME, "protocol": Asked.protocol, "corpus": corpus}
+    asked = {"model": model, "protocol": Asked.protocol, "corpus": corpus}
     rows = rows[rows["fast"].eq(False) | assets.fast()]  # rows of fast mode stay out of full mode
     long_enough = rows["window_nll"].map(lambda nll: isinstance(nll, list) and len(nll) >= windows)
     rows = rows[long_enough & (rows["status"] == "ok") & (rows[list(asked)] == asked).all(axis=1)]

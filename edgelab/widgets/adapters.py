@@ -36,8 +36,9 @@ def adapter_switch(
     model = copy.deepcopy(reference.model)
     for name, folder in folders.items():
         adapters.read(model, folder, name)
-    choice = ipywidgets.ToggleButtons(options=[NOTHING, *folders], description="Adapter")
-    text = ipywidgets.Text(prompt, description="Prompt", continuous_update=False, **WIDE)
+    first = next(iter(folders), NOTHING)
+    choice = ipywidgets.ToggleButtons(options=[NOTHING, *folders], value=first, description="Adapter")
+    text = ipywidgets.Textarea(prompt, description="Prompt", continuous_update=False, **WIDE)
     answer = ipywidgets.HTML()
 
     def redraw(change: Mapping | None = None) -> None:

@@ -35,7 +35,7 @@ def adapter_trials(
     started again. steps: of every run. corpus: to train on, and whose first `windows` windows are scored. saved: as
     `ledger.frame()`, which is the default.
     """
-    saved = ledger.frame() if saved is None else saved
+    saved, source = ledger.frame() if saved is None else saved, resolve(model)
     rank = ipywidgets.SelectionSlider(options=RANKS, value=8, description="Rank", **WIDE)
     targets = ipywidgets.Dropdown(options=TARGETS, description="Next to", **WIDE)
     answer, image = ipywidgets.HTML(), Picture()
@@ -46,10 +46,9 @@ def adapter_trials(
         return str(parse(f"lora:{settings}"))
 
     def redraw(change: dict | None = None) -> None:
-        known = [part for part in (saved, ledger.frame(measured)) if len(part)]
-        frame = pd.concat(known, ignore_index=True) if known else saved
-        frame = frame[frame["corpus"] == corpus] if len(frame) else frame
-        found = frame[frame["recipe"] == chosen()] if len(frame) else frame
+        known = [part for part in (saved, ledger.frame(measured)) if len(part)] or [saved]
+        frame = rows.first_windows(pd.concat(known, ignore_index=True), windows, corpus, source.name)
+        found = frame[frame["recipe"] == chosen()]
         answer.value = (
             trial_sentence(found.iloc[-1], frame)
             if len(found)
@@ -58,7 +57,7 @@ def adapter_trials(
         draw()
 
     def draw() -> None:
-        points = curve_of(parse(chosen()), resolve(model))
+        points = curve_of(parse(chosen()), source)
         if points:
             image.draw(training_curve({f"rank {rank.value}": points}, "Cross-entropy", 5))
 
@@ -71,7 +70,7 @@ def adapter_trials(
         lambda: [rows.BASELINE, chosen()],
         add,
         controls,
-        on_tick=_when_it_grows(lambda: curve_of(parse(chosen()), resolve(model)), draw),
+        on_tick=_when_it_grows(lambda: curve_of(parse(chosen()), source), draw),
         only="quality",
         windows=windows,
         corpus=corpus,
