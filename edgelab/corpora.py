@@ -82,11 +82,14 @@ def read(corpus: str, split: str = "evaluation") -> str:
 
 
 def extraction(split: str = "evaluation") -> list[tuple[str, str]]:
-    """Items of the extraction task: a prompt with a message, and the order in it as one line of JSON."""
+    """Items of the extraction task: a prompt with a message, and the order in it as one line of JSON.
+
+    A space stands between the two, and belongs to the answer: tokenizers join it to what follows.
+    """
     check(EXTRACTION, split)
     lines = (assets.data_dir() / WRITTEN_FILE).read_text(encoding="utf-8").splitlines()
     items = [item for item in map(json.loads, lines) if item["split"] == WRITTEN[EXTRACTION, split]]
-    return [(f"Message: {item['message']}\nOrder: ", item["answer"]) for item in items]
+    return [(f"Message: {item['message']}\nOrder:", item["answer"]) for item in items]
 
 
 def check(corpus: str, split: str = "evaluation") -> None:
@@ -116,7 +119,7 @@ def _range(corpus: str, split: str) -> tuple[str, int]:
     if corpus in HUB:
         return _from_hub(corpus, split), 0
     if corpus == EXTRACTION:
-        return "".join(f"{prompt}{answer}\n\n" for prompt, answer in extraction(split)), 0
+        return "".join(f"{prompt} {answer}\n\n" for prompt, answer in extraction(split)), 0
     if (corpus, split) not in SPLITS:
         return _from_file(assets.find(corpus)), 0
     text = _embedded_text(corpus)

@@ -111,8 +111,8 @@ def refuse_adapter(technique: Technique, model: PreTrainedModel) -> None:
     """Raise RecipeError where a technique would change the weights under an adapter, which stay as they are."""
     if getattr(model, "peft_config", None) and not getattr(technique, "takes_adapter", False):
         raise RecipeError(
-            f"{technique.method} changes a model's own weights, and this one has an adapter beside them; put merge "
-            f"before {technique.method}, or {technique.method} before the adapter."
+            f"{technique.method} works on a model without an adapter, and this one has one; put merge before "
+            f"{technique.method}, or {technique.method} before the adapter."
         )
 
 

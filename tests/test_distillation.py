@@ -13,9 +13,11 @@ from edgelab.assets import AssetError
 from edgelab.model.blocks import bfloat16_is_fast
 from edgelab.model.divergences import TopK
 from edgelab.model.losses import Divergence, live
+from edgelab.model.marks import fingerprint
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.reference import load_tokenizer, resolve
 from edgelab.storage import outputs, variants
+from edgelab.storage.layers import ActivationGrid, packed_layers
 from edgelab.storage.stages import stage_keys
 from edgelab.techniques.distillation import (
     Distill,
@@ -365,3 +367,25 @@ def test_a_map_of_widths_is_of_the_seed(new_model):
         torch.manual_seed(disturbance)
         maps.append(Matched(None, student, teacher, 1.0, 0.0, seed=3).maps)
     assert all(torch.equal(*pair) for pair in zip(*(one.parameters() for one in maps), strict=True))
+
+
+def test_teachers_that_round_their_inputs_otherwise_are_others(new_model):
+    """The same integers, with a grid of the inputs for each token, one from calibration, and none."""
+    model = new_model("llama")
+    packed = parse("quantize.rtn:bits=8,group_size=0,symmetric=true").apply(model, Context())
+    found = [fingerprint(packed)]
+    for grid in (
+        ActivationGrid(), ActivationGrid(torch.tensor(0.1), torch.tensor(3.0)),
+        ActivationGrid(torch.tensor(0.2), torch.tensor(3.0)),
+    ):  # fmt: skip
+        for layer in packed_layers(packed).values():
+            layer.activation = grid
+        found.append(fingerprint(packed))
+    assert len(set(found)) == 4
+
+
+def test_the_last_token_of_a_window_tells_two_apart(new_model, home):
+    model = new_model("llama")
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    kept = KEPT(model, ids, "last", 0, 1.0)
+    torch.testing.assert_close(kept(ids)(slice(0, 6)), live(model)(ids)(slice(0, 6)), rtol=1e-2, atol=1e-2)

@@ -48,8 +48,8 @@ def test_every_answer_is_in_its_message():
 
 def test_as_a_corpus_it_holds_prompts_and_answers():
     prompt, answer = corpora.extraction()[0]
-    assert prompt.startswith("Message: ") and prompt.endswith("\nOrder: ")
-    assert corpora.read("extraction").startswith(f"{prompt}{answer}\n\nMessage: ")
+    assert prompt.startswith("Message: ") and prompt.endswith("\nOrder:")
+    assert corpora.read("extraction").startswith(f"{prompt} {answer}\n\nMessage: ")
     assert len(corpora.extraction("training")) == 1200 and len(corpora.extraction()) == 120
     with pytest.raises(CorpusError, match="not for calibration, so that texts never overlap"):
         corpora.read("extraction", "calibration")

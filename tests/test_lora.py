@@ -243,7 +243,7 @@ def test_settings_that_mean_nothing(recipe, sentence):
 
 
 def test_unknown_targets_are_listed(new_model):
-    with pytest.raises(RecipeError, match="no layer called k_prj; there are down_proj, gate_proj, k_proj"):
+    with pytest.raises(RecipeError, match="no linear layer called k_prj; there are down_proj, gate_proj, k_proj"):
         trained(new_model("llama"), targets="q_proj/k_prj")
 
 
@@ -263,7 +263,7 @@ def test_unknown_targets_are_listed(new_model):
 )
 def test_only_merge_follows_an_adapter(after, new_model):
     made, context = trained(new_model("llama"), steps=1)
-    with pytest.raises(RecipeError, match="has an adapter beside them; put merge before"):
+    with pytest.raises(RecipeError, match="without an adapter, and this one has one; put merge before"):
         parse(after).apply(made, context)
 
 
@@ -273,6 +273,41 @@ def test_a_residual_needs_weights_that_were_rounded_and_nothing_else(new_model):
     packed = INT4.apply(rounded, Context())
     with pytest.raises(RecipeError, match="makes up for rounding alone"):
         trained(packed, reference=reference, start="residual")
+
+
+@pytest.mark.parametrize("before", ["prune.magnitude:sparsity=0.5", "prune.channels:by=magnitude,share=0.5"])
+def test_a_residual_does_not_bring_back_what_was_removed(before, new_model):
+    reference = new_model("llama")
+    packed = INT4.apply(parse(before).apply(reference, Context()), Context())
+    with pytest.raises(RecipeError, match="makes up for rounding alone"):
+        trained(packed, reference=reference, start="residual")
+
+
+def test_a_residual_does_not_take_back_what_was_learned(new_model):
+    reference = new_model("llama")
+    packed = INT4.apply(parse("merge").apply(trained(reference)[0], Context()), Context())
+    context = Context(reference=reference)
+    context.record.train_tokens = 1000
+    with pytest.raises(RecipeError, match="something else has changed the weights"):
+        QLoRA(start="residual", steps=1, batch=2, length=24).started(packed, context)
+
+
+def test_adapters_are_trained_in_float32_whatever_the_base_is(new_model):
+    model = parse("quantize.bf16").apply(new_model("llama"), Context())
+    made, _ = trained(model)
+    layers = adapted_layers(made)
+    assert {layer.lora_A[NAME].weight.dtype for layer in layers.values()} == {torch.float32}
+    assert {layer.get_base_layer().weight.dtype for layer in layers.values()} == {torch.bfloat16}
+    assert made(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_an_adapter_that_does_not_agree_with_itself(new_model, tmp_path):
+    made, _ = trained(new_model("llama"), rank=4)
+    adapters.write(made, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"r": 4', '"r": 8'))
+    with pytest.raises(AdapterError, match="its settings say rank 8, and model"):
+        adapters.read(new_model("llama"), tmp_path)
 
 
 def test_a_rank_above_what_there_is_to_begin_from(new_model):

@@ -313,10 +313,10 @@ def test_trim_removes_what_was_unused_for_longest(source, monkeypatch):
     assert [entry.path for entry in cache.entries()] == [second, third, first]
     total = sum(entry.n_bytes for entry in cache.entries())
     monkeypatch.setenv("EDGELAB_CACHE_GB", str((total - 1) / 1e9))
-    cache.trim(keep=first)
+    cache.trim(first)
     assert [entry.path for entry in cache.entries()] == [third, first]
     monkeypatch.setenv("EDGELAB_CACHE_GB", "0")
-    cache.trim(keep=third)
+    cache.trim(third)
     assert [entry.path for entry in cache.entries()] == [third]
 
 

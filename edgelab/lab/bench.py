@@ -5,6 +5,7 @@ Arguments and results are JSON. What measurements return by name are fields of t
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import time
@@ -171,6 +172,8 @@ class Bench:
     def open(self) -> dict[str, Any]:
         """Load the variant. What the process needs without it is left out of its memory."""
         skeleton(variants.load_config(self.folder))
+        if variants.read_description(self.folder).adapter:
+            importlib.import_module("peft")  # a library is no weight of the adapter
         self.nothing_mb = memory.peak_rss_mb()
         started = time.perf_counter()
         session = self.session

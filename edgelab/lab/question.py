@@ -144,6 +144,8 @@ class Question:
             found["gate"] = parity.VERSION
         if read := [name for technique in self.recipe.techniques for name in reads(technique)]:
             found["reads"] = "+".join(read)
+        if any(one.part == "extraction" for one in self.measurements):
+            found["items"] = corpora.identity(corpora.EXTRACTION)
         return found | {one.name: one.version for one in self.measurements if self._applies(one)}
 
     @property
@@ -239,8 +241,8 @@ def quick(texts: list[str], settings: Settings, interleave: bool) -> list[Questi
     """As `ask`, from what earlier processes noted of techniques and measurements, without importing any.
 
     Good for looking up answers alone. None where nothing was noted, or a source file has changed since, or where this
-    process has imported techniques itself: what it knows may be newer than any file. None, too, where a setting is the
-    name of a file, which a technique has to look at.
+    process has imported techniques itself: what it knows may be newer than any file. None, too, where a technique has
+    to look at something outside, such as a file or another model.
     """
     if recipes.TECHNIQUES:
         return None
@@ -249,8 +251,18 @@ def quick(texts: list[str], settings: Settings, interleave: bool) -> list[Questi
         return None
     read = partial(recipes.canonical, known=catalogue)
     found = _ask(texts, settings, interleave, read, chosen(settings.only, described))
-    values = [value for one in found for call in one.recipe.calls for value in call.values.values()]
-    return None if any(isinstance(value, str) and assets.find(value) for value in values) else found
+    return None if any(_may_read(one.recipe) for one in found) else found
+
+
+def _may_read(recipe: Plain) -> bool:
+    """Whether a technique may have to look at something outside: a file, another model, or our own texts."""
+    values = [(name, value) for call in recipe.calls for name, value in call.values.items()]
+    nested = any(_may_read(value) for _, value in values if isinstance(value, Plain))
+    texts = [(name, value) for name, value in values if isinstance(value, str) and value]
+    return nested or any(
+        name == "model" or corpora.EXTRACTION in value.split("/") or assets.find(value) is not None
+        for name, value in texts
+    )
 
 
 def _ask(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def _adapter(technique: Trained) -> LoRA | None:
             f"{technique.method} with these settings holds more than a step of training does, such as a teacher; lora "
             "and qlora without dropout and dora are counted, and recover and distill with loss=ce."
         )
-    return technique if isinstance(technique, LoRA) else None
+    # Where it begins takes no memory, and a residual has to be found from the reference.
+    return replace(technique, start="zero") if isinstance(technique, LoRA) else None
 
 
 def training_memory(
@@ -93,11 +95,17 @@ def training_memory(
         0,
         lambda done, total: None,
     )
+    packing = _packing(folder)
+    if packing and adapter is None:
+        raise EdgeLabError(
+            f"{technique.method} trains float weights; put it before quantizing, or train qlora."
+        )
     counted = footprint(
         variants.load_config(folder),
         adapter,
-        **_packing(folder),
+        **packing,
         packed=False,
+        dtype=getattr(torch, variants.read_description(folder).dtype),
         half=bfloat16_is_fast(),
         batch=technique.batch,
         length=technique.length,

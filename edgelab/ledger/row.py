@@ -283,7 +283,7 @@ class Row:
         "cost",
         unit="MB",
         **LOWER,
-        meaning="Final hidden states, where they were kept.",
+        meaning="Final hidden states, or the likeliest tokens where a recipe asks for top_k.",
     )
     calibration_tokens: int | None = declared("Calibration tokens", "cost", **LOWER)
     notes: str | None = declared(

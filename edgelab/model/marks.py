@@ -60,9 +60,17 @@ def tensors_hash(model: PreTrainedModel, besides: str = "") -> str:
 
     digest = hashlib.sha256(besides.encode())
     tensors = model.state_dict()
-    for name, layer in model.named_modules():  # packed layers keep their matrices outside the state dict
+    for name, layer in model.named_modules():  # packed layers keep matrices and grids outside the state dict
         if hasattr(layer, "tensor"):
-            tensors |= {f"{name}.{part}": tensor for part, tensor in layer.tensor.stored()[0].items()}
+            parts, how = layer.tensor.stored()
+            grid = getattr(layer, "activation", None)
+            digest.update(f"{name} {sorted(how.items(), key=str)} {grid is not None}".encode())
+            parts |= (
+                {}
+                if grid is None
+                else {part: one for part, one in vars(grid).items() if torch.is_tensor(one)}
+            )
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())

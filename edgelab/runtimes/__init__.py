@@ -118,7 +118,7 @@ def exported(where: Deployment | str, variant: Path) -> Export | None:
         with cache.locked(variant):
             if not note.is_file():
                 _export(deployment, variant, folder)
-        cache.trim(keep=variant)
+        cache.trim(variant)
     return Export(folder, **json.loads(note.read_text()))
 
 

@@ -49,11 +49,10 @@ def attach(model: PreTrainedModel, config: LoraConfig, name: str = NAME) -> None
     """Put an adapter on the layers of a model that `config` names, packed ones too, in place; only it is trained."""
     from peft import inject_adapter_in_model
     from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    if (
-        not has_adapter(model) and not next(model.parameters()).is_meta
-    ):  # shapes alone have nothing to tell them apart
-        setattr(model, BASE, tensors_hash(model))
+    if not hasattr(model, BASE):
+        setattr(model, BASE, _hash_of(model))
     config._register_custom_module({PackedLinear: Linear})
     model.requires_grad_(False)
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
@@ -65,6 +64,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, name: str = NAME) -> None
                 "ignore", "Unsupported layer type|Already found a `peft_config`", UserWarning
             )
             inject_adapter_in_model(config, model, name)
+        cast_adapter_dtype(model, name)  # 16 bits are too coarse to train in
     finally:
         for layer in packed:
             del layer.qweight
@@ -113,19 +113,33 @@ def read(model: PreTrainedModel, folder: Path, name: str = NAME) -> None:
         tensors = {one.removeprefix(PREFIX): tensor for one, tensor in load_file(folder / WEIGHTS).items()}
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise AdapterError(f"{folder} holds no adapter of PEFT's ({str(error).splitlines()[0]}).") from None
-    _check_fits(model, tensors, folder)
-    noted = folder / BASE
-    if noted.is_file() and noted.read_text() != (getattr(model, BASE, None) or tensors_hash(model)):
+    _check_fits(model, tensors, config, folder)
+    noted, base = folder / BASE, getattr(model, BASE, None) or _hash_of(model)
+    if noted.is_file() and noted.read_text() != base:
         raise AdapterError(f"The adapter in {folder} was trained beside other weights than this model has.")
     config.init_lora_weights = True  # whatever they began from, they are known now
-    attach(model, config, name)
+    setattr(model, BASE, base)
+    try:
+        attach(model, config, name)
+    except ValueError as error:  # peft finds nothing to put it on
+        raise AdapterError(
+            f"The adapter in {folder} is of another model: {str(error).splitlines()[0]}"
+        ) from None
     set_peft_model_state_dict(model, tensors, name)
     for layer in adapted_layers(model).values():
         layer.requires_grad_(False)
 
 
-def _check_fits(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Raise AdapterError where the model has no layer of the name or the width that a tensor is for."""
+def _hash_of(model: PreTrainedModel) -> str:
+    """Of the tensors; shapes alone have nothing to tell them apart."""
+    return "" if next(model.parameters()).is_meta else tensors_hash(model)
+
+
+def _check_fits(model: PreTrainedModel, tensors: dict[str, Tensor], config: LoraConfig, folder: Path) -> None:
+    """Raise AdapterError where the model has no layer of the name or the width that a tensor is for.
+
+    And where a tensor has another rank than the settings say.
+    """
     modules = dict(model.named_modules())
     for place, tensor in tensors.items():
         found = PLACE.fullmatch(place)
@@ -139,6 +153,11 @@ def _check_fits(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path
             raise AdapterError(
                 f"The adapter in {folder} is of another model: {place} is {tuple(tensor.shape)}, and the layer has "
                 f"{inputs} inputs and {outputs} outputs."
+            )
+        if found["which"] and not config.rank_pattern and tensor.shape[1 - side] != config.r:
+            raise AdapterError(
+                f"The adapter in {folder} does not agree with itself: its settings say rank {config.r}, and {place} is "
+                f"{tuple(tensor.shape)}."
             )
 
 

@@ -99,7 +99,7 @@ def touch(path: Path) -> None:
         return
 
 
-def trim(keep: Path) -> None:
+def trim(*keep: Path) -> None:
     """Remove what was unused for longest until the cache is within $EDGELAB_CACHE_GB (default 20), but not `keep`.
 
     Drafts of processes that have ended go too.
@@ -112,7 +112,7 @@ def trim(keep: Path) -> None:
     for entry in found:
         if total <= limit:
             break
-        if entry.path != keep:
+        if entry.path not in keep:
             _remove(entry.path)
             total -= entry.n_bytes
 

@@ -36,10 +36,11 @@ class Checkpoint:
         """Keep tensors by name and what JSON can say; an earlier checkpoint is replaced whole."""
         with assets.staged(self.folder) as draft:
             draft.mkdir()
-            save_file(
-                {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-                draft / "state.safetensors",
-            )
+            whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            try:
+                save_file(whole, draft / "state.safetensors")
+            except SafetensorError as error:
+                raise assets.unwritable(self.folder.parent, error) from None
             (draft / "state.json").write_text(json.dumps(about))
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

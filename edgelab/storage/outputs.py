@@ -38,14 +38,16 @@ class _Kept:
     """
 
     def __init__(self, windows: Tensor, folder: Path, known: bool) -> None:
-        self.known, self.length = known, windows.shape[1]
+        self.known = known
         self.seconds: float = json.loads((folder / ABOUT).read_text())["seconds"]
         self.n_bytes = sum(file.stat().st_size for file in folder.glob("*.npy"))
-        self._places = {_name(window): place for place, window in enumerate(windows)}
+        # A student that is told the next token is given windows without their last one.
+        self._places = {_name(window[:-1]): place for place, window in enumerate(windows)}
+        self._places |= {_name(window): place for place, window in enumerate(windows)}
 
     def _read(self, array: np.ndarray, ids: Tensor) -> Tensor:
         """What is kept of windows (batch, time), (batch * time, ...). Raises KeyError for one that was not read."""
-        places = [self._places[_name(window)] for window in _whole(ids, self.length)]
+        places = [self._places[_name(window)] for window in ids]
         return torch.from_numpy(array[places][:, : ids.shape[1]]).flatten(0, 1)
 
 
@@ -80,13 +82,7 @@ class KeptTopK(_Kept):
 
 
 def _name(window: Tensor) -> bytes:
-    """A window without its last token, which a student that is told the next token is not given."""
-    return window[:-1].numpy().tobytes()
-
-
-def _whole(ids: Tensor, length: int) -> Tensor:
-    """Windows of this length; one that lacks its last token has any in its place."""
-    return ids if ids.shape[1] == length else torch.nn.functional.pad(ids, (0, length - ids.shape[1]))
+    return window.numpy().tobytes()
 
 
 def kept_outputs(
@@ -115,7 +111,7 @@ def kept_outputs(
                 else:
                     _write_states(read, windows, draft)
                 (draft / ABOUT).write_text(json.dumps({"seconds": time.perf_counter() - started}))
-            cache.trim(keep=folder)
+            cache.trim(folder)
         cache.touch(folder)
         return KeptTopK(windows, folder, known) if top_k else KeptStates(model, windows, folder, known)
 
@@ -125,7 +121,8 @@ def _read(model: PreTrainedModel, windows: Tensor, progress: Callable[[int, int]
     """Final hidden states of some windows after the other, (batch, time, hidden)."""
     for first in range(0, len(windows), BATCH):
         with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-            yield hidden_states(model, windows[first : first + BATCH])
+            states = hidden_states(model, windows[first : first + BATCH])
+        yield states
         progress(min(first + BATCH, len(windows)), len(windows))
 
 

@@ -85,7 +85,7 @@ def build(recipe: Recipe, source: Source, seed: int, progress: Callable[[int, in
         with cache.locked(folder):
             if not is_whole(folder):
                 _make(recipe, source, seed, progress, folder)
-        cache.trim(keep=folder)
+        cache.trim(*filter(None, (folder, parent_of(folder))))
     cache.touch(folder)
     return folder
 
@@ -97,10 +97,19 @@ def _make(
     record = Record()
     reference = load_model(source, notes=record.notes)
     before = max((done for done in kept_stages(recipe)[:-1]), default=0)
-    model, spent = reference, 0.0
+    model, spent, aside = (
+        reference,
+        0.0,
+        0.0,
+    )  # aside: seconds of making other variants, which have costs of their own
 
     def variant(wanted: Recipe, name: str) -> PreTrainedModel:
-        return load(build(wanted, resolve(name) if name else source, seed, progress))
+        nonlocal aside
+        started = time.perf_counter()
+        try:
+            return load(build(wanted, resolve(name) if name else source, seed, progress))
+        finally:
+            aside += time.perf_counter() - started
 
     outputs = partial(kept_outputs, progress=progress)
     context = Context(seed, progress, tokenizer, record, reference, variant=variant, outputs=outputs)
@@ -119,12 +128,14 @@ def _make(
         context.stage = keys[place]
         record.numbers.clear()  # they are of the model that this technique is given
         torch.manual_seed(seed)
-        started, trained, spared = time.perf_counter(), len(record.curve), record.spared_s
+        started, trained, spared, aside = time.perf_counter(), len(record.curve), record.spared_s, 0.0
         refuse_adapter(technique, model)
         model = technique.apply(model, context)
         # A run that went on from a checkpoint has cost what it took before, too.
-        spent += max([time.perf_counter() - started, *(point["seconds"] for point in record.curve[trained:])])
-        spent += record.spared_s - spared
+        took = time.perf_counter() - started - aside
+        spent += (
+            max([took, *(point["seconds"] for point in record.curve[trained:])]) + record.spared_s - spared
+        )
     origin = {
         "recipe": recipe.weights,
         "model": source.name,
@@ -196,7 +207,10 @@ def save_adapter(model: PreTrainedModel, folder: Path, origin: dict[str, object]
     about |= {"adapter": adapters.kind(model), "adapter_of": parent.name}
     with assets.staged(folder) as draft:
         draft.mkdir()
-        adapters.write(model, draft)
+        try:
+            adapters.write(model, draft)
+        except SafetensorError as error:
+            raise assets.unwritable(folder.parent, error) from None
         for file in parent.iterdir():
             if (
                 file.is_file() and file.suffix != ".safetensors" and file.name != ABOUT
@@ -356,7 +370,11 @@ def _load_adapter(folder: Path, parent: Path) -> PreTrainedModel:
     model = load(parent)
     try:
         adapters.read(model, folder)
-    except (OSError, SafetensorError, adapters.AdapterError) as error:
+    except adapters.AdapterError as error:
+        raise VariantError(
+            f"{str(error).rstrip('.')}, which were made again since; remove that folder, and measuring makes it anew."
+        ) from None
+    except (OSError, SafetensorError) as error:
         raise _damaged(folder, str(error).split("\n")[0]) from None
     return model.eval()
 

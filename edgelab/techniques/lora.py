@@ -117,8 +117,8 @@ class LoRA(Trained):
         unknown = [part for part in self.targets.split("/") if part not in (*GROUPS, *kinds)]
         if unknown or not chosen:
             raise RecipeError(
-                f"{self.method}:targets={self.targets} names no layer called {', '.join(unknown) or 'so'}; there are "
-                f"{', '.join(kinds)}, all and attention."
+                f"{self.method}:targets={self.targets} finds no linear layer"
+                f"{' called ' if unknown else ''}{', '.join(unknown)}; there are {', '.join(kinds)}, and all of them."
             )
         rounded = next((name for name, one in chosen.items() if getattr(one, "activation", None)), None)
         if rounded is not None:
@@ -196,10 +196,20 @@ class LoRA(Trained):
         changed = [
             name for name, one in own.items() if name not in theirs or not torch.equal(one, theirs[name])
         ]
-        if changed or (self.targets == "all" and count[0] != count[1]):
+        narrowed = [
+            name
+            for name, layer in adapted_layers(model).items()
+            if (layer.out_features, layer.in_features) != tuple(theirs[f"{name}.weight"].shape)
+        ]
+        what = next(iter([*changed, *narrowed]), "")
+        if marks_of(model).pruned or context.record.train_tokens:
+            what = "the weights"
+        if not what and self.targets == "all" and count[0] != count[1]:
+            what = "how many layers there are"
+        if what:
             raise RecipeError(
-                f"{self.method}:start=residual makes up for rounding alone, and something else has changed "
-                f"{changed[0] if changed else 'how many layers there are'} before; use start=zero."
+                f"{self.method}:start=residual makes up for rounding alone, and something else has changed {what} "
+                "before; use start=zero."
             )
 
     @torch.no_grad()

@@ -44,6 +44,10 @@ class Recover(Trained):
         if self.adapter == "none" and self.rank != type(self).rank:
             raise RecipeError(f"recover:rank={self.rank} belongs to adapter=lora.")
 
+    def reads(self) -> list[str]:
+        """A text file, and with an adapter the version of lora."""
+        return [*super().reads(), *([f"lora, version {LoRA.version}"] if self.adapter == "lora" else [])]
+
     def apply(self, model: PreTrainedModel, context: Context) -> PreTrainedModel:
         """A copy of the model, trained; zeros of single weights stay where pruning has put them."""
         if self.adapter == "lora":

@@ -31,9 +31,8 @@ def adapter_trials(
 ) -> ipywidgets.VBox:
     """Choose a rank and where the adapter sits: see the row where there is one, or train it now and watch.
 
-    Training stops at the button's second press or at its end. A stopped run is kept, and goes on from there when it is
-    started again. steps: of every run. corpus: to train on, and whose first `windows` windows are scored. saved: as
-    `ledger.frame()`, which is the default.
+    A run that is stopped is kept, and goes on from there when it is started again. steps: of every run. corpus: to
+    train on, and whose first `windows` windows are scored. saved: as `ledger.frame()`, which is the default.
     """
     saved, source = ledger.frame() if saved is None else saved, resolve(model)
     rank = ipywidgets.SelectionSlider(options=RANKS, value=8, description="Rank", **WIDE)
@@ -60,6 +59,8 @@ def adapter_trials(
         points = curve_of(parse(chosen()), source)
         if points:
             image.draw(training_curve({f"rank {rank.value}": points}, "Cross-entropy", 5))
+        else:
+            image.value = ""
 
     def add(new: list[Row]) -> None:
         measured.extend(new)
@@ -98,7 +99,7 @@ def _when_it_grows(points: Callable[[], list[Point]], draw: Callable[[], None]) 
 
 
 def curve_of(recipe: Recipe, source: Source, seed: int = 0) -> list[Point]:
-    """The curve of the last training in a recipe: of a finished variant, or as far as a run of it has come."""
+    """The curve of a recipe that trains once: of a finished variant, or as far as a run of it has come."""
     folder = variants.address(recipe, source, seed)
     if variants.is_whole(folder):
         return variants.read_about(folder)["record"]["curve"]
