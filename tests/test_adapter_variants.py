@@ -164,6 +164,16 @@ def test_recovery_beside_the_weights_follows_every_removal(removal, may_merge, t
             build(f"{text} + merge", source)
 
 
+def test_an_adapter_whose_base_was_made_again_otherwise(tiny):
+    folder = build(LORA, resolve(str(tiny)))
+    base = variants.parent_of(folder) / "model.safetensors"
+    tensors = load_file(base)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, base, metadata={"format": "pt"})
+    with pytest.raises(VariantError, match="which were made again since; remove that folder"):
+        variants.load(folder)
+
+
 def test_a_damaged_adapter_gives_one_sentence(tiny):
     folder = build(LORA, resolve(str(tiny)))
     (folder / "adapter_model.safetensors").write_bytes(b"no tensors")

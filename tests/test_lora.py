@@ -243,7 +243,9 @@ def test_settings_that_mean_nothing(recipe, sentence):
 
 
 def test_unknown_targets_are_listed(new_model):
-    with pytest.raises(RecipeError, match="no linear layer called k_prj; there are down_proj, gate_proj, k_proj"):
+    with pytest.raises(
+        RecipeError, match="no linear layer called k_prj; there are down_proj, gate_proj, k_proj"
+    ):
         trained(new_model("llama"), targets="q_proj/k_prj")
 
 

@@ -40,6 +40,10 @@ class AdapterError(EdgeLabError):
     """An adapter that does not belong to the model."""
 
 
+class OtherWeights(AdapterError):
+    """An adapter that was trained beside other weights of the same shapes."""
+
+
 def has_adapter(model: PreTrainedModel) -> bool:
     """Whether layers carry an adapter."""
     return bool(getattr(model, "peft_config", None))
@@ -116,7 +120,7 @@ def read(model: PreTrainedModel, folder: Path, name: str = NAME) -> None:
     _check_fits(model, tensors, config, folder)
     noted, base = folder / BASE, getattr(model, BASE, None) or _hash_of(model)
     if noted.is_file() and noted.read_text() != base:
-        raise AdapterError(f"The adapter in {folder} was trained beside other weights than this model has.")
+        raise OtherWeights(f"The adapter in {folder} was trained beside other weights than this model has.")
     config.init_lora_weights = True  # whatever they began from, they are known now
     setattr(model, BASE, base)
     try:

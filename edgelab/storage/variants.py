@@ -370,11 +370,11 @@ def _load_adapter(folder: Path, parent: Path) -> PreTrainedModel:
     model = load(parent)
     try:
         adapters.read(model, folder)
-    except adapters.AdapterError as error:
+    except adapters.OtherWeights as error:
         raise VariantError(
             f"{str(error).rstrip('.')}, which were made again since; remove that folder, and measuring makes it anew."
         ) from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, adapters.AdapterError) as error:
         raise _damaged(folder, str(error).split("\n")[0]) from None
     return model.eval()
 
