@@ -228,7 +228,7 @@ def test_an_adapter_is_trained_live_and_a_hotter_teacher_is_covered_by_more(
         expect(covered).not_to_have_attribute("data-kl", str(before), timeout=20_000)
         assert int(covered.get_attribute("data-kl")) > before
 
-        trials = page.locator(".widget-vbox", has=page.get_by_role("button", name="Measure live")).last
+        trials = page.locator(".widget-vbox", has=page.get_by_role("button", name="Measure live")).first
         trials.get_by_role("button", name="Measure live").click()
         expect(trials.get_by_text("to go.")).to_be_visible(timeout=60_000)
         expect(trials.locator("select").first).to_be_disabled()
