@@ -201,7 +201,7 @@ removing: fetch
 	$(BIN)/edgelab ledger export data/reference/removing.jsonl
 
 # Half a model as a student: which blocks, which lesson, at the same steps; with a teacher and without at the same
-# seconds, three seeds; and the longest runs, in 4 bits on the fastest engine, too. About three and a half hours.
+# seconds, three seeds; and the longest runs, in 4 bits on the fastest engine, too. Three and a half hours, by its steps.
 HALF := prune.layers:keep=15
 LOSSES := loss=kl loss=ce loss=reverse_kl loss=jsd loss=skew_kl,mix=0.1 loss=logits hidden=1 fresh=true
 OTHERS := $(HALF),by=even $(HALF),by=influence prune.layers:drop=8/9/10/11/12/13/14/15/16/17/18/19/20/21/22

@@ -19,12 +19,8 @@ from typing import Any, Literal, NamedTuple
 from edgelab.errors import EdgeLabError
 
 DEFAULT_DEPLOYMENT = "torch"
-ADDITIONS = (
-    "recover",
-    "merge",
-    "prune.store",
-    "quantize.embedding",
-)  # behind others, which a recipe is about
+# behind others, which a recipe is about
+ADDITIONS = ("recover", "merge", "prune.store", "quantize.embedding")
 SIBLINGS = {"qlora": "lora"}  # families that are one
 Kind = Literal["int", "float", "bool", "str", "choice", "recipe"]
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgelab.devices.catalogue import Device
+from edgelab.devices.catalogue import Device, with_room
 from edgelab.devices.shapes import models
 from edgelab.errors import EdgeLabError
 from edgelab.lab.training_memory import training_memory
 from edgelab.model.losses import cross_entropy
 from edgelab.recipes import Context
-from edgelab.techniques.footprint import Living, fitting, footprint
+from edgelab.techniques.footprint import Living, footprint
 from edgelab.techniques.lora import LoRA, QLoRA
 
 CONFIG = LlamaConfig(
@@ -114,7 +114,7 @@ def test_published_counts_of_an_adapter(model, targets, trained):
 
 def test_devices_with_room():
     small, large = Device("small", "phone", 4), Device("large", "server", 64)
-    assert fitting(5, [small, large]) == ["large"] and fitting(1, [small, large]) == ["small", "large"]
+    assert with_room(5, [small, large]) == [large] and with_room(1, [small, large]) == [small, large]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from edgelab import lab, ledger, recipes
 from edgelab.errors import EdgeLabError
-from edgelab.lab import road
+from edgelab.lab import question, road
 from edgelab.measure import MEASUREMENTS, isolation, parity, protocols
 from edgelab.storage import cache, variants
 
@@ -288,6 +288,26 @@ def test_a_plan_names_prerequisites_first_and_each_once(settings):
     lab.measure(of_4, only="quality", **settings)
     rows = [step for step in planned(recipes, only="quality", **settings) if step[1] is None]
     assert [step[2] for step in rows] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lora:corpus=extraction",  # of which the project has a file
+        "distill:model=somebody/some-model",
+        "distill:teacher=(recover:loss=ce,text=mine.txt)",
+    ],
+)
+def test_what_is_read_from_outside_is_not_answered_from_memory(text, tiny, tmp_path, monkeypatch):
+    """A quick look-up imports no technique, and cannot know what such a recipe reads now."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("Once upon a time.\n" * 100)
+    settings = lab.Settings(model=str(tiny), only="extraction")
+    question.ask(["none"], settings, False)
+    monkeypatch.setattr(recipes, "TECHNIQUES", {})
+    (known,) = question.quick(["lora:corpus=stories"], settings, False)
+    assert known.made_by["extraction reads"].startswith("extraction.jsonl-")
+    assert question.quick(["lora:corpus=stories", text], settings, False) is None
 
 
 def test_a_teacher_is_made_before_its_student_and_each_stage_is_estimated_once(settings):

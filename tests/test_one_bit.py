@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from edgelab.recipes import Context, RecipeError, parse
 from edgelab.runtimes import load
 from edgelab.runtimes.eager import Int4Linear, kernel_for
-from edgelab.storage import variants
+from edgelab.storage import sizes, variants
 from edgelab.storage.layers import PackedLinear
 from edgelab.techniques.quantization.one_bit import Binary, Ternary, quantize_binary, quantize_ternary
 from edgelab.techniques.quantization.rtn import GroupSizeError, linear_layers
@@ -77,7 +77,7 @@ def test_a_variant_comes_back_and_has_the_size_counted_by_hand(tiny_reference, t
     ids = torch.arange(2, 40)[None]
     with torch.inference_mode():
         assert torch.equal(back(ids).logits, rounded(ids).logits)
-    size = variants.measure_size(rounded, *variants.stored_tensors(rounded))
+    size = sizes.measure_size(rounded, *variants.stored_tensors(rounded))
     # Two blocks: q and o 64 x 64, k and v 32 x 64, gate and up 192 x 64, down 64 x 192.
     weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 192 * 64)
     bits = {"ternary": 2, "binary": 1}[kind]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from edgelab import assets, recipes, reference
 from edgelab.errors import EdgeLabError
 from edgelab.recipes import Context, parse
-from edgelab.storage import cache, stages, variants
+from edgelab.storage import cache, sizes, stages, variants
 from edgelab.storage.variants import VariantError
 
 RECIPES = (
@@ -117,10 +117,10 @@ TINY_LAYER = {
 )
 def test_size_of_the_tiny_model_by_hand(text, linear, scales, embedding, tiny_reference, tmp_path):
     variants.save(apply(text, tiny_reference.model), tmp_path / "variant", {})
-    size = variants.Size(**variants.read_about(tmp_path / "variant")["size"])
+    size = sizes.Size(**variants.read_about(tmp_path / "variant")["size"])
     width = 2 if text == "quantize.bf16" else 4
     norms = 5 * 64 * width
-    assert size == variants.Size(98_304 + 300 * 64 + 5 * 64, linear, embedding, scales, norms)
+    assert size == sizes.Size(98_304 + 300 * 64 + 5 * 64, linear, embedding, scales, norms)
     assert size.total_bytes == linear + embedding + scales + norms
     if text.startswith("quantize.rtn:bits=4,group_size=64") and "symmetric" not in text:
         one = sum_by_hand(TINY_LAYER, 4, 64)
@@ -145,7 +145,7 @@ def test_bytes_in_the_file_are_the_bytes_counted(layout, new_model, tmp_path):
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         raw = (tmp_path / "variant" / "model.safetensors").read_bytes()
         header = int.from_bytes(raw[:8], "little")
-        size = variants.Size(**variants.read_about(tmp_path / "variant")["size"])
+        size = sizes.Size(**variants.read_about(tmp_path / "variant")["size"])
         assert len(raw) - 8 - header == size.total_bytes + buffers
 
 
@@ -452,8 +452,8 @@ def test_size_of_the_embedded_model_by_hand(text, bits, group_size, embedding_bi
     monkeypatch.setattr(cache, "place", lambda kind: tmp_path / kind)
     folder = variants.build(parse(text), reference.resolve(), 0, ignore)
     try:
-        size = variants.Size(**variants.read_about(folder)["size"])
-        assert size == variants.Size(134_515_008, integers, embedding, scales, 61 * 576 * 4)
+        size = sizes.Size(**variants.read_about(folder)["size"])
+        assert size == sizes.Size(134_515_008, integers, embedding, scales, 61 * 576 * 4)
         total = {(4, 0): 170_618_112, (4, 8): 85_830_912, (8, 0): 220_021_632}[bits, embedding_bits]
         assert size.total_bytes == total
         assert (folder / "model.safetensors").stat().st_size == pytest.approx(size.total_bytes, rel=0.02)

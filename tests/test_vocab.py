@@ -21,7 +21,7 @@ from edgelab.measure.perplexity import PerplexitySum, Window, retokenized, slice
 from edgelab.measure.protocols import PROTOCOLS
 from edgelab.recipes import Context, RecipeError, Record, parse, register
 from edgelab.reference import load, load_model, load_tokenizer, resolve
-from edgelab.storage import variants
+from edgelab.storage import sizes, variants
 from edgelab.storage.stages import address
 from edgelab.techniques.pruning.vocab import made_on_the_way, times_made
 
@@ -452,7 +452,7 @@ def test_on_the_embedded_model():
     changed = parse("prune.vocab:keep=16384").apply(model, context)
     made = context.tokenizer
     tensors, matrices = variants.stored_tensors(changed)
-    size = variants.measure_size(changed, tensors, matrices)
+    size = sizes.measure_size(changed, tensors, matrices)
     assert size.embedding_bytes == 16_384 * 576 * 4 and size.parameters == 134_515_008 - 32_768 * 576
     numbers, vocab = original_numbers(made, tokenizer), tokenizer.get_vocab()
     wiki = corpora.read("wiki")[:1000]

@@ -3,7 +3,7 @@
 `data/models.csv` and `data/devices.csv` hold the figures and where they come from.
 """
 
-from edgelab.devices.catalogue import Device, catalogue, this_machine
+from edgelab.devices.catalogue import Device, catalogue, this_machine, with_room
 from edgelab.devices.fitting import STORED_AS, Fit, fit_engines
 from edgelab.devices.memory import (
     OPTIMIZER_MOMENTS,
@@ -78,4 +78,5 @@ __all__ = [
     "token_bytes",
     "tokens_per_charge",
     "training_memory",
+    "with_room",
 ]

@@ -82,6 +82,12 @@ def catalogue() -> list[Device]:
     )
 
 
+def with_room(need_gb: float, devices: list[Device] | None = None) -> list[Device]:
+    """The devices, by default those of the catalogue, that have at least so many GB for a model."""
+    known = catalogue() if devices is None else devices
+    return [device for device in known if device.room_gb is not None and device.room_gb >= need_gb]
+
+
 @cache
 def _usable_shares() -> dict[str, float]:
     """Of each class in the catalogue, the smallest share of its memory that is usable."""

@@ -144,8 +144,9 @@ class Question:
             found["gate"] = parity.VERSION
         if read := [name for technique in self.recipe.techniques for name in reads(technique)]:
             found["reads"] = "+".join(read)
-        if any(one.part == "extraction" for one in self.measurements):
-            found["items"] = corpora.identity(corpora.EXTRACTION)
+        for one in self.measurements:
+            if one.corpus:
+                found[f"{one.name} reads"] = corpora.identity(one.corpus)
         return found | {one.name: one.version for one in self.measurements if self._applies(one)}
 
     @property

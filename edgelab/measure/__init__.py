@@ -110,7 +110,8 @@ class Measurement:
     """A quantity: its name, the part of a row it belongs to (what `only` names), what it needs, the fields it fills.
 
     version: raise it when the same model gives other numbers. text: whether it reads the text of the question, so that
-    another text, protocol or number of windows is another question.
+    another text, protocol or number of windows is another question. corpus: a text of its own, where its content may
+    change and would make another question, too.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Measurement:
     version: int
     text: bool
     run: Callable[..., Any] | None
+    corpus: str = ""
 
 
 MEASUREMENTS: dict[str, Measurement] = {}
@@ -133,11 +135,12 @@ def measurement(
     fields: tuple[str, ...] | dict[str, Field],
     version: int = 1,
     text: bool | None = None,
+    corpus: str = "",
 ) -> Callable[[Callable], Callable]:
     """Enter a function as a measurement. Raises UndeclaredField for a field that nobody declares.
 
     fields: names of fields of Row; one that is no part of edgelab gives a dictionary of names and declarations. text:
-    as it needs logits, where left out.
+    as it needs logits, where left out. corpus: a text of its own, if it reads one that may change.
     """
     reads = needs == "logits" if text is None else text
     if isinstance(fields, dict):
@@ -148,7 +151,7 @@ def measurement(
         )
 
     def enter(run: Callable) -> Callable:
-        MEASUREMENTS[name] = Measurement(name, part, needs, tuple(fields), version, reads, run)
+        MEASUREMENTS[name] = Measurement(name, part, needs, tuple(fields), version, reads, run, corpus)
         return run
 
     return enter

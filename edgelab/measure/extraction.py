@@ -21,6 +21,7 @@ ITEMS_FAST = 6
     "extraction",
     part="extraction",
     needs="session",
+    corpus=corpora.EXTRACTION,
     fields=(
         "extraction",
         "extraction_items",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelab.measure import Subject, measurement
-from edgelab.storage.variants import parent_of
+from edgelab.storage.stages import parent_of
 
 if TYPE_CHECKING:
     from edgelab.storage.description import Description

@@ -65,11 +65,8 @@ def tensors_hash(model: PreTrainedModel, besides: str = "") -> str:
             parts, how = layer.tensor.stored()
             grid = getattr(layer, "activation", None)
             digest.update(f"{name} {sorted(how.items(), key=str)} {grid is not None}".encode())
-            parts |= (
-                {}
-                if grid is None
-                else {part: one for part, one in vars(grid).items() if torch.is_tensor(one)}
-            )
+            if grid is not None:
+                parts |= {part: one for part, one in vars(grid).items() if torch.is_tensor(one)}
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -48,11 +48,19 @@ def address(recipe: Recipe, source: Source, seed: int) -> Path:
 
 def is_whole(folder: Path) -> bool:
     """Whether a variant is there: its folder appears at once. An adapter needs what it stands on as well."""
+    if not (folder / ABOUT).is_file():
+        return False
     try:
-        below = json.loads((folder / ABOUT).read_text()).get("adapter_of")
-    except (OSError, ValueError):
-        return (folder / ABOUT).is_file()  # a damaged one is there, and says so when it is read
-    return below is None or is_whole(folder.parent / below)
+        parent = parent_of(folder)
+    except VariantError:  # a damaged one is there, and says so when it is read
+        return True
+    return parent is None or is_whole(parent)
+
+
+def parent_of(folder: Path) -> Path | None:
+    """The variant that an adapter stands on; None for a variant with weights of its own."""
+    below = read_about(folder).get("adapter_of")
+    return None if below is None else folder.parent / below
 
 
 def kept_stages(recipe: Recipe) -> list[int]:

@@ -13,7 +13,7 @@ import shutil
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,7 @@ from edgelab.storage.description import Description, from_json
 from edgelab.storage.layers import ActivationGrid, PackedEmbedding, PackedLinear, packed_layers
 from edgelab.storage.matrix import Matrix
 from edgelab.storage.outputs import kept_outputs
+from edgelab.storage.sizes import INPUT_PARTS, measure_size
 from edgelab.storage.stages import (
     ABOUT,
     FORMAT,
@@ -43,36 +44,13 @@ from edgelab.storage.stages import (
     address,
     is_whole,
     kept_stages,
+    parent_of,
     read_about,
     stage_keys,
 )
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-INPUT_PARTS = ("input_scale", "input_zero_point")
-
-
-@dataclass(frozen=True)
-class Size:
-    """Bytes of the stored tensors, by part, and the parameters they stand for."""
-
-    parameters: int
-    linear_bytes: int
-    embedding_bytes: int
-    scales_bytes: int  # scales and zero-points, wherever they belong
-    other_bytes: int
-    adapter_bytes: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return (
-            self.linear_bytes
-            + self.embedding_bytes
-            + self.scales_bytes
-            + self.other_bytes
-            + self.adapter_bytes
-        )
 
 
 def build(recipe: Recipe, source: Source, seed: int, progress: Callable[[int, int], None]) -> Path:
@@ -280,39 +258,7 @@ def stored_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str,
     return tensors, matrices
 
 
-def measure_size(model: PreTrainedModel, tensors: dict[str, Tensor], matrices: dict[str, dict]) -> Size:
-    """Count the bytes of stored weights by part. The embedding part holds the embedding and an untied head.
-
-    Buffers (rotary frequencies, a few hundred bytes) are stored, but they are no weights.
-    """
-    buffers = {name for name, _ in model.named_buffers()}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    embeddings = {name for name, module in model.named_modules() if module in ends}
-    sides = {name: layer.tensor.side | {*INPUT_PARTS} for name, layer in packed_layers(model).items()}
-    parts = dict.fromkeys(("linear", "embedding", "scales", "other"), 0)
-    parameters = sum(how["shape"][0] * how["shape"][1] for how in matrices.values() if "shape" in how)
-    for name in tensors.keys() - buffers:
-        tensor = tensors[name]
-        layer, _, kind = name.rpartition(".")
-        if layer in matrices and kind in sides[layer]:
-            part = "scales"
-        elif layer in embeddings:
-            part = "embedding"
-        else:
-            part = "linear" if tensor.dim() == 2 or (layer in matrices and kind != "bias") else "other"
-        parts[part] += tensor.nbytes
-        if layer not in matrices or kind == "bias":
-            parameters += tensor.numel()
-    return Size(parameters, *(parts[part] for part in ("linear", "embedding", "scales", "other")))
-
-
 # Loading
-
-
-def parent_of(folder: Path) -> Path | None:
-    """The variant that an adapter stands on; None for a variant with weights of its own."""
-    below = read_about(folder).get("adapter_of")
-    return None if below is None else folder.parent / below
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -31,7 +31,6 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from edgelab.devices.catalogue import Device, catalogue
 from edgelab.devices.memory import MemoryNeed
 from edgelab.devices.shapes import ModelShape
 from edgelab.model.losses import cross_entropy
@@ -212,9 +211,3 @@ def _materialize(model: PreTrainedModel) -> None:
         if isinstance(module, PackedLinear):
             parts = {name: tensor(one) for name, one in vars(module.tensor).items() if torch.is_tensor(one)}
             module.tensor = dataclasses.replace(module.tensor, **parts)
-
-
-def fitting(need_gb: float, devices: list[Device] | None = None) -> list[str]:
-    """The devices, by default those of the catalogue, in whose memory so many GB have room."""
-    everything = catalogue() if devices is None else devices
-    return [device.name for device in everything if device.room_gb and device.room_gb >= need_gb]

@@ -4,12 +4,18 @@ JupyterLab with ipykernel 7 can handle widget messages on a second thread, where
 their target. A Figure that is rendered and put into HTML needs neither.
 """
 
+from __future__ import annotations
+
 import base64
 import html
+from typing import TYPE_CHECKING
 
 import ipywidgets
 
 from edgelab.plots.style import Chart
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BITS = tuple(range(2, 9))
 GROUP_SIZES = (32, 64, 96, 192, 0)  # 0: a whole row
@@ -33,3 +39,15 @@ class Picture(ipywidgets.HTML):
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         style = f"width:{self.pixels}px;max-width:100%"
         self.value = f'<img src="{source}" alt="{html.escape(about["alt"])}" style="{style}">'
+
+
+def written_by(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+    """What a model in memory writes after a prompt, greedily; it stays as it is."""
+    from edgelab.measure.sample import write  # widgets over saved rows do without torch
+    from edgelab.runtimes.eager import Eager
+
+    session = Eager(model)
+    try:
+        return write(session, tokenizer, prompt, tokens)
+    finally:
+        session.close()

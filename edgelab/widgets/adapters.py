@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 
 import ipywidgets
 
-from edgelab.measure.sample import write
-from edgelab.runtimes.eager import Eager
 from edgelab.storage import adapters
-from edgelab.widgets import WIDE
+from edgelab.widgets import WIDE, written_by
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,11 +55,7 @@ def written_with(model: PreTrainedModel, reference: Reference, name: str, prompt
     adapters.use(model, None if name == NOTHING else name)
     switch_ms = 1e3 * (time.perf_counter() - started)
     held = 0 if name == NOTHING else sum(one.nbytes for one in adapters.adapter_tensors(model, name).values())
-    session = Eager(model)
-    try:
-        written = write(session, reference.tokenizer, prompt, tokens)
-    finally:
-        session.close()
+    written = written_by(model, reference.tokenizer, prompt, tokens)
     return (
         f'<span class="edgelab-adapter" data-mb="{held / 1e6:.3f}">Switched in {switch_ms:.0f} ms; '
         f"{held / 1e6:.1f} MB beside the base of {_bytes(reference.model) / 1e6:.0f} MB.</span><br>"

@@ -10,11 +10,10 @@ import ipywidgets
 
 from edgelab.errors import EdgeLabError
 from edgelab.ledger import Row
-from edgelab.measure.sample import write
 from edgelab.model.blocks import block_list
 from edgelab.recipes import parse
-from edgelab.runtimes.eager import Eager
 from edgelab.techniques.pruning.layers import without
+from edgelab.widgets import written_by
 from edgelab.widgets.live import Live
 
 if TYPE_CHECKING:
@@ -92,13 +91,10 @@ def written_without(reference: Reference, gone: set[int], prompt: str, tokens: i
     if len(gone) == count:
         return "Every block is ticked; leave at least one."
     model = without(reference.model, gone)
-    session = Eager(model)
     try:
-        text = write(session, reference.tokenizer, prompt, tokens)
+        text = written_by(model, reference.tokenizer, prompt, tokens)
     except EdgeLabError as error:
         return html.escape(str(error))
-    finally:
-        session.close()
     return (
         f'<span class="edgelab-layers" data-blocks="{count - len(gone)}"><b>{count - len(gone)} of {count}</b> blocks, '
         f"{_parameters(model) / _parameters(reference.model):.1%} of the parameters:</span><br>"

@@ -87,12 +87,13 @@ def adapter_trials(
 
 def _when_it_grows(points: Callable[[], list[Point]], draw: Callable[[], None]) -> Callable[[], None]:
     """Draw, but only where there are more points than before: a picture takes longer than a look."""
-    before = [0]
+    before = 0
 
     def look() -> None:
+        nonlocal before
         count = len(points())
-        if count != before[0]:
-            before[0] = count
+        if count != before:
+            before = count
             draw()
 
     return look
@@ -103,12 +104,10 @@ def curve_of(recipe: Recipe, source: Source, seed: int = 0) -> list[Point]:
     folder = variants.address(recipe, source, seed)
     if variants.is_whole(folder):
         return variants.read_about(folder)["record"]["curve"]
-    keys = variants.stage_keys(recipe, source, seed)
-    for place in reversed(range(len(recipe.techniques))):
-        technique = recipe.techniques[place]
+    stages = variants.stage_keys(recipe, source, seed)
+    for stage, technique in zip(stages, recipe.techniques, strict=False):  # the last stage is the result
         if isinstance(technique, Trained):
-            kept = technique.checkpoint(Context(seed=seed, stage=keys[place]))
-            return [] if kept is None else kept.points()
+            return technique.checkpoint(Context(seed=seed, stage=stage)).points()
     return []
 
 
