@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.methods import METHOD_COLOURS
@@ -54,7 +54,7 @@ def rank_lines(spectra: Mapping[str, np.ndarray], marked: int = 8) -> Chart:
         at[name] = middle[min(marked, len(ranks)) - 1]
     axes.axvline(marked, color=GREY, linewidth=1, linestyle=":")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(0, 102)
     axes.set_xlabel("Rank")
@@ -88,7 +88,7 @@ def rank_sweep(points: pd.DataFrame, levels: Mapping[str, float]) -> Chart:
             1, level, f" {name}: {level:.2f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8.5
         )
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.margins(y=0.18)
     axes.set_xlabel("Rank of the adapter, with its bytes")
     axes.set_ylabel("Perplexity, lower is better")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from edgelab.plots.labels import Mark, label_marks
 from edgelab.plots.methods import METHOD_COLOURS
@@ -63,7 +63,7 @@ def covering_and_seeking(teacher: np.ndarray, tokens: Sequence[str]) -> Chart:
     left.set_xlabel("Probability of the next token")
     style_axes(left, "The teacher (bars) and both students (dots)")
     right.set_xscale("log")
-    right.xaxis.set_major_formatter(ScalarFormatter())
+    right.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     right.xaxis.set_minor_formatter(NullFormatter())
     right.set_xlabel("Tokens over which the student spreads")
     right.set_ylabel("Divergence (nats), lower is better")

@@ -1,0 +1,171 @@
+"""Fleets: devices of the catalogue and the links between them, as `data/fleets/*.csv` or a file of the reader's own.
+
+Columns: kind (device or link), name, to, what, count, room_gb, slow_down, source. A device line names a device of the
+catalogue, how many there are (called name 1, name 2, ...), what a model may fill where that differs from the catalogue,
+and how many times slower than the catalogue's it is. A link line connects `name` to `to`; * is every device, and later
+lines win. `what` is a link of `data/links.csv` or a number of Mbps. The first device is the source.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edgelab.assets import data_dir
+from edgelab.devices.catalogue import Device, catalogue
+from edgelab.errors import EdgeLabError
+from edgelab.network import Link, LinkError, find
+
+COLUMNS = ("kind", "name", "to", "what", "count", "room_gb", "slow_down", "source")
+
+
+class FleetError(EdgeLabError):
+    """A fleet file that cannot be read; says the line and the column."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device of a fleet. room_gb: for a model. slow_down: times slower than the catalogue's."""
+
+    name: str
+    device: Device
+    room_gb: float
+    slow_down: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Fleet:
+    """bandwidth: (members, members), bytes per second from row to column, 0 without a link; delay: one way, in s."""
+
+    name: str
+    members: tuple[Member, ...]
+    bandwidth: np.ndarray
+    delay: np.ndarray
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(member.name for member in self.members)
+
+    def index(self, name: str) -> int:
+        """Place of a member. Raises FleetError with those there are."""
+        if name not in self.names:
+            raise FleetError(f"The fleet {self.name} has no {name!r}; it has {', '.join(self.names)}.")
+        return self.names.index(name)
+
+    def linked(self, one: str, other: str, link: Link) -> Fleet:
+        """The same with another link between two members: up from the first one, down to it."""
+        i, j = self.index(one), self.index(other)
+        bandwidth, delay = self.bandwidth.copy(), self.delay.copy()
+        bandwidth[i, j], bandwidth[j, i] = link.up_mbps * 1e6 / 8, link.down_mbps * 1e6 / 8
+        delay[i, j] = delay[j, i] = link.round_trip_ms / 2e3
+        return replace(self, bandwidth=bandwidth, delay=delay)
+
+    def only(self, names: Sequence[str]) -> Fleet:
+        """A fleet of some of the members, in the order asked for."""
+        places = [self.index(name) for name in names]
+        square = np.ix_(places, places)
+        return Fleet(
+            self.name, tuple(self.members[one] for one in places), self.bandwidth[square], self.delay[square]
+        )
+
+
+def fleets() -> dict[str, Path]:
+    """The fleets of `data/fleets/` by name."""
+    return {path.stem: path for path in sorted((data_dir() / "fleets").glob("*.csv"))}
+
+
+def load(name: str | Path) -> Fleet:
+    """A fleet of `data/fleets/` by name, or a file. Raises FleetError."""
+    known = fleets()
+    path = known.get(str(name), Path(name))
+    if not path.is_file():
+        raise FleetError(f"{name} is no file and no fleet of edgelab; there are {', '.join(known)}.")
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        unknown = [column for column in reader.fieldnames or () if column not in COLUMNS]
+        missing = [column for column in COLUMNS[:4] if column not in (reader.fieldnames or ())]
+        if unknown or missing:
+            raise FleetError(
+                f"{path.name}, line 1: {'unknown column ' + unknown[0] if unknown else 'no column ' + missing[0]}; "
+                f"the columns are {', '.join(COLUMNS)}."
+            )
+        rows = [(reader.line_num, row) for row in reader]
+    members = [
+        member for line, row in rows if row["kind"] == "device" for member in _members(path, line, row)
+    ]
+    if not members:
+        raise FleetError(f"{path.name} has no device; a line begins device,NAME,,DEVICE OF THE CATALOGUE.")
+    names = [member.name for member in members]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise FleetError(f"{path.name}: two devices are called {doubled!r}; give the second another name.")
+    count = len(members)
+    fleet = Fleet(path.stem, tuple(members), np.diag(np.full(count, np.inf)), np.zeros((count, count)))
+    for line, row in rows:
+        if row["kind"] == "link":
+            fleet = _linked(fleet, path, line, row)
+        elif row["kind"] != "device":
+            raise _wrong(path, line, "kind", row["kind"], "device or link")
+    return fleet
+
+
+def _wrong(path: Path, line: int, column: str, value: object, right: str) -> FleetError:
+    return FleetError(f"{path.name}, line {line}, column {column}: {value!r} should be {right}.")
+
+
+def _number(path: Path, line: int, row: dict[str, str], column: str, otherwise: float | None) -> float | None:
+    text = (row.get(column) or "").strip()
+    if not text:
+        return otherwise
+    try:
+        value = float(text)
+    except ValueError:
+        raise _wrong(path, line, column, text, "a number") from None
+    if not 0 < value < float("inf"):
+        raise _wrong(path, line, column, text, "a number above 0")
+    return value
+
+
+def _members(path: Path, line: int, row: dict[str, str]) -> list[Member]:
+    known = {device.name: device for device in catalogue()}
+    if row["what"] not in known:
+        raise _wrong(path, line, "what", row["what"], f"a device of the catalogue: {', '.join(known)}")
+    device = known[row["what"]]
+    count = _number(path, line, row, "count", 1)
+    if count != int(count):
+        raise _wrong(path, line, "count", row["count"], "a whole number")
+    room = _number(path, line, row, "room_gb", device.room_gb)
+    if room is None:
+        raise _wrong(path, line, "room_gb", row.get("room_gb"), "given, as the catalogue does not know it")
+    slow = _number(path, line, row, "slow_down", 1.0)
+    names = [row["name"]] if count == 1 else [f"{row['name']} {place + 1}" for place in range(int(count))]
+    return [Member(name, device, room, slow) for name in names]
+
+
+def _linked(fleet: Fleet, path: Path, line: int, row: dict[str, str]) -> Fleet:
+    try:
+        link = Link(row["what"], *[float(row["what"])] * 2) if _is_number(row["what"]) else find(row["what"])
+    except LinkError as error:
+        raise FleetError(f"{path.name}, line {line}, column what: {error}") from None
+    ends = []
+    for column in ("name", "to"):
+        found = [one for one in fleet.names if row[column] in ("*", one, one.rpartition(" ")[0])]
+        if not found:
+            raise _wrong(path, line, column, row[column], f"one of {', '.join(fleet.names)}, or *")
+        ends.append(found)
+    for one in ends[0]:
+        for other in ends[1]:
+            if one != other:
+                fleet = fleet.linked(one, other, link)
+    return fleet
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,201 @@
+"""What connects two devices: links by name, and a proxy that makes a TCP connection as slow as one.
+
+A link has a rate each way, a round-trip time, jitter, and loss. The proxy holds back every byte of real traffic until
+the link would have delivered it, so that no rights of the system are needed. TCP hides a lost packet as a stall of
+about two round trips, and so does the proxy.
+
+A message of n bytes arrives after n / rate + round trip / 2: the last byte leaves at the end of n / rate, and every
+byte is half a round trip on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, fields
+
+from edgelab.assets import data_dir
+from edgelab.errors import EdgeLabError
+
+PIECE = 16_384  # bytes that are read at once, at most
+SLICE_S = 0.002  # of sending time is handed on at once: shorter sleeps are not kept
+STALL_ROUND_TRIPS = 2.0  # that a lost packet costs
+PACKET = 1500  # bytes
+LOCAL = "127.0.0.1"
+
+
+class LinkError(EdgeLabError):
+    """A link that nobody knows, or with figures that no link has."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """Rates in megabits per second, towards the device (down) and from it (up); times in ms; loss as a share."""
+
+    name: str
+    down_mbps: float
+    up_mbps: float
+    round_trip_ms: float = 0.0
+    jitter_ms: float = 0.0
+    loss: float = 0.0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("down_mbps", "up_mbps"):
+            if not getattr(self, name) > 0:
+                raise LinkError(
+                    f"Link {self.name}: {name} is {getattr(self, name)} and should be above 0; leave the link out "
+                    "where there is none."
+                )
+        for name in ("round_trip_ms", "jitter_ms"):
+            if not getattr(self, name) >= 0:
+                raise LinkError(
+                    f"Link {self.name}: {name} is {getattr(self, name)} and should be at least 0."
+                )
+        if not 0 <= self.loss < 1:
+            raise LinkError(f"Link {self.name}: loss is {self.loss} and should be 0 to below 1.")
+
+    def up_s(self, size: int) -> float:
+        """Seconds until `size` bytes have arrived at the other end."""
+        return size * 8 / (self.up_mbps * 1e6) + self.round_trip_ms / 2e3
+
+    def down_s(self, size: int) -> float:
+        """Seconds until `size` bytes have arrived from the other end."""
+        return size * 8 / (self.down_mbps * 1e6) + self.round_trip_ms / 2e3
+
+
+def links() -> dict[str, Link]:
+    """The links of `data/links.csv`, by name; each with its source."""
+    kinds = {one.name: float if one.type == "float" else str for one in fields(Link)}
+    with (data_dir() / "links.csv").open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return {row["name"]: Link(**{name: kinds[name](text) for name, text in row.items()}) for row in rows}
+
+
+def find(name: str) -> Link:
+    """A link of `data/links.csv`. Raises LinkError with those there are."""
+    known = links()
+    if name not in known:
+        raise LinkError(f"No link is called {name!r}; there are {', '.join(known)}.")
+    return known[name]
+
+
+@dataclass
+class Traffic:
+    """Bytes that have passed each way."""
+
+    up: int = 0
+    down: int = 0
+
+
+class _Shaper:
+    """When the bytes of one direction may arrive: behind those before them, at the rate, half a round trip later."""
+
+    def __init__(self, mbps: float, link: Link, seed: int) -> None:
+        self.bytes_per_s = mbps * 1e6 / 8
+        self.link = link
+        self.random = random.Random(seed)
+        self.free = 0.0  # until then the link is busy with earlier bytes
+        self.last = 0.0
+
+    def arrival(self, size: int, now: float) -> float:
+        self.free = max(self.free, now) + size / self.bytes_per_s
+        late = self.link.round_trip_ms / 2e3
+        if self.link.jitter_ms:
+            late += abs(self.random.gauss(0, self.link.jitter_ms / 1e3))
+        if self.link.loss and self.random.random() < 1 - (1 - self.link.loss) ** max(1, size / PACKET):
+            late += STALL_ROUND_TRIPS * self.link.round_trip_ms / 1e3
+        self.last = max(self.last, self.free + late)  # TCP keeps the order
+        return self.last
+
+    def step(self) -> int:
+        return max(1, min(PIECE, int(self.bytes_per_s * SLICE_S)))
+
+
+@dataclass
+class Proxy:
+    """Listens on this machine and passes bytes on to `host:port` as slowly as a link would.
+
+    link may be changed while it runs. All connections share the link. traffic counts what has passed.
+    """
+
+    link: Link
+    host: str
+    port: int
+    seed: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
+    listening: int = 0
+    _open: set[asyncio.Task] = field(default_factory=set)
+
+    @asynccontextmanager
+    async def running(self, port: int = 0, at: str = LOCAL) -> AsyncIterator[Proxy]:
+        """Listen while the context lasts; `listening` is the port, a free one for 0."""
+        self.use(self.link)
+        server = await asyncio.start_server(self._accept, at, port)
+        self.listening = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            for task in list(self._open):
+                task.cancel()
+            await asyncio.gather(*self._open, return_exceptions=True)
+            await server.wait_closed()
+
+    def use(self, link: Link) -> None:
+        """Change the link for all that is sent from now on."""
+        self.link = link
+        self._up, self._down = (
+            _Shaper(link.up_mbps, link, self.seed),
+            _Shaper(link.down_mbps, link, self.seed + 1),
+        )
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        self._open.add(task)
+        writers = [writer]
+        try:
+            with suppress(OSError):
+                far_reader, far_writer = await asyncio.open_connection(self.host, self.port)
+                writers.append(far_writer)
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(self._pass(reader, far_writer, "up"))
+                    both.create_task(self._pass(far_reader, writer, "down"))
+        except* OSError:
+            pass
+        finally:
+            self._open.discard(task)
+            for one in writers:
+                one.close()
+            for one in writers:
+                with suppress(OSError, asyncio.CancelledError):
+                    await one.wait_closed()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
+        """One direction: read as fast as bytes come, up to what the link holds, and hand on when they are due."""
+        waiting: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue(maxsize=256)
+
+        async def hand_on() -> None:
+            while (due := await waiting.get()) is not None:
+                when, piece = due
+                if (left := when - time.monotonic()) > 0:
+                    await asyncio.sleep(left)
+                writer.write(piece)
+                await writer.drain()
+            with suppress(OSError):
+                writer.write_eof()
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(hand_on())
+            while piece := await reader.read(PIECE):
+                setattr(self.traffic, way, getattr(self.traffic, way) + len(piece))
+                shaper = self._up if way == "up" else self._down
+                step = shaper.step()
+                for first in range(0, len(piece), step):
+                    part = piece[first : first + step]
+                    await waiting.put((shaper.arrival(len(part), time.monotonic()), part))
+            await waiting.put(None)

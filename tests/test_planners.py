@@ -1,0 +1,219 @@
+"""Plans: the worked relay, the exact planner against every plan and against integer programming, published plans."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from edgelab.deployments.partition import planners
+from edgelab.deployments.partition.problem import NoPlan, Problem, every_plan, returns, stages
+
+BOTH = ("latency", "throughput")
+
+
+def relay() -> Problem:
+    """Six equal layers, three devices; the way from 0 to 2 is slow, and that over 1 is not. Seconds and bytes."""
+    return Problem(
+        seconds=np.tile([10.0, 10.0, 1.0], (6, 1)),
+        handed=np.array([16.0] * 5 + [0.0]),
+        memory=np.ones(6),
+        room=np.array([6.0, 6.0, 5.0]),
+        bandwidth=np.array([[np.inf, 6.4, 0.125], [6.4, np.inf, 6.4], [0.125, 6.4, np.inf]]),
+    )
+
+
+def drawn(seed: int, layers: int = 6, devices: int = 4) -> Problem:
+    """Random times, links and memory that binds: all devices together hold between once and twice the model."""
+    random = np.random.default_rng(seed)
+    memory = random.integers(1, 6, layers).astype(float)
+    shares = random.dirichlet(np.ones(devices)) * memory.sum() * random.uniform(1, 2)
+    room = np.maximum(shares.round(), memory[0] * (np.arange(devices) == 0))
+    bandwidth = random.uniform(0.2, 5, (devices, devices))
+    bandwidth[random.random((devices, devices)) < 0.1] = 0
+    return Problem(
+        seconds=random.uniform(0.5, 10, (layers, devices)),
+        handed=random.uniform(1, 10, layers),
+        memory=memory,
+        room=room,
+        bandwidth=bandwidth,
+        delay=random.uniform(0, 1, (devices, devices)),
+        watts=random.uniform(1, 10, devices),
+    )
+
+
+def cost_of(planner, problem, objective):
+    try:
+        return planner(problem, objective).cost
+    except NoPlan:
+        return np.inf
+
+
+def cheapest(problem, objective):
+    return min((problem.cost(one, objective) for one in every_plan(problem)), default=np.inf)
+
+
+def test_relay_that_wins():
+    problem = relay()
+    best = planners.exact(problem, "latency")
+    assert best.placement == (0, 1, 2, 2, 2, 2)
+    assert best.cost == pytest.approx(29.0)
+    assert planners.edge_solo(problem, "latency").cost == pytest.approx(60)
+    assert problem.cost((0, 2, 2, 2, 2, 2), "latency") == pytest.approx(143)
+    assert planners.exact(problem, "throughput").cost == pytest.approx(10)
+    assert planners.edgeshard(problem, "latency").cost == pytest.approx(29.0)
+    assert planners.edgeshard(problem, "throughput").cost == pytest.approx(10)
+    assert planners.cloud_edge_even(problem, "latency").cost == pytest.approx(30 + 128 + 3)
+    assert planners.cloud_edge_opt(problem, "latency").cost == pytest.approx(
+        60
+    )  # the slow link is worth no cut
+
+
+def test_exact_equals_every_plan():
+    for seed in range(150):
+        problem = drawn(seed)
+        for objective in BOTH:
+            assert cost_of(planners.exact, problem, objective) == pytest.approx(cheapest(problem, objective))
+
+
+@pytest.mark.parametrize("objective", ["energy", "slow_bytes"])
+def test_exact_equals_every_plan_in_other_objectives(objective):
+    for seed in range(30):
+        problem = drawn(seed)
+        assert cost_of(planners.exact, problem, objective) == pytest.approx(cheapest(problem, objective))
+
+
+def test_exact_equals_integer_programming():
+    for seed in range(15):
+        problem = drawn(seed, layers=5, devices=3)
+        for objective in BOTH:
+            assert cost_of(planners.exact, problem, objective) == pytest.approx(
+                cost_of(planners.by_milp, problem, objective)
+            )
+
+
+def test_published_plan_is_never_better_than_exact_among_plans_of_one_run():
+    """And each kind of verdict occurs: equal, worse, none found, and one that returns to a device."""
+    seen = dict.fromkeys(("equal", "worse", "better", "infeasible", "returning", "none"), 0)
+    for seed in range(150):
+        problem = drawn(seed, layers=7)
+        try:
+            best = planners.exact(problem, "latency")
+            seen[planners.verdict(problem, planners.edgeshard(problem, "latency"), best)] += 1
+        except NoPlan:
+            seen["none"] += 1
+        published = cost_of(planners.edgeshard, problem, "throughput")
+        assert published == pytest.approx(cost_of(planners.exact, problem, "throughput"))
+    assert not seen["better"] and not seen["infeasible"]
+    assert seen["equal"] and seen["worse"] and seen["returning"]
+
+
+def test_returning_can_be_cheaper_than_every_plan_of_one_run():
+    """A device with room for two layers is quick with the first and the last: it is left and entered again."""
+    problem = Problem(
+        seconds=np.array([[1.0, 9.0], [9.0, 1.0], [1.0, 9.0]]),
+        handed=np.full(3, 1.0),
+        memory=np.ones(3),
+        room=np.array([2.0, 3.0]),
+        bandwidth=np.full((2, 2), 10.0),
+    )
+    published, best = (one(problem, "latency") for one in (planners.edgeshard, planners.exact))
+    assert published.placement == (0, 1, 0)
+    assert returns(published.placement)
+    assert published.cost == pytest.approx(3.2)
+    assert best.cost == pytest.approx(min(1 + 1 + 9 + 0.2, 1 + 9 + 9 + 0.2))
+    assert planners.verdict(problem, published, best) == "returning"
+
+
+def test_devices_of_one_type_are_planned_together():
+    """80 layers on 15 devices of three types, as in the published testbed; the plan is that of single devices."""
+    small = fleet_of([1, 2, 1], layers=9)
+    alone = np.random.default_rng(0).uniform(0.999, 1.001, small.devices)
+    for objective in BOTH:
+        assert len(planners.types(small)) == 3
+        assert planners.exact(small, objective).cost == pytest.approx(cheapest(small, objective))
+    apart = dataclasses.replace(small, room=small.room * alone)
+    assert len(planners.types(apart)) == 4
+
+
+def fleet_of(counts, layers):
+    kinds = np.repeat(np.arange(len(counts)), counts)
+    speed = np.array([10.0, 4.0, 1.0, 6.0, 2.0])[kinds]
+    room = np.array([0.3, 0.4, 0.35, 0.2, 0.25])[kinds] * layers
+    bandwidth = np.full((len(kinds), len(kinds)), 50.0)
+    bandwidth[0, kinds == 2] = bandwidth[kinds == 2, 0] = 1.0
+    return Problem(
+        seconds=np.tile(speed, (layers, 1)),
+        handed=np.full(layers, 8.0),
+        memory=np.ones(layers),
+        room=room,
+        bandwidth=bandwidth,
+    )
+
+
+def test_large_fleets_are_planned():
+    for counts, layers in (([1, 11, 2, 1], 80), ([1, 8, 8, 8, 7], 80)):
+        problem = fleet_of(counts, layers)
+        for objective in BOTH:
+            plan = planners.exact(problem, objective)
+            assert problem.fits(plan.placement)
+            assert not returns(plan.placement)
+
+
+def test_fleets_of_too_many_types_are_refused_and_greedy_has_a_bound():
+    random = np.random.default_rng(1)
+    problem = dataclasses.replace(fleet_of([1, 19], 12), seconds=random.uniform(1, 9, (12, 20)))
+    with pytest.raises(NoPlan, match="greedy"):
+        planners.exact(problem, "latency")
+    plan = planners.greedy(problem, "latency")
+    assert problem.fits(plan.placement)
+    assert 0 < plan.bound <= plan.cost
+
+
+def test_greedy_lies_between_its_bound_and_the_best_plan():
+    for seed in range(60):
+        problem = drawn(seed)
+        for objective in BOTH:
+            best = cost_of(planners.exact, problem, objective)
+            try:
+                plan = planners.greedy(problem, objective)
+            except NoPlan:
+                continue
+            assert plan.bound <= best * (1 + 1e-9)
+            assert best <= plan.cost * (1 + 1e-9)
+
+
+def test_constraints_are_kept():
+    problem = relay()
+    assert 1 not in planners.exact(problem.without(1), "latency").placement
+    needed = dataclasses.replace(problem, needed=frozenset({1}), room=np.array([6.0, 6.0, 6.0]))
+    assert 1 in planners.exact(needed, "latency").placement
+    home = problem.allowed.copy()
+    home[:2, 1:] = False
+    kept = planners.exact(dataclasses.replace(problem, allowed=home), "latency").placement
+    assert kept[:2] == (0, 0)
+
+
+def test_what_fits_nowhere_says_what_would_help():
+    problem = dataclasses.replace(relay(), memory=np.full(6, 10e6))
+    with pytest.raises(NoPlan, match=r"takes 60\.0 MB.* have 50\.0 MB; add 10\.0 MB, or quantize to 83%"):
+        planners.exact(dataclasses.replace(problem, room=np.array([20e6, 20e6, 10e6])), "latency")
+    with pytest.raises(NoPlan, match=r"Layer 0 takes 10\.0 MB.* has 5\.0 MB; it needs 5\.0 MB more"):
+        planners.exact(dataclasses.replace(problem, room=np.full(3, 5e6)), "latency")
+    with pytest.raises(NoPlan, match=r"device 0 would hold 0\.06 GB and has 0\.05 GB"):
+        planners.edge_solo(dataclasses.replace(problem, room=np.array([50e6, 60e6, 60e6])), "latency")
+    with pytest.raises(NoPlan, match="bandwidth has the shape"):
+        dataclasses.replace(problem, bandwidth=np.ones((2, 2)))
+
+
+def test_plan_in_words():
+    problem = dataclasses.replace(relay(), names=("phone", "laptop", "cloud"))
+    plan = planners.exact(problem, "latency")
+    said = planners.explained(problem, plan)
+    assert said[0].startswith("phone runs layers 0 to 0 in 10,000.0 ms")
+    assert "handing on to laptop" in said[0]
+    assert [stage.device for stage in stages(plan.placement)] == [0, 1, 2]
+    alone = planners.exact(problem.without(1), "latency")
+    assert any(
+        "laptop is left out" in one or "cloud is left out" in one
+        for one in planners.explained(problem.without(1), alone)
+    )
