@@ -1,0 +1,126 @@
+"""Stages of a model: together they are the model, to the last bit, however it is cut; each holds only its own."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import edgelab
+from edgelab.deployments.partition.stage import Stage, StageError, chain_of, generate, read_through
+from edgelab.model.blocks import block_list
+from edgelab.model.logits import head_logits, hidden_states
+from edgelab.runtimes.eager import Eager
+
+IDS = [5, 100, 42, 7, 299, 12, 8]
+
+
+@torch.inference_mode()
+def steps_of(model, ids=IDS, prompt=4):
+    """Logits behind a prompt and behind each token after it, from the whole model."""
+    cache, found = DynamicCache(config=model.config), []
+    for piece in (ids[:prompt], *([token] for token in ids[prompt:])):
+        hidden = hidden_states(model, torch.tensor([piece]), cache)
+        found.append(head_logits(model, hidden[:, -1:])[0, -1])
+    return found
+
+
+def steps_through(stages, ids=IDS, prompt=4, request=0):
+    found = [read_through(stages, torch.tensor(ids[:prompt]), 0, request)]
+    for place, token in enumerate(ids[prompt:], prompt):
+        found.append(read_through(stages, torch.tensor([token]), place, request))
+    return found
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_every_cut_gives_the_same_logits(new_model, layout):
+    model = new_model(layout, num_hidden_layers=4)
+    whole = steps_of(model)
+    for count in (1, 2):
+        for cuts in itertools.combinations(range(1, 6), count):
+            assert same(steps_through(chain_of(model, list(cuts))), whole), cuts
+
+
+def test_requests_do_not_see_each_other(new_model):
+    model = new_model("llama", num_hidden_layers=4)
+    stages = chain_of(model, [2, 4])
+    other = [9, 8, 7, 6, 5, 4, 3]
+    alone = steps_of(model), steps_of(model, other)
+    first = [read_through(stages, torch.tensor(IDS[:4]), 0, 0)]
+    second = [read_through(stages, torch.tensor(other[:4]), 0, 1)]
+    for place in range(4, 7):
+        second.append(read_through(stages, torch.tensor([other[place]]), place, 1))
+        first.append(read_through(stages, torch.tensor([IDS[place]]), place, 0))
+    assert same(first, alone[0])
+    assert same(second, alone[1])
+
+
+def test_a_step_is_never_read_twice(new_model):
+    stage = Stage(new_model("llama"), 0, 2)
+    stage.read(torch.tensor(IDS[:4]), 0)
+    with pytest.raises(StageError, match="goes on at token 4 in this stage, not at 3"):
+        stage.read(torch.tensor([IDS[3]]), 3)
+    assert stage.length() == 4
+    stage.forget()
+    assert stage.length() == 0
+    stage.read(torch.tensor(IDS), 0)
+
+
+def test_a_stage_lets_go_of_what_it_does_not_need(new_model):
+    model = new_model("llama", num_hidden_layers=4)
+    stage = Stage(model, 2, 4)
+    assert len(block_list(model)[1]) == 4
+    blocks = stage.model.get_submodule("model.layers")
+    assert len(blocks) == 2
+    for own, theirs in zip(blocks, model.model.layers[1:3], strict=True):
+        assert torch.equal(own.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+
+
+def test_stages_hold_the_model_and_a_tied_matrix_twice(new_model):
+    def numbers(model):
+        return sum(one.numel() for one in model.parameters())
+
+    for tied in (True, False):
+        model = new_model("llama", num_hidden_layers=4, tie_word_embeddings=tied)
+        stages = chain_of(model, [1, 3, 5])
+        held = [numbers(stage.model) + numbers(stage._norm) * (stage.last == 6) for stage in stages]
+        assert held[0] == 300 * 64
+        assert held[1] == held[2]
+        assert held[3] == 300 * 64 + 64
+        assert sum(held) == numbers(model) + tied * 300 * 64
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("cuts", [[16], [1, 31], [9, 23]])
+def test_embedded_model_in_stages(cuts):
+    model = edgelab.load().model
+    ids = [1, 338, 3575, 282, 253, 1165, 30, 198]
+    whole = steps_through(chain_of(model, []), ids)
+    assert same(steps_through(chain_of(model, cuts), ids), whole)
+    torch.testing.assert_close(
+        whole, steps_of(model, ids), rtol=1e-5, atol=1e-4
+    )  # sums depend on where weights lie
+
+
+def test_written_tokens_are_those_of_the_whole(new_model):
+    model = new_model("llama", num_hidden_layers=4)
+    session = Eager(model)
+    token, written = session.prefill(IDS), []
+    for _ in range(6):
+        written.append(token)
+        token = session.decode(token)
+    assert generate(chain_of(model, [3]), IDS, 6) == written
+
+
+def test_parts_that_are_not_there(new_model):
+    for first, last in ((0, 0), (2, 1), (0, 5), (-1, 2)):
+        with pytest.raises(StageError, match="model of 4 parts"):
+            Stage(new_model("llama"), first, last)
+
+
+def test_layouts_that_are_not_cut(new_model):
+    with pytest.raises(StageError, match="supported are llama"):
+        Stage(new_model("gpt2", n_layer=2, n_embd=64, n_head=4), 0, 2)
