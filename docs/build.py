@@ -25,6 +25,7 @@ from edgelab.runtimes import support
 
 DOCS = Path(__file__).resolve().parent
 REMOVING = r"^(?:prune|lowrank)\."  # how the recipes of that family begin
+ADAPTING = "stories"  # the text that the table of adapters is about
 TYPES = {"int": "whole number", "float": "number", "bool": "true or false", "str": "text", "recipe": "recipe"}
 FAMILIES = {
     "quantize": "Quantization",
@@ -148,7 +149,7 @@ def field_reference() -> str:
 def technique_table() -> str:
     """What rounding costs and buys: recipes in PyTorch that have a quality, from many bytes to few."""
     known = _in_torch("ppl")
-    known = known[~known.index.str.contains(REMOVING)]
+    known = known[~known.index.str.contains(rf"{REMOVING}|corpus={ADAPTING}")]
     known = small_embedding(known.reset_index()).set_index("recipe")
     known = known.assign(size=-known["weights_mb"].round()).sort_values(
         ["size", "ppl"], ascending=[True, False]
@@ -182,6 +183,24 @@ def removing_table() -> str:
     return _table(known.index, columns)
 
 
+def adapting_table() -> str:
+    """What training for another text gives there and costs on the usual one: from the best to the worst there."""
+    known, usual = _measured(ADAPTING), _measured()
+    known = known[known["ppl"].notna()].sort_values("ppl")
+    there = usual.reindex(known.index)
+    known.loc[~known.index.str.contains(f"corpus={ADAPTING}"), "train_tokens"] = None
+    columns = {
+        f"perplexity on {ADAPTING}": _numbers(known, "ppl", ".2f"),
+        f"ΔNLL on {ADAPTING} [95 %]": _with_ends(known, "delta_nll", "+.3f"),
+        "ΔNLL on wiki [95 %]": _with_ends(there, "delta_nll", "+.3f"),
+        "adapter, MB": _numbers(known, "adapter_mb", ".2f"),
+        "MB": _numbers(known, "weights_mb", ".0f"),
+        "tokens trained": _numbers(known, "train_tokens", ",.0f"),
+        "seconds": _numbers(known, "apply_s", ".0f"),
+    }
+    return _table(known.index, columns)
+
+
 def speed_table() -> str:
     """What engines buy: recipes that were timed, by engine."""
     known = _measured()
@@ -204,10 +223,11 @@ def _in_torch(field: str) -> pd.DataFrame:
     return known[(known["runtime"] == "torch") & known[field].notna()]
 
 
-def _measured() -> pd.DataFrame:
-    """By recipe, the last value of each field in data/reference: on two threads, over the usual prompt."""
+def _measured(corpus: str = Settings.corpus) -> pd.DataFrame:
+    """By recipe, the last value of each field in data/reference: on a text, two threads, over the usual prompt."""
     rows = ledger.frame(ledger.reference(), "reference")
     usual = Settings()
+    rows = rows[rows["corpus"].isna() | (rows["corpus"] == corpus)]
     rows = rows[rows["threads"].isna() | (rows["threads"] == usual.threads)]
     rows = rows[rows["prefill_tokens"].isna() | (rows["prefill_tokens"] == usual.prompt_tokens)]
     return rows[rows["status"] == "ok"].sort_values("started_at").groupby("recipe").last()
@@ -252,7 +272,9 @@ def pages() -> dict[str, str]:
         "recipes.md": recipe_reference(),
         "fields.md": field_reference(),
         "engines.md": filled("engines.md", support=support.markdown(support.table()), speed=speed_table()),
-        "results.md": filled("results.md", techniques=technique_table(), removing=removing_table()),
+        "results.md": filled(
+            "results.md", techniques=technique_table(), removing=removing_table(), adapting=adapting_table()
+        ),
     }
 
 

@@ -54,6 +54,8 @@ def test_tables_of_results_hold_the_rows_of_the_project():
         encoding="utf-8"
     )
     rows = [row for row in ledger.reference() if row.status == "ok" and row.threads in (None, 2)]
+    adapted = {row.recipe: row for row in rows if row.corpus == "stories" and row.delta_nll is not None}
+    rows = [row for row in rows if row.corpus in (None, "wiki") and "corpus=stories" not in row.recipe]
     timed = [row for row in rows if row.decode_ratio and row.weights_mb and row.prefill_tokens == 128]
     small = {
         row.recipe.partition(" + quantize.embedding")[0] for row in rows if " + quantize.emb" in row.recipe
@@ -71,6 +73,10 @@ def test_tables_of_results_hold_the_rows_of_the_project():
         name = "delta_bits_per_byte" if removed else "delta_nll"
         value, low, high = (getattr(row, one) for one in (name, f"{name}_low", f"{name}_high"))
         delta = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        assert any(f"`{row.recipe}`" in line and delta in line for line in text.splitlines()), row.recipe
+    assert len(adapted) > 10
+    for row in adapted.values():
+        delta = f"{row.ppl:.2f} | {row.delta_nll:+.3f} [{row.delta_nll_low:+.3f}, {row.delta_nll_high:+.3f}]"
         assert any(f"`{row.recipe}`" in line and delta in line for line in text.splitlines()), row.recipe
 
 
