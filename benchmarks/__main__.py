@@ -6,7 +6,7 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks import adapters, evaluation, processes, removing, road, sessions, training
+from benchmarks import adapters, evaluation, partition, processes, removing, road, sessions, training
 from edgelab import ledger
 
 
@@ -18,6 +18,7 @@ def main() -> None:
         *training.rows(),
         *removing.rows(),
         *adapters.rows(),
+        *partition.rows(),
         *road.rows(),
     ]
     machine = ledger.provenance(threads=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from edgelab import corpora, recipes, reference
+from edgelab.deployments.partition.problem import Problem
 from edgelab.storage import variants
 
 settings.register_profile("edgelab", deadline=None)  # a busy machine is no failure
@@ -134,6 +136,18 @@ def story(tiny_reference: reference.Reference) -> corpora.TokenizedText:
     """About 5,000 tokens of text, characters of two and three bytes among them."""
     text = "".join(f"{STORY}Page {page}, {page * 7919 % 1000} €.\n" for page in range(28))
     return corpora.tokenize_text(text, tiny_reference.tokenizer, "story")
+
+
+@pytest.fixture
+def relay() -> Problem:
+    """Six equal layers, three devices; the way from 0 to 2 is slow, and that over 1 is not. Seconds and bytes."""
+    return Problem(
+        seconds=np.tile([10.0, 10.0, 1.0], (6, 1)),
+        handed=np.array([16.0] * 5 + [0.0]),
+        memory=np.ones(6),
+        room=np.array([6.0, 6.0, 5.0]),
+        bandwidth=np.array([[np.inf, 6.4, 0.125], [6.4, np.inf, 6.4], [0.125, 6.4, np.inf]]),
+    )
 
 
 @pytest.fixture

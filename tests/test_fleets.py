@@ -120,7 +120,7 @@ def test_head_weighs_eight_blocks_of_the_embedded_model():
 
 def test_private_ends_stay_on_the_source():
     shape, fleet = models()["Llama-2-7B"], fleets.load("edgeshard")
-    problem = problem_of(from_shape(shape, fleet, 0.9), fleet, first=3, private_head=True)
+    problem = problem_of(from_shape(shape, fleet, 0.9), fleet, first=3, last=1)
     plan = planners.exact(problem, "latency")
     assert plan.placement == (0,) * 34  # a chain that ends where it began would use the source twice
 

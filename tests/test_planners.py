@@ -11,17 +11,6 @@ from edgelab.deployments.partition.problem import NoPlan, Problem, every_plan, r
 BOTH = ("latency", "throughput")
 
 
-def relay() -> Problem:
-    """Six equal layers, three devices; the way from 0 to 2 is slow, and that over 1 is not. Seconds and bytes."""
-    return Problem(
-        seconds=np.tile([10.0, 10.0, 1.0], (6, 1)),
-        handed=np.array([16.0] * 5 + [0.0]),
-        memory=np.ones(6),
-        room=np.array([6.0, 6.0, 5.0]),
-        bandwidth=np.array([[np.inf, 6.4, 0.125], [6.4, np.inf, 6.4], [0.125, 6.4, np.inf]]),
-    )
-
-
 def drawn(seed: int, layers: int = 6, devices: int = 4) -> Problem:
     """Random times, links and memory that binds: all devices together hold between once and twice the model."""
     random = np.random.default_rng(seed)
@@ -52,8 +41,8 @@ def cheapest(problem, objective):
     return min((problem.cost(one, objective) for one in every_plan(problem)), default=np.inf)
 
 
-def test_relay_that_wins():
-    problem = relay()
+def test_relay_that_wins(relay):
+    problem = relay
     best = planners.exact(problem, "latency")
     assert best.placement == (0, 1, 2, 2, 2, 2)
     assert best.cost == pytest.approx(29.0)
@@ -182,8 +171,8 @@ def test_greedy_lies_between_its_bound_and_the_best_plan():
             assert best <= plan.cost * (1 + 1e-9)
 
 
-def test_constraints_are_kept():
-    problem = relay()
+def test_constraints_are_kept(relay):
+    problem = relay
     assert 1 not in planners.exact(problem.without(1), "latency").placement
     needed = dataclasses.replace(problem, needed=frozenset({1}), room=np.array([6.0, 6.0, 6.0]))
     assert 1 in planners.exact(needed, "latency").placement
@@ -193,8 +182,8 @@ def test_constraints_are_kept():
     assert kept[:2] == (0, 0)
 
 
-def test_what_fits_nowhere_says_what_would_help():
-    problem = dataclasses.replace(relay(), memory=np.full(6, 10e6))
+def test_what_fits_nowhere_says_what_would_help(relay):
+    problem = dataclasses.replace(relay, memory=np.full(6, 10e6))
     with pytest.raises(NoPlan, match=r"takes 60\.0 MB.* have 50\.0 MB; add 10\.0 MB, or quantize to 83%"):
         planners.exact(dataclasses.replace(problem, room=np.array([20e6, 20e6, 10e6])), "latency")
     with pytest.raises(NoPlan, match=r"Layer 0 takes 10\.0 MB.* has 5\.0 MB; it needs 5\.0 MB more"):
@@ -205,8 +194,8 @@ def test_what_fits_nowhere_says_what_would_help():
         dataclasses.replace(problem, bandwidth=np.ones((2, 2)))
 
 
-def test_plan_in_words():
-    problem = dataclasses.replace(relay(), names=("phone", "laptop", "cloud"))
+def test_plan_in_words(relay):
+    problem = dataclasses.replace(relay, names=("phone", "laptop", "cloud"))
     plan = planners.exact(problem, "latency")
     said = planners.explained(problem, plan)
     assert said[0].startswith("phone runs layers 0 to 0 in 10,000.0 ms")

@@ -5,19 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelab.deployments.partition.problem import NoPlan, Problem
+from edgelab.deployments.partition.problem import NoPlan
 from edgelab.deployments.partition.simulator import Chain, chain, pipeline_tok_s, rates, simulate
-
-
-def relay():
-    """The worked example of the planners."""
-    return Problem(
-        seconds=np.tile([10.0, 10.0, 1.0], (6, 1)),
-        handed=np.array([16.0] * 5 + [0.0]),
-        memory=np.ones(6),
-        room=np.array([6.0, 6.0, 5.0]),
-        bandwidth=np.array([[np.inf, 6.4, 0.125], [6.4, np.inf, 6.4], [0.125, 6.4, np.inf]]),
-    )
 
 
 def line_of(*seconds, delay=0.0):
@@ -30,16 +19,16 @@ def line_of(*seconds, delay=0.0):
     )
 
 
-def test_chain_of_the_relay():
+def test_chain_of_the_relay(relay):
     """10 ms, 2.5 on the link, 10, 2.5, and four layers of 1; nothing goes back."""
-    line = chain(relay(), (0, 1, 2, 2, 2, 2))
+    line = chain(relay, (0, 1, 2, 2, 2, 2))
     assert line.seconds.tolist() == [10, 2.5, 10, 2.5, 4]
     assert line.is_link.tolist() == [False, True, False, True, False]
     assert line.latency_s == pytest.approx(29)
 
 
-def test_placement_without_a_link_is_refused():
-    problem = relay().with_bandwidth(0, 2, 0.0)
+def test_placement_without_a_link_is_refused(relay):
+    problem = relay.with_bandwidth(0, 2, 0.0)
     with pytest.raises(NoPlan, match="no link"):
         chain(problem, (0, 2, 2, 2, 2, 2))
 

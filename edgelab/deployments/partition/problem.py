@@ -31,6 +31,9 @@ class NoPlan(EdgeLabError):
     """No placement keeps the limits."""
 
 
+Placement = tuple[int, ...]  # the device of each layer
+
+
 class Stage(NamedTuple):
     """Layers first to last - 1 of a model, on one device."""
 
@@ -145,7 +148,12 @@ class Problem:
         fits = total[last] - total[first] <= self.room[device] * (1 + ROUNDING)
         return fits & (refused[last] == refused[first]) & (last > first)
 
-    def cost(self, placement: tuple[int, ...], objective: Objective) -> float:
+    def run_costs(self, device: int, objective: Objective) -> np.ndarray:
+        """Of layers first to last - 1 on a device, (layers, layers + 1), infinite where they do not fit."""
+        total = np.concatenate([[0], np.cumsum(self.own(objective)[:, device])])
+        return np.where(self.runs(device), total[None] - total[:-1, None], np.inf)
+
+    def cost(self, placement: Placement, objective: Objective) -> float:
         """Of any placement, also of one that returns to a device. Raises NoPlan for a wrong number of layers."""
         if len(placement) != self.layers:
             raise NoPlan(f"A placement of {len(placement)} layers is not one of {self.layers}.")
@@ -158,7 +166,7 @@ class Problem:
         per_device = np.bincount(places, weights=own)
         return float(max(per_device.max(), moves.max()))
 
-    def fits(self, placement: tuple[int, ...]) -> bool:
+    def fits(self, placement: Placement) -> bool:
         """Whether memory, permission and the devices that have to take part are all kept."""
         places = np.asarray(placement)
         used = np.bincount(places, weights=self.memory, minlength=self.devices)
@@ -168,7 +176,7 @@ class Problem:
         )
 
 
-def stages(placement: tuple[int, ...]) -> list[Stage]:
+def stages(placement: Placement) -> list[Stage]:
     """The runs of a placement, in order."""
     found: list[Stage] = []
     for layer, device in enumerate(placement):
@@ -179,16 +187,16 @@ def stages(placement: tuple[int, ...]) -> list[Stage]:
     return found
 
 
-def returns(placement: tuple[int, ...]) -> bool:
+def returns(placement: Placement) -> bool:
     """Whether some device has two runs."""
     devices = [stage.device for stage in stages(placement)]
     return len(devices) != len(set(devices))
 
 
-def every_plan(problem: Problem) -> Iterator[tuple[int, ...]]:
+def every_plan(problem: Problem) -> Iterator[Placement]:
     """All placements that fit and give each device one run: a thousand times more with every device."""
 
-    def go_on(placement: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    def go_on(placement: Placement) -> Iterator[Placement]:
         if len(placement) == problem.layers:
             if problem.fits(placement):
                 yield placement
@@ -200,3 +208,39 @@ def every_plan(problem: Problem) -> Iterator[tuple[int, ...]]:
                 yield from go_on((*placement, device))
 
     return go_on(())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A placement and what it costs. bound: what no plan can be below; equal to the cost where the plan is exact."""
+
+    placement: Placement
+    objective: Objective
+    cost: float
+    planner: str
+    bound: float | None = None
+
+
+def planned(problem: Problem, placement: Placement, objective: Objective, planner: str) -> Plan:
+    return Plan(placement, objective, problem.cost(placement, objective), planner)
+
+
+def why_none(problem: Problem) -> str:
+    """One sentence: what is missing, and the smallest change that would help."""
+    need, room = problem.memory.sum(), problem.room[problem.allowed.any(0)].sum()
+    largest = int(problem.memory.argmax())
+    roomiest = problem.room[problem.allowed[largest]].max(initial=0)
+    if problem.memory[largest] > roomiest:
+        return (
+            f"Layer {largest} takes {problem.memory[largest] / 1e6:,.1f} MB, and the roomiest device that may hold it "
+            f"has {roomiest / 1e6:,.1f} MB; it needs {(problem.memory[largest] - roomiest) / 1e6:,.1f} MB more."
+        )
+    if need > room:
+        return (
+            f"The model takes {need / 1e6:,.1f} MB, and all devices together have {room / 1e6:,.1f} MB; add "
+            f"{(need - room) / 1e6:,.1f} MB, or quantize to {room / need:.0%} of the bytes."
+        )
+    return (
+        f"The model takes {need / 1e6:,.1f} MB and all devices together have {room / 1e6:,.1f} MB, but no chain of "
+        "runs keeps every limit: layers do not divide, links are missing, or a device that has to take part cannot."
+    )

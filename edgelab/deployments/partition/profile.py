@@ -82,14 +82,12 @@ def from_shape(
     )
 
 
-def problem_of(
-    profile: Profile, fleet: Fleet, *, private_head: bool = False, first: int = 1, last: int = 0
-) -> Problem:
-    """What a planner gets. first, last: parts at either end that stay on the source. private_head: the head, too."""
+def problem_of(profile: Profile, fleet: Fleet, *, first: int = 1, last: int = 0) -> Problem:
+    """What a planner gets. first, last: parts at either end that stay on the source; last=1 is the head."""
     parts, devices = profile.seconds.shape
     allowed = np.ones((parts, devices), dtype=bool)
     allowed[: max(first, 0), 1:] = False
-    allowed[parts - max(last, int(private_head)) :, 1:] = False
+    allowed[parts - last :, 1:] = False
     return Problem(
         seconds=profile.seconds,
         handed=profile.handed,
