@@ -1,4 +1,4 @@
-"""The command line: fetch, doctor, list, measure, compare, report, ledger, cache, lab."""
+"""The command line: fetch, doctor, list, measure, compare, plan, report, ledger, cache, lab."""
 
 from __future__ import annotations
 
@@ -142,6 +142,91 @@ def compare(
         return
     rows = lab.stream(recipes, **_settings(context))
     _stream(rows, as_json, (lambda done: _report(done, report, model)) if report else None)
+
+
+@app.command(
+    epilog="Example: `edgelab plan 'quantize.rtn:bits=4 @ partition:fleet=laptop_and_pis' --save plan.json`"
+)
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe @ partition:fleet=..., which says how to plan.")
+    ] = "",
+    model: Model = "embedded",
+    profile: Annotated[
+        Path | None, typer.Option(help="A profile: read if it is there, else measured here and written.")
+    ] = None,
+    published: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for a model of `edgelab list models`, counted from its shape instead of timed."
+        ),
+    ] = None,
+    bits: Annotated[float, typer.Option(help="With --published: bits of a stored weight.")] = 32,
+    efficiency: Annotated[
+        float,
+        typer.Option(help="With --published: share of a device's memory bandwidth that decoding reaches."),
+    ] = 0.6,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the plan here; partition:plan=FILE runs it.")
+    ] = None,
+    read: Annotated[Path | None, typer.Option(help="Print a saved plan instead of making one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan which layers run on which device of a fleet, beside what other planners would do."""
+    from edgelab import lab, recipes
+    from edgelab.deployments.partition import planning
+    from edgelab.deployments.partition.fleet import load
+    from edgelab.deployments.partition.planners import explained
+    from edgelab.deployments.partition.profile import from_shape
+    from edgelab.deployments.partition.profile import read as read_profile
+    from edgelab.devices.shapes import models
+
+    if read is not None:
+        saved = planning.read_plan(read)
+        _print(saved["stages"], as_json)
+        if not as_json:
+            _say(saved["explained"])
+        return
+    parsed = recipes.parse(recipe) if recipe else recipes.parse("none @ partition")
+    if parsed.runtime != "partition":
+        raise recipes.RecipeError(
+            f"{recipe} is no partition; write it as '{parsed.weights} @ partition:fleet=NAME'."
+        )
+    settings = parsed.deployment
+    fleet = load(settings.fleet)
+    if published is not None:
+        if published not in models():
+            raise EdgeLabError(f"No model is called {published!r}; there are {', '.join(models())}.")
+        shape = models()[published]
+        of_fleet = from_shape(
+            shape, fleet, efficiency, bits=bits, requests=settings.requests, wire=settings.wire
+        )
+    elif profile is not None and profile.is_file():
+        of_fleet = planning.profile_for(settings, read_profile(profile), fleet)
+    else:
+        timings = lab.profile(parsed.weights, model=model)
+        if profile is not None:
+            timings.save(profile)
+        of_fleet = planning.profile_for(settings, timings, fleet)
+    found = planning.plan_of(settings, of_fleet, fleet)
+    if save is not None:
+        found.save(save, str(parsed))
+    _print(found.stages(), as_json)
+    if not as_json:
+        _say(explained(found.problem, found.plan, found.profile.names))
+        predicted = found.predicted
+        _say(
+            [
+                f"Predicted: {predicted.tpot_ms:,.1f} ms per token, {predicted.ttft_ms:,.0f} ms to the first token of "
+                f"{planning.PROMPT}, {predicted.tok_s:,.1f} tokens/s with {predicted.requests} requests in flight."
+            ]
+        )
+        _print(planning.against(found), as_json)
+
+
+def _say(sentences: list[str]) -> None:
+    for sentence in sentences:
+        out.print(sentence, highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: `edgelab report results/report.html`")

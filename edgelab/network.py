@@ -13,14 +13,17 @@ from __future__ import annotations
 import asyncio
 import csv
 import random
+import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from edgelab.assets import data_dir
 from edgelab.errors import EdgeLabError
 
+T = TypeVar("T")
 PIECE = 16_384  # bytes that are read at once, at most
 SLICE_S = 0.002  # of sending time is handed on at once: shorter sleeps are not kept
 STALL_ROUND_TRIPS = 2.0  # that a lost packet costs
@@ -165,7 +168,7 @@ class Proxy:
                 async with asyncio.TaskGroup() as both:
                     both.create_task(self._pass(reader, far_writer, "up"))
                     both.create_task(self._pass(far_reader, writer, "down"))
-        except* OSError:
+        except* (OSError, asyncio.CancelledError):  # `running` ends it, and nobody waits for it
             pass
         finally:
             self._open.discard(task)
@@ -199,3 +202,32 @@ class Proxy:
                     part = piece[first : first + step]
                     await waiting.put((shaper.arrival(len(part), time.monotonic()), part))
             await waiting.put(None)
+
+
+class Proxies:
+    """Proxies on a thread of their own, for code that waits."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._open = AsyncExitStack()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def open(self, link: Link, host: str, port: int) -> Proxy:
+        """A proxy to `host:port` that listens already."""
+        return self._run(self._open.enter_async_context(Proxy(link, host, port).running()))
+
+    def use(self, proxy: Proxy, link: Link) -> None:
+        """Change the link of a proxy for all that is sent from now on."""
+        self._loop.call_soon_threadsafe(proxy.use, link)
+
+    def close(self) -> None:
+        """End all of them, and the thread."""
+        if self._thread.is_alive():
+            self._run(self._open.aclose())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()

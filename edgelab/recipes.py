@@ -116,9 +116,9 @@ def refuse_adapter(technique: Technique, model: PreTrainedModel) -> None:
         )
 
 
-def reads(technique: Technique) -> list[str]:
-    """Names of what a technique reads beside the model, such as a text or a teacher; most read nothing."""
-    return list(technique.reads()) if hasattr(technique, "reads") else []
+def reads(made: Technique | Deployment) -> list[str]:
+    """Names of what a technique or deployment reads beside the model: a text, a teacher, a fleet; most read nothing."""
+    return list(made.reads()) if hasattr(made, "reads") else []
 
 
 class Deployment(Protocol):

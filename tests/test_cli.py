@@ -38,6 +38,7 @@ def place(tiny, tmp_path, story):
         "list",
         "measure",
         "compare",
+        "plan",
         "report",
         "ledger show",
         "ledger export",
@@ -157,3 +158,43 @@ def test_the_machine_is_named_in_one_line():
     line = el.machine()
     assert known["cpu"] in line and known["os"] in line and "\n" not in line
     assert f"{known['ram_gb']:.0f} GB of memory" in line
+
+
+def test_a_plan_is_made_saved_and_read(tiny, tmp_path):
+    saved, profile = str(tmp_path / "plan.json"), str(tmp_path / "profile.json")
+    where = "none @ partition:fleet=two_here,use=cloud"
+    done = edgelab("plan", where, "--model", str(tiny), "--profile", profile, "--save", saved)
+    assert done.returncode == 0, done.stderr
+    assert "cloud runs" in done.stdout and "Predicted:" in done.stdout and "edge_solo" in done.stdout
+    again = edgelab("plan", where, "--profile", profile)
+    assert again.stdout == done.stdout  # from the file, nothing is timed
+    read = edgelab("plan", "--read", saved, "--json")
+    assert [json.loads(line)["device"] for line in read.stdout.splitlines()] == ["edge", "cloud"]
+
+
+def test_a_plan_of_a_published_model():
+    done = edgelab("plan", "none @ partition:fleet=edgeshard", "--published", "Llama-2-70B")
+    assert done.returncode == 0 and "agx 1 runs" in done.stdout and "nan" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["none @ torch"], "is no partition; write it as 'none @ partition:fleet=NAME'"),
+        (["--published", "Llama-9"], "No model is called 'Llama-9'; there are"),
+        (
+            ["none @ partition:fleet=moon", "--published", "Llama-2-7B"],
+            "moon is no file and no fleet of edgelab",
+        ),
+        (
+            ["none @ partition:fleet=edge_and_cloud", "--published", "Llama-2-70B"],
+            "all devices together have",
+        ),
+        (["--read", "nothing.json"], "cannot be read"),
+    ],
+)
+def test_plans_that_cannot_be(arguments, said):
+    done = edgelab("plan", *arguments)
+    assert done.returncode != 0
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -71,6 +71,48 @@ def test_exact_equals_every_plan_in_other_objectives(objective):
         assert cost_of(planners.exact, problem, objective) == pytest.approx(cheapest(problem, objective))
 
 
+def with_head_home(problem: Problem, objective: str) -> float:
+    """The best of all plans whose last layer may be on the source, whatever is before it."""
+    stay = dataclasses.replace(
+        problem,
+        seconds=problem.seconds[:-1],
+        handed=problem.handed[:-1],
+        memory=problem.memory[:-1],
+        allowed=problem.allowed[:-1],
+    )
+    at_home = [(*one, 0) for one in every_plan(stay)]
+    fitting = [one for one in at_home if problem.fits(one)]
+    return min([problem.cost(one, objective) for one in fitting] + [cheapest(problem, objective)])
+
+
+@pytest.mark.parametrize("objective", [*BOTH, "energy", "slow_bytes"])
+def test_the_head_may_come_back_to_the_source(objective):
+    returned = 0
+    for seed in range(60):
+        problem = dataclasses.replace(drawn(seed, layers=5, devices=3), returning=1)
+        expected = with_head_home(problem, objective)
+        for planner in (planners.exact, planners.PLANNERS["milp"]):
+            if planner is planners.exact or seed < 10:
+                assert cost_of(planner, problem, objective) == pytest.approx(expected)
+        if np.isfinite(expected):
+            returned += returns(planners.exact(problem, objective).placement)
+    assert returned > 3
+
+
+def test_a_private_head_leaves_the_blocks_to_others(relay):
+    """First and last layer on the source: 10, over the slow way, five ms on the fastest, and back at no cost."""
+    allowed = relay.allowed.copy()
+    allowed[-1, 1:] = False
+    private = dataclasses.replace(relay, allowed=allowed, returning=1, room=np.array([2.0, 6, 5]))
+    best = planners.exact(private, "latency")
+    assert best.placement[0] == best.placement[-1] == 0
+    assert set(best.placement[1:-1]) <= {1, 2}
+    assert best.cost == pytest.approx(private.cost(best.placement, "latency"))
+    assert best.bound == pytest.approx(best.cost)
+    with pytest.raises(NoPlan):
+        planners.exact(dataclasses.replace(private, returning=0), "latency")
+
+
 def test_exact_equals_integer_programming():
     for seed in range(30):
         problem = drawn(seed, layers=5, devices=3)
@@ -198,11 +240,22 @@ def test_plan_in_words(relay):
     problem = dataclasses.replace(relay, names=("phone", "laptop", "cloud"))
     plan = planners.exact(problem, "latency")
     said = planners.explained(problem, plan)
-    assert said[0].startswith("phone runs layers 0 to 0 in 10,000.0 ms")
+    assert said[0].startswith("phone runs layer 0 in 10,000.0 ms")
     assert "handing on to laptop" in said[0]
+    assert said[2].startswith("cloud runs layer 2 to layer 5 in 4,000.0 ms")
     assert [stage.device for stage in stages(plan.placement)] == [0, 1, 2]
-    alone = planners.exact(problem.without(1), "latency")
-    assert any(
-        "laptop is left out" in one or "cloud is left out" in one
-        for one in planners.explained(problem.without(1), alone)
+    named = planners.explained(
+        problem, plan, ["embedding", *(f"block {place}" for place in range(4)), "head"]
+    )
+    assert named[2].startswith("cloud runs block 1 to head in")
+
+
+def test_a_device_that_is_left_out_and_why(relay):
+    """All on the source takes 60 s; one layer on the laptop 60 again, 2.5 to get there and nothing back."""
+    problem = dataclasses.replace(relay, names=("phone", "laptop", "cloud")).without(2)
+    plan = planners.exact(problem, "latency")
+    assert set(plan.placement) == {0}
+    assert planners.explained(problem, plan)[-1] == (
+        "laptop is left out: the best plan with it is 4.2% worse: its stages take 0.0 ms more and its links 2,500.0 ms "
+        "more."
     )

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 TOP = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = PROJECT["dependencies"] + EXTRAS["runtimes"] + EXTRAS["test"]
+TESTED = PROJECT["dependencies"] + EXTRAS["runtimes"] + EXTRAS["cluster"] + EXTRAS["test"]
 
 
 def load_build():

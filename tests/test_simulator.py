@@ -16,6 +16,7 @@ def line_of(*seconds, delay=0.0):
         np.array(seconds, dtype=float),
         np.full(count, delay),
         np.zeros(count, dtype=bool),
+        np.arange(count),
     )
 
 
@@ -65,7 +66,13 @@ def test_no_place_does_two_things_at_once(seconds, requests, jitter):
 
 def test_prompt_and_round_trip():
     """A prompt of 4 tokens goes once over the link as 4 states; a delay of 1 follows each place."""
-    line = Chain(("a", "a > b", "b"), np.array([2.0, 0.5, 3.0]), np.ones(3), np.array([False, True, False]))
+    line = Chain(
+        ("a", "a > b", "b"),
+        np.array([2.0, 0.5, 3.0]),
+        np.ones(3),
+        np.array([False, True, False]),
+        np.arange(3),
+    )
     tasks = simulate(line, tokens=3, prompt_tokens=4, prefill=np.array([8.0, 2.0, 12.0]))
     found = rates(tasks)
     assert found["time_to_first_token_s"] == pytest.approx(8 + 1 + 2 + 1 + 12)
@@ -78,3 +85,15 @@ def test_same_seed_same_run():
     one, other = (simulate(line_of(1, 2), 3, 5, jitter=0.2, seed=7) for _ in range(2))
     assert one.equals(other)
     assert not one.equals(simulate(line_of(1, 2), 3, 5, jitter=0.2, seed=8))
+
+
+def test_one_device_does_one_thing_at_a_time():
+    """The source has two stages where the head comes back to it: 2 and 1 of its own, 3 elsewhere."""
+    line = Chain(
+        ("a", "b", "a"), np.array([2.0, 3.0, 1.0]), np.zeros(3), np.zeros(3, dtype=bool), np.array([0, 1, 0])
+    )
+    assert line.busy_s.tolist() == [3, 3]
+    tasks = simulate(line, requests=3, tokens=6)
+    own = tasks[tasks["place"] != 1].sort_values("start")
+    assert (own["start"].to_numpy()[1:] >= own["end"].to_numpy()[:-1] - 1e-9).all()
+    assert rates(tasks)["tok_s"] <= 1 / 3

@@ -1,6 +1,8 @@
 """Stages of a model: together they are the model, to the last bit, however it is cut; each holds only its own."""
 
+import copy
 import itertools
+import json
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from transformers import DynamicCache
 
 import edgelab
 from edgelab.deployments.partition.stage import Stage, StageError, chain_of, generate, read_through
-from edgelab.model.blocks import block_list
 from edgelab.model.logits import head_logits, hidden_states
 from edgelab.runtimes.eager import Eager
+from edgelab.storage.variants import VariantError
 
 IDS = [5, 100, 42, 7, 299, 12, 8]
 
@@ -71,8 +73,7 @@ def test_a_step_is_never_read_twice(new_model):
 
 def test_a_stage_lets_go_of_what_it_does_not_need(new_model):
     model = new_model("llama", num_hidden_layers=4)
-    stage = Stage(model, 2, 4)
-    assert len(block_list(model)[1]) == 4
+    stage = Stage(copy.deepcopy(model), 2, 4)
     blocks = stage.model.get_submodule("model.layers")
     assert len(blocks) == 2
     for own, theirs in zip(blocks, model.model.layers[1:3], strict=True):
@@ -124,3 +125,34 @@ def test_parts_that_are_not_there(new_model):
 def test_layouts_that_are_not_cut(new_model):
     with pytest.raises(StageError, match="supported are llama"):
         Stage(new_model("gpt2", n_layer=2, n_embd=64, n_head=4), 0, 2)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "quantize.bf16",
+        "quantize.rtn:bits=4,group_size=32 + quantize.embedding",
+        "quantize.rtn:bits=8,group_size=0",
+    ],
+)
+def test_stages_of_a_variant_read_their_own_tensors_and_run_packed(recipe, tiny, variant):
+    folder = variant(recipe)
+    session = Eager(folder)
+    token, written = session.prefill(IDS), []
+    for _ in range(4):
+        written.append(token)
+        token = session.decode(token)
+    for cuts in ([1, 3], [2]):
+        ends = [0, *cuts, 4]
+        stages = [Stage.load(folder, first, last) for first, last in itertools.pairwise(ends)]
+        assert generate(stages, IDS, 4) == written
+        assert not any(tensor.is_meta for stage in stages for tensor in stage.model.state_dict().values())
+        assert all(stage.held_bytes() < Stage.load(folder, 0, 4).held_bytes() for stage in stages)
+
+
+def test_an_adapter_is_not_read_in_parts(variant):
+    folder = variant("none")
+    about = json.loads((folder / "variant.json").read_text())
+    (folder / "variant.json").write_text(json.dumps(about | {"adapter_of": "another"}))
+    with pytest.raises(VariantError, match="put merge behind it"):
+        Stage.load(folder, 0, 2)

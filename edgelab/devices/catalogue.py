@@ -15,6 +15,8 @@ from edgelab.devices.tables import table
 if TYPE_CHECKING:
     from edgelab.devices.memory import MemoryNeed
 
+HERE = "This machine"
+
 
 @dataclass(frozen=True)
 class Device:
@@ -103,7 +105,7 @@ def this_machine() -> Device:
     """The machine this runs on, with the memory its system reports; its bandwidth is not measured here."""
     memory = psutil.virtual_memory()
     return Device(
-        name="This machine",
+        name=HERE,
         device_class=platform.machine(),
         memory_gb=round(memory.total / 1e9, 1),
         usable_gb=round(memory.available / 1e9, 1),

@@ -1,7 +1,7 @@
 """From recipes to rows: question, plan, and the road that goes through them."""
 
 from edgelab.lab.question import MeasureError, Question, Settings
-from edgelab.lab.road import DEFAULT_SET, compare, estimate_s, follow, planned, sample, stream
+from edgelab.lab.road import DEFAULT_SET, compare, estimate_s, follow, planned, profile, sample, stream
 from edgelab.lab.road import run as measure
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "follow",
     "measure",
     "planned",
+    "profile",
     "sample",
     "stream",
 ]

@@ -5,6 +5,7 @@ Arguments and results are JSON. What measurements return by name are fields of t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import os
@@ -168,6 +169,13 @@ class Bench:
     def write(self, prompt: str, tokens: int) -> str:
         """The greedy continuation of a prompt."""
         return sample.write(self.session, self.tokenizer, prompt, tokens)
+
+    def profile(self) -> dict[str, Any]:
+        """What every part of the variant takes here, on one thread."""
+        from edgelab.deployments.partition.profiling import measured
+
+        found = measured(self.folder, self.source.name, self.recipe.weights, progress=self.report)
+        return dataclasses.asdict(found)
 
     def open(self) -> dict[str, Any]:
         """Load the variant. What the process needs without it is left out of its memory."""

@@ -127,7 +127,7 @@ class Question:
 
     def of(self, need: str) -> list[str]:
         """Names of the measurements that need this."""
-        return [one.name for one in self.measurements if one.needs == need]
+        return [one.name for one in self.measurements if one.needs == need and self._is_about(one)]
 
     @property
     def made_by(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Question:
             found["protocol"] = protocols.protocol(self.settings.protocol).version
         if self.has_twin:
             found["gate"] = parity.VERSION
-        if read := [name for technique in self.recipe.techniques for name in reads(technique)]:
+        if read := [name for made in (*self.recipe.techniques, deployment) for name in reads(made)]:
             found["reads"] = "+".join(read)
         for one in self.measurements:
             if one.corpus:
@@ -154,7 +154,10 @@ class Question:
         return any(one.text for one in self.measurements)
 
     def _applies(self, one: Measurement) -> bool:
-        return self.recipe.deployment.timed or one.needs not in TIMED
+        return self._is_about(one) and (self.recipe.deployment.timed or one.needs not in TIMED)
+
+    def _is_about(self, one: Measurement) -> bool:
+        return one.deployment in ("", self.recipe.deployment.name)
 
     @property
     def address(self) -> Path:
@@ -257,11 +260,11 @@ def quick(texts: list[str], settings: Settings, interleave: bool) -> list[Questi
 
 def _may_read(recipe: Plain) -> bool:
     """Whether a technique may have to look at something outside: a file, another model, or our own texts."""
-    values = [(name, value) for call in recipe.calls for name, value in call.values.items()]
+    values = [(name, value) for call in (*recipe.calls, recipe.at) for name, value in call.values.items()]
     nested = any(_may_read(value) for _, value in values if isinstance(value, Plain))
     texts = [(name, value) for name, value in values if isinstance(value, str) and value]
     return nested or any(
-        name == "model" or corpora.EXTRACTION in value.split("/") or assets.find(value) is not None
+        name in ("model", "fleet") or corpora.EXTRACTION in value.split("/") or assets.find(value) is not None
         for name, value in texts
     )
 

@@ -269,6 +269,39 @@ class Row:
     decode_ratio_low: float | None = declared("Lower end of the ratio", "speed")
     decode_ratio_high: float | None = declared("Upper end of the ratio", "speed")
 
+    devices: int | None = declared("Devices in use", "plan")
+    predicted_ttft_ms: float | None = declared(
+        "Time to first token, predicted", "plan", unit="ms", **LOWER, within="machine",
+        meaning="From the times of the parts, measured alone, and the links.",
+    )  # fmt: skip
+    predicted_tpot_ms: float | None = declared(
+        "Time per output token, predicted", "plan", unit="ms", **LOWER, within="machine"
+    )
+    predicted_tok_s: float | None = declared(
+        "Tokens per second of all requests, predicted", "plan", **RATE,
+        meaning="By the formula of a pipeline without bubbles.",
+    )  # fmt: skip
+    in_flight: int | None = declared("Requests in flight", "plan")
+    in_flight_tok_s: float | None = declared("Tokens per second of all requests in flight", "plan", **RATE)
+    plan: str | None = declared(
+        "Plan",
+        "plan",
+        meaning="JSON: which layers run where, predicted and measured time of every stage, and why.",
+    )
+    sent_bytes_per_token: float | None = declared(
+        "Sent over links for a token", "network", unit="bytes", **LOWER, meaning="Without framing."
+    )
+    predicted_bytes_per_token: float | None = declared(
+        "Sent over links for a token, by formula", "network", unit="bytes", **LOWER
+    )
+    framing_bytes_per_token: float | None = declared(
+        "Framing for a token",
+        "network",
+        unit="bytes",
+        **LOWER,
+        meaning="Headers of messages, on all links together.",
+    )
+
     apply_s: float | None = declared(
         "Making the variant", "cost", unit="s", **LOWER, within="machine", meaning="All its stages together."
     )

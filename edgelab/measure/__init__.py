@@ -111,7 +111,7 @@ class Measurement:
 
     version: raise it when the same model gives other numbers. text: whether it reads the text of the question, so that
     another text, protocol or number of windows is another question. corpus: a text of its own, where its content may
-    change and would make another question, too.
+    change and would make another question, too. deployment: the only one that it is about, empty for all.
     """
 
     name: str
@@ -122,6 +122,7 @@ class Measurement:
     text: bool
     run: Callable[..., Any] | None
     corpus: str = ""
+    deployment: str = ""
 
 
 MEASUREMENTS: dict[str, Measurement] = {}
@@ -136,11 +137,13 @@ def measurement(
     version: int = 1,
     text: bool | None = None,
     corpus: str = "",
+    deployment: str = "",
 ) -> Callable[[Callable], Callable]:
     """Enter a function as a measurement. Raises UndeclaredField for a field that nobody declares.
 
     fields: names of fields of Row; one that is no part of edgelab gives a dictionary of names and declarations. text:
-    as it needs logits, where left out. corpus: a text of its own, if it reads one that may change.
+    as it needs logits, where left out. corpus: a text of its own, if it reads one that may change. deployment: the only
+    one that it is about.
     """
     reads = needs == "logits" if text is None else text
     if isinstance(fields, dict):
@@ -151,7 +154,9 @@ def measurement(
         )
 
     def enter(run: Callable) -> Callable:
-        MEASUREMENTS[name] = Measurement(name, part, needs, tuple(fields), version, reads, run, corpus)
+        MEASUREMENTS[name] = Measurement(
+            name, part, needs, tuple(fields), version, reads, run, corpus, deployment
+        )
         return run
 
     return enter

@@ -134,12 +134,13 @@ class Timed:
 
     def __init__(self, session: Session, prompt: list[int]) -> None:
         self.session, self.prompt = session, prompt
+        self.ms_per_s = 1e3 / getattr(session, "pace", 1.0)
 
     def prefill(self) -> float:
         """Time to first token in ms; a new sequence starts."""
         started = time.perf_counter()
         self.token = self.session.prefill(self.prompt)
-        return 1e3 * (time.perf_counter() - started)
+        return self.ms_per_s * (time.perf_counter() - started)
 
     def decode(self, tokens: int) -> list[float]:
         """Time in ms of each of the next tokens of the sequence; an end-of-text token does not stop it."""
@@ -147,7 +148,7 @@ class Timed:
         for _ in range(tokens):
             self.token = self.session.decode(self.token)
             marks.append(time.perf_counter())
-        return [1e3 * (after - before) for before, after in pairwise(marks)]
+        return [self.ms_per_s * (after - before) for before, after in pairwise(marks)]
 
     def warm_up(self) -> int:
         """Short runs until the last three agree within 10 % (at least 3, at most 8); returns how many."""

@@ -15,6 +15,8 @@ MMAP_THRESHOLD = -3, 1 << 18  # of glibc's mallopt: M_MMAP_THRESHOLD, bytes
 @measurement("peak memory", part="memory", needs="process", fields=("peak_rss_mb",))
 def peak_memory(subject: Subject) -> dict[str, Any]:
     """`subject.nothing_mb` is the peak of the process before it loaded anything."""
+    if subject.session.elsewhere:
+        return {}
     return {"peak_rss_mb": peak_rss_mb() - subject.nothing_mb}
 
 

@@ -48,7 +48,8 @@ class Session(ABC):
     pieces; about what they are off from PyTorch's anyway. cache_bits: of a key or value that an engine keeps.
     export: writes all that an engine loads of a variant into an empty folder and returns the bytes of the weights in
     it, `export(variant, folder)`; None in PyTorch, which loads variants themselves. spare: files of an export that
-    running does not need. adapters: whether it runs them beside the weights.
+    running does not need. adapters: whether it runs them beside the weights. elsewhere: whether other processes hold
+    the weights. pace: how many times slower than real its time runs, where it stands for faster devices.
     """
 
     badge = "runtime"
@@ -56,11 +57,13 @@ class Session(ABC):
     can = Can()
     model: PreTrainedModel | None = None
     vocabulary: int
+    pace: float = 1.0
     tolerance: ClassVar[float]
     cache_bits: ClassVar[int]
     export: ClassVar[Callable[..., int] | None] = None
     spare: ClassVar[tuple[str, ...]] = ()
     adapters: ClassVar[bool] = False
+    elsewhere: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.ids: list[int] = []

@@ -265,17 +265,32 @@ def load(folder: Path) -> PreTrainedModel:
     """Read a variant back: a model with PackedLinear and PackedEmbedding layers where it is packed."""
     if (parent := parent_of(folder)) is not None:
         return _load_adapter(folder, parent)
+    return load_part(folder, lambda name: True)
+
+
+def load_part(folder: Path, wanted: Callable[[str], bool]) -> PreTrainedModel:
+    """As `load`, and only the tensors of the modules that are wanted by name; the others stay on the meta device.
+
+    A tied matrix is read where either of its modules is wanted. Raises VariantError for an adapter.
+    """
+    if parent_of(folder) is not None:
+        raise VariantError(
+            f"{folder.name} is an adapter, which is read with all of its model; put merge behind it."
+        )
     about = read_description(folder)
+    dtype = getattr(torch, about.dtype)
     try:
         config = load_config(folder)
-        tensors = _read_tensors(folder / "model.safetensors")
+        model = skeleton(config, dtype)
+        wanted = _with_tied(wanted, model, about)
+        tensors = _read_tensors(folder / "model.safetensors", wanted)
     except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(folder, str(error).split("\n")[0]) from None
-    dtype = getattr(torch, about.dtype)
-    model = skeleton(config, dtype)
     give_shapes(model, about.shapes)
     matrices: dict[str, Matrix] = {}
     for name, how in about.matrices.items():
+        if not wanted(name):
+            continue
         parts = {
             place.rpartition(".")[2]: tensors[place] for place in tensors if place.rpartition(".")[0] == name
         }
@@ -298,9 +313,14 @@ def load(folder: Path) -> PreTrainedModel:
         if buffer.is_meta:
             owner, _, last = name.rpartition(".")
             model.get_submodule(owner).register_buffer(last, tensors.get(name, buffer), persistent=False)
-    if not about.matrices or not isinstance(model.get_output_embeddings(), PackedLinear):
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if not any(isinstance(end, PackedLinear | PackedEmbedding) for end in ends):
         model.tie_weights()
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    left = [
+        name
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.is_meta and wanted(name.rpartition(".")[0])
+    ]
     if left:
         raise _lacking(folder, left[0])
     setattr(model, ATTRIBUTE, about.marks)
@@ -333,14 +353,26 @@ def _lacking(folder: Path, name: str) -> VariantError:
     return VariantError(f"The variant in {folder} lacks {name}; `edgelab cache clear` removes it.")
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """Copies of all tensors of a file.
+def _with_tied(
+    wanted: Callable[[str], bool], model: PreTrainedModel, about: Description
+) -> Callable[[str], bool]:
+    """The same, and the module that holds a matrix of two, where the other one is wanted."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (next((name for name, one in model.named_modules() if one is end), "") for end in ends)
+    also = {how["same_as"] for name, how in about.matrices.items() if "same_as" in how and wanted(name)}
+    if model.config.get_text_config().tie_word_embeddings and wanted(head):
+        also.add(embedding)
+    return lambda name: wanted(name) or name in also
+
+
+def _read_tensors(file: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Copies of the tensors of a file whose module is wanted.
 
     A tensor that stays mapped is read from disk in the middle of a measurement; and the mapping is opened anew for
     each, since the pages of one mapping count as memory of the process beside the copies, until it is closed.
     """
     with safe_open(file, "pt") as opened:
-        names = list(opened.keys())
+        names = [name for name in opened.keys() if wanted(name.rpartition(".")[0])]  # noqa: SIM118
     tensors = {}
     for name in names:
         with safe_open(file, "pt") as opened:

@@ -1,9 +1,10 @@
 """Fleets: devices of the catalogue and the links between them, as `data/fleets/*.csv` or a file of the reader's own.
 
 Columns: kind (device or link), name, to, what, count, room_gb, slow_down, source. A device line names a device of the
-catalogue, how many there are (called name 1, name 2, ...), what a model may fill where that differs from the catalogue,
-and how many times slower than the catalogue's it is. A link line connects `name` to `to`; * is every device, and later
-lines win. `what` is a link of `data/links.csv` or a number of Mbps. The first device is the source.
+catalogue or This machine, how many there are (called name 1, name 2, ...), what a model may fill where that differs
+from the catalogue, and how many times slower than the catalogue's it is. A link line connects `name` to `to`; * is
+every device, and later lines win. `what` is a link of `data/links.csv` or a number of Mbps. The first device is the
+source.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from edgelab.assets import data_dir
-from edgelab.devices.catalogue import Device, catalogue
+from edgelab.devices.catalogue import Device, catalogue, this_machine
 from edgelab.errors import EdgeLabError
+from edgelab.keys import key
 from edgelab.network import Link, LinkError, find
 
 COLUMNS = ("kind", "name", "to", "what", "count", "room_gb", "slow_down", "source")
@@ -112,6 +114,13 @@ def load(name: str | Path) -> Fleet:
     return fleet
 
 
+def identity(name: str) -> str:
+    """A fleet and what its file and its links say now."""
+    fleet = load(name)
+    said = [(one.name, one.device.name, one.room_gb, one.slow_down) for one in fleet.members]
+    return f"fleet {fleet.name} {key('fleet', said, fleet.bandwidth.tolist(), fleet.delay.tolist())}"
+
+
 def _wrong(path: Path, line: int, column: str, value: object, right: str) -> FleetError:
     return FleetError(f"{path.name}, line {line}, column {column}: {value!r} should be {right}.")
 
@@ -130,7 +139,7 @@ def _number(path: Path, line: int, row: dict[str, str], column: str, otherwise: 
 
 
 def _members(path: Path, line: int, row: dict[str, str]) -> list[Member]:
-    known = {device.name: device for device in catalogue()}
+    known = {device.name: device for device in (this_machine(), *catalogue())}
     if row["what"] not in known:
         raise _wrong(path, line, "what", row["what"], f"a device of the catalogue: {', '.join(known)}")
     device = known[row["what"]]

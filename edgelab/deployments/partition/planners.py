@@ -1,6 +1,6 @@
 """Planners: from a problem and an objective to a placement.
 
-exact     the best plan that gives each device one run, under memory limits
+exact     the best plan that gives each device one run, under memory limits; the head may come back to the source
 greedy    for fleets of too many types, with a bound below which no plan can be
 
 Exact, over segments: the best way to have the first `last` layers done, with `used` devices of each type, the last of
@@ -15,8 +15,9 @@ fleets of dozens work (PipeEdge: Hu et al. 2022, arXiv:2110.14895).
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,12 +30,44 @@ from edgelab.deployments.partition.problem import (
     Placement,
     Plan,
     Problem,
+    Stage,
     returns,
     stages,
     why_none,
 )
 
+Planner = Callable[[Problem, Objective], Plan]
 STATES = 60_000  # numbers of devices in use that the exact planner looks at; some seconds for 80 layers
+
+
+# The head at home
+
+
+def _or_head_home(planner: Planner) -> Planner:
+    """The better of two plans: one run for each device, or that with the returning layers back on the source."""
+
+    @functools.wraps(planner)
+    def better(problem: Problem, objective: Objective) -> Plan:
+        found: list[Plan] = []
+        refused: NoPlan | None = None
+        for home in (False, True):
+            if home and not 0 < problem.returning < problem.layers:
+                continue
+            try:
+                plan = planner(problem.head_home() if home else problem, objective)
+            except NoPlan as error:
+                refused = refused or error
+                continue
+            back = (0,) * problem.returning if home else ()
+            placement = plan.placement + back
+            found.append(replace(plan, placement=placement, cost=problem.cost(placement, objective)))
+        if not found:
+            raise refused
+        best = min(found, key=lambda plan: plan.cost)
+        bounds = [plan.bound for plan in found if plan.bound is not None]
+        return replace(best, bound=min(bounds, default=None))
+
+    return better
 
 
 # Exact, over plans of one run for each device
@@ -77,6 +110,7 @@ def _off_diagonal(table: np.ndarray) -> np.ndarray:
     return np.where(np.eye(len(table), dtype=bool), 0, table)
 
 
+@_or_head_home
 def exact(problem: Problem, objective: Objective) -> Plan:
     """The best plan that gives each device one run. Raises NoPlan where none fits, and for too many types."""
     members = types(problem)
@@ -150,6 +184,7 @@ def _walk_back(
 # Large fleets of many types
 
 
+@_or_head_home
 def greedy(problem: Problem, objective: Objective) -> Plan:
     """A plan found by remembering one best way for each layer and device, with a bound below which none can be.
 
@@ -185,14 +220,14 @@ def greedy(problem: Problem, objective: Objective) -> Plan:
     return Plan(placement, objective, problem.cost(placement, objective), "greedy", float(bound))
 
 
-PLANNERS: dict[str, Callable[[Problem, Objective], Plan]] = {
+PLANNERS: dict[str, Planner] = {
     "edge_solo": edge_solo,
     "cloud_edge_even": cloud_edge_even,
     "cloud_edge_opt": cloud_edge_opt,
     "edgeshard": edgeshard,
     "exact": exact,
     "greedy": greedy,
-    "milp": by_milp,
+    "milp": _or_head_home(by_milp),
 }
 
 
@@ -210,8 +245,9 @@ def verdict(problem: Problem, published: Plan, best: Plan) -> str:
 # A plan in words
 
 
-def explained(problem: Problem, plan: Plan) -> list[str]:
-    """A sentence for each stage, one for what was left out, and one on the source alone, where it would do."""
+def explained(problem: Problem, plan: Plan, parts: Sequence[str] = ()) -> list[str]:
+    """A sentence for each stage, and one for every device that was left out. parts: names of the layers."""
+    parts = parts or [f"layer {place}" for place in range(problem.layers)]
     said = []
     runs = stages(plan.placement)
     moving = problem.handing("latency")
@@ -221,8 +257,8 @@ def explained(problem: Problem, plan: Plan) -> list[str]:
         following = runs[place + 1].device if place + 1 < len(runs) else 0
         over = moving[stage.last - 1, stage.device, following]
         sentence = (
-            f"{problem.names[stage.device]} runs layers {stage.first} to {stage.last - 1} in {1e3 * spent:,.1f} ms per "
-            f"token and holds {held / 1e6:,.1f} of {problem.room[stage.device] / 1e6:,.1f} MB"
+            f"{problem.names[stage.device]} runs {_from_to(parts, stage)} in {1e3 * spent:,.1f} ms per token and holds "
+            f"{held / 1e6:,.1f} of {problem.room[stage.device] / 1e6:,.1f} MB"
         )
         if stage.device != following:
             sentence += f"; handing on to {problem.names[following]} takes {1e3 * over:,.1f} ms"
@@ -230,6 +266,24 @@ def explained(problem: Problem, plan: Plan) -> list[str]:
     return said + [
         f"{problem.names[device]} is left out: {reason}" for device, reason in left_out(problem, plan)
     ]
+
+
+def _from_to(parts: Sequence[str], stage: Stage) -> str:
+    first, last = parts[stage.first], parts[stage.last - 1]
+    return first if first == last else f"{first} to {last}"
+
+
+def _why(problem: Problem, plan: Plan, other: Plan) -> str:
+    """What another plan spends more of, or saves, by milliseconds of a token."""
+    layers, said = np.arange(problem.layers), []
+    moving = problem.handing("latency")
+    for what, of in (
+        ("its stages take", lambda places: problem.seconds[layers, places].sum()),
+        ("its links", lambda places: moving[layers, places, np.append(places[1:], 0)].sum()),
+    ):
+        more = 1e3 * float(of(np.array(other.placement)) - of(np.array(plan.placement)))
+        said.append(f"{what} {abs(more):,.1f} ms {'more' if more >= 0 else 'less'}")
+    return " and ".join(said)
 
 
 def left_out(problem: Problem, plan: Plan) -> list[tuple[int, str]]:
@@ -246,8 +300,8 @@ def left_out(problem: Problem, plan: Plan) -> list[tuple[int, str]]:
             reason = "no plan that uses it keeps the limits."
         else:
             more = other.cost / plan.cost - 1 if plan.cost else np.inf
-            reason = (
-                f"the best plan with it is {more:.1%} worse." if more > 1e-9 else "it would change nothing."
-            )
+            reason = "it would change nothing."
+            if more > 1e-9:
+                reason = f"the best plan with it is {more:.1%} worse: {_why(problem, plan, other)}."
         found += [(device, reason) for device in members]
     return found

@@ -1,7 +1,8 @@
 """Which layer runs where: what each would cost, what handing on costs, and what fits.
 
 A placement names a device for every layer. A plan gives each device at most one run of consecutive layers: what a real
-chain of stages can do. Device 0 is the source, which has the prompt and wants the token.
+chain of stages can do. Device 0 is the source, which has the prompt and wants the token; where the problem says so, the
+last layers, such as the head, may come back to it.
 
     latency     sum of the layers' seconds, of handing on between runs, and of the way back       seconds per token
     throughput  the slowest of stages and links, which no pipeline can beat                       seconds per token
@@ -50,7 +51,8 @@ class Problem:
     those that go back to the source. memory: (layers,), bytes of each with its share of the cache. room: (devices,),
     bytes. bandwidth: (devices, devices), bytes per second from row to column; 0 where no link is. delay: one way, in
     seconds. watts: (devices,), while a device computes or sends. allowed: (layers, devices), what may run where; the
-    first layer is on the source unless it says otherwise. needed: devices that have to take part.
+    first layer is on the source unless it says otherwise. needed: devices that have to take part. returning: layers at
+    the end that may run on the source although others before them do not.
     """
 
     seconds: np.ndarray
@@ -62,6 +64,7 @@ class Problem:
     watts: np.ndarray | None = None
     allowed: np.ndarray | None = None
     needed: frozenset[int] = frozenset()
+    returning: int = 0
     names: tuple[str, ...] = ()
     _kept: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
@@ -107,6 +110,21 @@ class Problem:
         allowed = self.allowed.copy()
         allowed[:, device] = False
         return replace(self, allowed=allowed, needed=self.needed - {device})
+
+    def head_home(self) -> Problem:
+        """The same without the returning layers, which the source runs beside the first one: their time and memory
+        count there, and what the layer before them hands on is what comes back.
+        """
+        stay = self.layers - self.returning
+        seconds, memory = self.seconds[:stay].copy(), self.memory[:stay].copy()
+        seconds[0, 0] += self.seconds[stay:, 0].sum()
+        memory[0] += self.memory[stay:].sum()
+        allowed = self.allowed[:stay].copy()
+        allowed[0, 1:] = False
+        allowed[0, 0] &= self.allowed[stay:, 0].all()
+        return replace(
+            self, seconds=seconds, memory=memory, handed=self.handed[:stay], allowed=allowed, returning=0
+        )
 
     def handing(self, objective: Objective) -> np.ndarray:
         """What it costs to hand on after each layer, (layers, devices, devices) from one device to another.

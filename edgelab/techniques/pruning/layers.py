@@ -137,8 +137,14 @@ def _by_loss(
 
 
 def without(model: PreTrainedModel, gone: set[int]) -> PreTrainedModel:
-    """A copy of the model without some blocks, whose configuration and caches count those that are left."""
+    """A copy of the model without some blocks."""
     model = copy.deepcopy(model)
+    take_out(model, gone)
+    return model
+
+
+def take_out(model: PreTrainedModel, gone: set[int]) -> None:
+    """Take blocks out of a model, in place; its configuration and caches count those that are left."""
     name, modules = block_list(model)
     stay = [place for place in range(len(modules)) if place not in gone]
     model.set_submodule(name, nn.ModuleList([modules[place] for place in stay]))
@@ -154,4 +160,3 @@ def without(model: PreTrainedModel, gone: set[int]) -> PreTrainedModel:
     model.config.num_hidden_layers = len(stay)
     for key, value in lists.items():
         setattr(model.config, key, [value[place] for place in stay])
-    return model

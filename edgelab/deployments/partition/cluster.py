@@ -1,0 +1,564 @@
+"""A plan in motion: workers started and watched, chained over their links, asked for tokens; and planned anew.
+
+The source asks the first stage and hears from the last one. It watches every worker over a connection of its own: one
+that ends says at once that the worker has, one that does not answer within STALLED_S that it hangs. Then the plan is
+made again without that device, stages that moved are loaded, and the new chain reads prompts and what was written so
+far before it goes on. No step is ever sent twice to a stage that may have done it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgelab.deployments.partition import wire
+from edgelab.deployments.partition.planners import PLANNERS
+from edgelab.deployments.partition.problem import NoPlan, Plan, Problem, Stage, stages
+from edgelab.deployments.partition.wire import Kind, Message
+from edgelab.deployments.partition.worker import CLOCK, Spent
+from edgelab.errors import EdgeLabError
+from edgelab.network import LOCAL, Link, Proxies, Proxy
+
+log = logging.getLogger(__name__)
+
+STALLED_S = 5.0  # without an answer: longer than any step, shorter than patience
+ASKED_S = 0.25  # between two questions whether a worker is there
+SLOWER = 1.5  # times the predicted time of a link from which it is said to have slowed down
+SLOWER_S = 0.002  # and at least so much longer
+
+
+class ClusterError(EdgeLabError):
+    """Something that a running plan cannot do."""
+
+
+class WorkerEnded(ClusterError):
+    """A worker that ended while it was told something."""
+
+    def __init__(self, device: str, reason: object) -> None:
+        super().__init__(f"The worker of {device} ended: {str(reason).strip().splitlines()[0][:200]}")
+        self.device = device
+
+
+class Handle(Protocol):
+    """A worker somewhere: its methods by name, several calls at a time."""
+
+    def begin(self, method: str, *arguments: Any) -> Callable[[], Any]:
+        """Start a call; what is returned waits for it."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+Start = Callable[[str, int], Handle]  # name of the device, and its place among all
+
+
+@dataclass
+class Request:
+    """A sequence that is being written. ids: prompt and answer. step: of the answer that is waited for."""
+
+    number: int
+    ids: list[int]
+    prompt: int
+    wanted: int
+    step: int = 0
+    logits: bool = False
+    marks: list[float] = field(default_factory=list)  # when it was asked, and when each token came
+
+    @property
+    def written(self) -> list[int]:
+        return self.ids[self.prompt :]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What it cost to go on without a device, in seconds; whole: from its end to the next token.
+
+    detected: until its end was noticed, 0 where nobody knows when it ended.
+    """
+
+    device: str
+    plan: Plan
+    detected_s: float
+    planning_s: float
+    loading_s: float
+    reading_s: float
+    whole_s: float
+
+
+@dataclass(frozen=True)
+class Slowed:
+    """A link that takes longer than it should, and what a new plan would gain there. gain: share of the latency."""
+
+    source: str
+    target: str
+    predicted_mbps: float
+    measured_mbps: float
+    plan: Plan
+    gain: float
+
+
+@dataclass
+class _Seat:
+    """A device with its worker."""
+
+    handle: Handle
+    address: tuple[str, int]
+    watch: socket.socket
+    offset: float = 0.0  # of its clock to ours, in seconds
+    leaving: bool = False
+
+    def leave(self) -> None:
+        """End the worker, and watch it no longer."""
+        self.leaving = True
+        with suppress(OSError):
+            self.watch.shutdown(socket.SHUT_RDWR)
+        self.handle.kill()
+
+
+class Cluster:
+    """A variant on a fleet, by a plan. Use as a context, so that no worker is left behind.
+
+    problem: what the plan was made from, for planning anew. slow_down: by device, how many times as long a step takes
+    there. shaped: links go through proxies with the bandwidth of the problem; False where they are real. pace: time of
+    links runs so many times slower than the problem says.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        problem: Problem,
+        plan: Plan,
+        start: Start,
+        *,
+        wire: str = "float32",
+        slow_down: dict[str, float] | None = None,
+        shaped: bool = True,
+        pace: float = 1.0,
+        host: str = LOCAL,
+    ) -> None:
+        self.folder, self.problem, self.plan, self.wire = folder, problem, plan, wire
+        self.slow_down, self.shaped, self.pace, self.host = slow_down or {}, shaped, pace, host
+        self.epoch = 0
+        self.recoveries: list[Recovery] = []
+        self.links: dict[tuple[str, str], Proxy] = {}
+        self.loaded: dict[str, dict[str, float]] = {}  # by device: seconds, and bytes it holds
+        self._start = start
+        self._seats: dict[str, _Seat] = {}
+        self._gone: set[int] = set()
+        self._joined = False
+        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._requests: dict[int, Request] = {}
+        self._numbers = itertools.count()
+        self._ended_at: dict[str, float] = {}
+        self._stack = ExitStack()
+        self._server = socket.create_server((host, 0))
+        self._first: socket.socket | None = None
+        self._proxies = Proxies()
+
+    def __enter__(self) -> Cluster:
+        self._stack.callback(self._close)
+        threading.Thread(target=self._hear, daemon=True).start()
+        try:
+            self._assemble()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _close(self) -> None:
+        for seat in self._seats.values():
+            seat.leave()
+        self._seats.clear()
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)  # which wakes the thread that accepts
+        self._server.close()
+        if self._first is not None:
+            self._first.close()
+        self._proxies.close()
+
+    # Writing
+
+    def stream(self, prompts: list[list[int]], tokens: int) -> Iterator[tuple[int, int]]:
+        """The likeliest tokens behind each prompt, so many of each, as they come: (which prompt, token).
+
+        All prompts are in flight at once. Raises NoPlan where a device is lost without which nothing fits.
+        """
+        self._settle()
+        mine = {}
+        for place, prompt in enumerate(prompts):
+            request = self._new(prompt, tokens)
+            mine[request.number] = place
+            self._ask(request, request.ids)
+        try:
+            while any(number in self._requests for number in mine):
+                message = self._answer()
+                request = self._requests[message.request]
+                (token,) = wire.ids_of(message.payload)
+                self._note(request, token)
+                if len(request.written) < request.wanted:
+                    self._ask(request, [token])
+                else:
+                    self.forget(request.number)
+                yield mine[request.number], token
+        finally:
+            for number in mine:
+                self.forget(number)
+
+    def write(self, prompt: list[int], tokens: int) -> list[int]:
+        """The likeliest tokens behind a prompt."""
+        return [token for _, token in self.stream([prompt], tokens)]
+
+    def begin(self) -> int:
+        """A new request, for `read`; returns its number."""
+        self._settle()
+        return self._new([], 0).number
+
+    def read(self, number: int, ids: list[int], logits: bool = False) -> bytes:
+        """Go on with a request by some tokens: the likeliest next one as int32, or float32 logits (vocabulary,)."""
+        request = self._requests[number]
+        request.logits = logits
+        request.ids = request.ids + ids
+        self._ask(request, ids)
+        message = self._answer()
+        request.step += 1
+        return message.payload
+
+    def forget(self, number: int) -> None:
+        """Let go of a request, here and in all stages."""
+        if self._requests.pop(number, None) is not None:
+            with suppress(OSError):
+                wire.send(self._first, Message(Kind.FORGET, request=number, epoch=self.epoch))
+
+    def join(self, device: str) -> None:
+        """A device is there again; the next request is planned with it."""
+        self._gone.discard(self._device(device))
+        self._joined = True
+
+    def _new(self, prompt: list[int], tokens: int) -> Request:
+        request = Request(next(self._numbers), list(prompt), len(prompt), tokens)
+        self._requests[request.number] = request
+        return request
+
+    def _ask(self, request: Request, ids: list[int]) -> None:
+        if not request.marks:
+            request.marks.append(time.monotonic())
+        message = Message(
+            Kind.TOKENS, wire.ids_bytes(ids), request.number, request.step, len(request.ids) - len(ids), len(ids),
+            self.epoch, self.wire, request.logits,
+        )  # fmt: skip
+        with suppress(OSError):  # whoever watches the first stage says so
+            wire.send(self._first, message)
+
+    def _note(self, request: Request, token: int) -> None:
+        request.ids = [*request.ids, token]
+        request.step += 1
+        request.marks.append(time.monotonic())
+
+    def _answer(self) -> Message:
+        """The next answer that belongs to an open request; a device that ends on the way is replaced."""
+        while True:
+            kind, found = self._events.get()
+            if kind == "gone":
+                self._replace(found)
+                continue
+            message: Message = found
+            request = self._requests.get(message.request)
+            if message.epoch != self.epoch or request is None or message.step != request.step:
+                continue
+            if message.kind is Kind.ERROR:
+                raise ClusterError(message.payload.decode())
+            if message.kind in (Kind.TOKEN, Kind.LOGITS):
+                return message
+
+    # Workers and their chain
+
+    def _runs(self) -> dict[str, Stage]:
+        """Every stage in order, by its device's name, and "again" where the head comes back to the source."""
+        found: dict[str, Stage] = {}
+        for run in stages(self.plan.placement):
+            name = self.problem.names[run.device]
+            found[f"{name} again" if name in found else name] = run
+        return found
+
+    def _device(self, name: str) -> int:
+        return self.problem.names.index(name if name in self.problem.names else name.removesuffix(" again"))
+
+    def _assemble(self) -> None:
+        """Start, load and connect what the plan asks for."""
+        self.epoch += 1
+        runs = self._runs()
+        for name in runs:
+            if name not in self._seats:
+                self._seats[name] = self._seat(name)
+        waiting = {}
+        for name, run in runs.items():
+            slow = self.slow_down.get(self.problem.names[run.device], 1.0)
+            settings = str(self.folder), run.first, run.last, self.epoch, self.wire, slow
+            waiting[name] = self._begin(name, "load", *settings)
+        self.loaded = {name: wait() for name, wait in waiting.items()}
+        self._chain(runs)
+
+    def _begin(self, name: str, method: str, *arguments: Any) -> Callable[[], Any]:
+        """Start a call of a worker. What is returned waits, and raises WorkerEnded where it has."""
+        wait = self._seats[name].handle.begin(method, *arguments)
+
+        def found() -> Any:
+            try:
+                return wait()
+            except EdgeLabError:
+                raise
+            except Exception as error:  # engines of actors have errors of their own
+                raise WorkerEnded(name, error) from error
+
+        return found
+
+    def _seat(self, name: str) -> _Seat:
+        handle = self._start(self.problem.names[self._device(name)], self._device(name))
+        try:
+            host, port = handle.begin("address")()
+            seat = _Seat(handle, (host, port), wire.connect(host, port))
+        except BaseException:
+            handle.kill()
+            raise
+        seat.watch.settimeout(STALLED_S)
+        threading.Thread(target=self._watch, args=(name, seat), daemon=True).start()
+        return seat
+
+    def _chain(self, runs: dict[str, Stage]) -> None:
+        """Connect every stage with the next one, and the last with the source."""
+        if self._first is not None:
+            self._first.close()
+        self._proxies.close()
+        self._proxies = Proxies()
+        self.links, names = {}, list(runs)
+        home = self.host, self._server.getsockname()[1]
+        ends = [*(self._seats[name].address for name in names[1:]), home]
+        targets = [*(run.device for run in list(runs.values())[1:]), 0]
+        for (name, run), end, target in zip(runs.items(), ends, targets, strict=True):
+            if self.shaped and run.device != target:
+                proxy = self._proxies.open(self._link(run.device, target), *end)
+                self.links[name, self.problem.names[target]] = proxy
+                end = LOCAL, proxy.listening
+            self._begin(name, "connect", *end)()
+        self._first = wire.connect(*self._seats[names[0]].address)
+
+    def _link(self, source: int, target: int) -> Link:
+        """What connects two devices, at the pace of this machine."""
+        names, problem = self.problem.names, self.problem
+        mbps = problem.bandwidth[source, target] * 8 / 1e6 / self.pace
+        back = problem.bandwidth[target, source] * 8 / 1e6 / self.pace
+        return Link(
+            f"{names[source]} to {names[target]}",
+            down_mbps=min(back or mbps, 1e6),
+            up_mbps=min(mbps, 1e6),
+            round_trip_ms=2e3 * problem.delay[source, target] * self.pace,
+        )
+
+    def _hear(self) -> None:
+        """All answers of all chains."""
+
+        def take(connection: socket.socket) -> None:
+            with connection, suppress(OSError, wire.WireError):
+                while (message := wire.receive(connection)) is not None:
+                    self._events.put(("answer", message))
+
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                return
+            threading.Thread(target=take, args=(connection,), daemon=True).start()
+
+    def _watch(self, name: str, seat: _Seat) -> None:
+        """Ask a worker for its clock until it does not answer."""
+        closest = np.inf
+        with seat.watch, suppress(OSError, wire.WireError):
+            while not seat.leaving:
+                asked = time.monotonic()
+                wire.send(seat.watch, Message(Kind.PING))
+                answer = wire.receive(seat.watch)
+                if answer is None:
+                    break
+                took = time.monotonic() - asked
+                if took < closest:
+                    closest, seat.offset = took, CLOCK.unpack(answer.payload)[0] - asked - took / 2
+                self._until(seat, ASKED_S)
+        if not seat.leaving:
+            self._events.put(("gone", name))
+
+    def _until(self, seat: _Seat, seconds: float) -> None:
+        """Wait, but no longer than the connection lives."""
+        seat.watch.settimeout(seconds)
+        try:
+            if seat.watch.recv(1, socket.MSG_PEEK) == b"":
+                raise OSError("closed")
+        except TimeoutError:
+            pass
+        finally:
+            seat.watch.settimeout(STALLED_S)
+
+    # Faults
+
+    def kill(self, device: str) -> None:
+        """End the worker of a device at once, as a fault would."""
+        self._ended_at[device] = time.monotonic()
+        self._seats[device].handle.kill()
+
+    def _replace(self, device: str) -> None:
+        """Plan without a device, load what moved, and read again what was open."""
+        noticed = time.monotonic()
+        ended = self._ended_at.pop(device, noticed)
+        if device not in self._seats:
+            return
+        lost: str | None = device
+        while lost is not None:
+            self._seats.pop(lost).leave()
+            self._gone.add(self._device(lost))
+            try:
+                self.plan = self._planned()
+            except NoPlan as error:
+                raise NoPlan(f"{lost} is gone, and no plan fits without it: {error}") from None
+            planned = time.monotonic()
+            try:
+                self._assemble()
+                lost = None
+            except WorkerEnded as error:
+                lost = error.device
+        loaded = time.monotonic()
+        log.warning("%s is gone; going on with %s", device, self.describe())
+        for request in self._requests.values():
+            if request.ids:
+                self._ask(request, request.ids)
+        if self._requests:
+            self._wait_for_first()
+        whole = time.monotonic()
+        self.recoveries.append(
+            Recovery(
+                device,
+                self.plan,
+                noticed - ended,
+                planned - noticed,
+                loaded - planned,
+                whole - loaded,
+                whole - ended,
+            )
+        )
+
+    def _wait_for_first(self) -> None:
+        """Until a new chain has answered, or something happened; what arrived stays to be read."""
+        while self._events.empty():
+            time.sleep(0.0005)
+
+    def _planned(self) -> Plan:
+        return PLANNERS[self.plan.planner](self._problem_now(), self.plan.objective)
+
+    def _problem_now(self) -> Problem:
+        problem = self.problem
+        for device in self._gone:
+            problem = problem.without(device)
+        return problem
+
+    def _settle(self) -> None:
+        """Between requests: see who is gone, and use who has joined."""
+        while not self._events.empty():
+            kind, found = self._events.get()
+            if kind == "gone":
+                self._replace(found)
+        if self._joined and not self._requests:
+            self._joined = False
+            plan = self._planned()
+            if plan.placement != self.plan.placement:
+                self.plan = plan
+                self._assemble()
+
+    # What it took
+
+    def spent(self) -> dict[str, list[Spent]]:
+        """Times of every step of the plan as it is now, by device in the order of its stages, on our clock."""
+        found = {}
+        for name in self._runs():
+            offset = self._seats[name].offset
+            steps = self._begin(name, "spent", self.epoch)()
+            found[name] = [
+                replace(one, **{at: getattr(one, at) - offset for at in ("arrived", "begun", "done")})
+                for one in steps
+            ]
+        return found
+
+    def peak_mb(self) -> dict[str, float]:
+        """Most memory of each worker's process."""
+        return {name: self._begin(name, "peak_mb")() for name in self._seats}
+
+    def hops(self) -> dict[tuple[str, str], list[tuple[int, float]]]:
+        """Of every hand-over between stages: tokens, and seconds from the end of a step to its arrival."""
+        spent = list(self.spent().items())
+        found = {}
+        for (name, steps), (following, theirs) in itertools.pairwise(spent):
+            done = {(one.request, one.step): one for one in steps}
+            found[name, following] = [
+                (one.tokens, one.arrived - done[one.request, one.step].done)
+                for one in theirs
+                if one.tokens and (one.request, one.step) in done
+            ]
+        return found
+
+    def slowed(self, steps: int = 8) -> list[Slowed]:
+        """Links whose last steps took clearly longer than planned, with the plan that would be best now."""
+        found = []
+        for (name, following), times in self.hops().items():
+            last = [seconds for tokens, seconds in times if tokens == 1][-steps:]
+            if len(last) < steps:
+                continue
+            i, j = self._device(name), self._device(following)
+            size = self.problem.handed[self._runs()[name].last - 1]
+            predicted = self.pace * (size / self.problem.bandwidth[i, j] + self.problem.delay[i, j])
+            measured = float(np.median(last))
+            if measured < max(SLOWER * predicted, predicted + SLOWER_S):
+                continue
+            delay = self.pace * self.problem.delay[i, j]
+            rate = self.pace * (size + wire.FRAME_BYTES) / max(measured - delay, 1e-6)
+            slower = self._problem_now().with_bandwidth(i, j, rate)
+            plan = PLANNERS[self.plan.planner](slower, self.plan.objective)
+            now = slower.cost(self.plan.placement, self.plan.objective)
+            found.append(
+                Slowed(
+                    name,
+                    following,
+                    self.problem.bandwidth[i, j] * 8 / 1e6,
+                    rate * 8 / 1e6,
+                    plan,
+                    1 - plan.cost / now,
+                )
+            )
+        return found
+
+    def adopt(self, slowed: Slowed) -> None:
+        """Go on by the plan that was proposed for a slower link; open requests are read again."""
+        i, j = self._device(slowed.source), self._device(slowed.target)
+        self.problem = self.problem.with_bandwidth(i, j, slowed.measured_mbps * 1e6 / 8)
+        self.plan = slowed.plan
+        self._assemble()
+        for request in self._requests.values():
+            if request.ids:
+                self._ask(request, request.ids)
+
+    def describe(self) -> str:
+        """The stages in one line."""
+        return " > ".join(
+            f"{self.problem.names[run.device]} {run.first}-{run.last - 1}"
+            for run in stages(self.plan.placement)
+        )

@@ -1,0 +1,229 @@
+"""A partition as a session: planned for a fleet from times measured here, and run by workers over shaped links.
+
+Every number that the stages compute is what one stage of all parts computes, so texts are scored in this process, by
+the same stages and with the rounding of the wire; what is timed goes through workers and links.
+
+Where a device of the fleet is faster than this machine, time runs slower for all of them: workers, links and delays
+take `pace` times as long, and measured times are divided by it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from edgelab.deployments.partition import Partition, actors, wire
+from edgelab.deployments.partition.cluster import Cluster
+from edgelab.deployments.partition.fleet import load
+from edgelab.deployments.partition.planners import explained
+from edgelab.deployments.partition.planning import PROMPT, plan_of, profile_for
+from edgelab.deployments.partition.problem import Plan, stages
+from edgelab.deployments.partition.profile import scales
+from edgelab.deployments.partition.profiling import count_of, measured
+from edgelab.deployments.partition.stage import Stage
+from edgelab.deployments.partition.wire import FRAME_BYTES
+from edgelab.devices.catalogue import HERE
+from edgelab.devices.shapes import ModelShape, ShapeError
+from edgelab.runtimes.session import Can, TwoGraphs
+from edgelab.storage import variants
+from edgelab.storage.description import Description
+
+IN_FLIGHT_TOKENS = 16  # of each request, for the throughput
+
+
+class Partitioned(TwoGraphs):
+    """A variant on a fleet. Planned when it is loaded; workers start when something is to be written or timed."""
+
+    badge = "packed"
+    can = Can(rewind=False)
+    elsewhere = True
+    tolerance = 1e-4  # float32 sums in another order
+
+    @classmethod
+    def _refusal(cls, about: Description) -> str | None:
+        if about.marks.native is not None:
+            return (
+                f"native.{about.marks.native} is rounded by an engine itself, and stages are run by PyTorch."
+            )
+        try:
+            ModelShape.from_config(AutoConfig.for_model(**about.config))
+        except (ShapeError, ValueError) as error:
+            return f"This model is not cut into stages: {error}"
+        return None
+
+    def __init__(self, variant: Path, deployment: Partition) -> None:
+        super().__init__()
+        self.folder, self.settings = variant, deployment
+        fleet = load(deployment.fleet)
+        self.vocabulary = variants.load_config(variant).get_text_config().vocab_size
+        about = variants.read_about(variant)
+        names = str(about.get("model", "")), str(about.get("recipe", ""))
+        self.timings = measured(
+            variant, *names, threads=deployment.threads, contexts=(32, 256), prompts=(32, PROMPT)
+        )
+        self.planned = plan_of(deployment, profile_for(deployment, self.timings, fleet), fleet)
+        self.plan, self.problem = self.planned.plan, self.planned.problem
+        used = sorted(set(self.plan.placement))
+        factors = scales(self.timings, fleet)[used]
+        self.pace = max(1.0, float(1 / factors.min()))
+        self.slow_down = {
+            fleet.names[place]: float(factor * self.pace) for place, factor in zip(used, factors, strict=True)
+        }
+        if any(fleet.members[place].device.name != HERE for place in used):
+            self.badge = "analytic"
+        self.kernel = f"{len(used)} stages, {deployment.wire} states"
+        self._stack = ExitStack()
+        self.cluster: Cluster | None = None
+
+    def running(self) -> Cluster:
+        """The workers, started now if they are not running."""
+        if self.cluster is None:
+            start = self._stack.enter_context(actors.started(threads=self.settings.threads))
+            started = time.perf_counter()
+            self.cluster = self._stack.enter_context(
+                Cluster(
+                    self.folder,
+                    self.problem,
+                    self.plan,
+                    start,
+                    wire=self.settings.wire,
+                    slow_down=self.slow_down,
+                    pace=self.pace,
+                )
+            )
+            self.start_s = time.perf_counter() - started
+        return self.cluster
+
+    def prefill(self, ids: list[int]) -> int:
+        """Start a new sequence; only a token comes back over the link."""
+        self._start()
+        return self._token(ids)
+
+    def decode(self, token: int) -> int:
+        """Go on by one token; only a token comes back over the link."""
+        return self._token([token])
+
+    def _token(self, ids: list[int]) -> int:
+        graph = self._graphs.setdefault(False, _There(self.running()))
+        found = graph.token(self.ids[graph.length :] + ids)
+        self.ids, self._last = self.ids + ids, None
+        return found
+
+    def _open(self, every: bool) -> _Here | _There:
+        return _Here(self.folder, self.plan, self.settings.wire) if every else _There(self.running())
+
+    def account(self) -> dict[str, Any]:
+        """Fields of a row: the plan, what it predicts, and what was measured beside time per token."""
+        cluster = self.running()
+        predicted = self.planned.predicted
+        before = {ends: proxy.traffic.up for ends, proxy in cluster.links.items()}
+        prompts = [[11 + place] * 8 for place in range(self.settings.requests)]
+        times: list[float] = []
+        for _ in cluster.stream(prompts, IN_FLIGHT_TOKENS):
+            times.append(time.perf_counter())
+        first = self.settings.requests  # tokens of the prompts' passes
+        tok_s = (len(times) - first) / (times[-1] - times[first - 1]) * self.pace
+        spent = cluster.spent()
+        sent = {
+            ends: [one.sent - FRAME_BYTES for one in spent[ends[0]] if one.tokens == 1]
+            for ends in cluster.links
+        }
+        return {
+            "devices": len(set(self.plan.placement)),
+            "predicted_ttft_ms": predicted.ttft_ms,
+            "predicted_tpot_ms": predicted.tpot_ms,
+            "predicted_tok_s": predicted.tok_s,
+            "in_flight": self.settings.requests,
+            "in_flight_tok_s": tok_s,
+            "sent_bytes_per_token": float(sum(np.median(sizes) for sizes in sent.values())),
+            "predicted_bytes_per_token": sum(predicted.token_bytes.values()),
+            "framing_bytes_per_token": FRAME_BYTES * len(sent),
+            "plan": json.dumps(
+                {
+                    "planner": self.plan.planner if not self.settings.cut else "cut",
+                    "pace": self.pace,
+                    "threads": self.settings.threads,
+                    "stages": [
+                        stage
+                        | {
+                            "measured_ms": 1e3 * _median(spent[name]) / self.pace,
+                            "weights_mb": cluster.loaded[name]["bytes"] / 1e6,
+                        }
+                        for name, stage in zip(spent, self.planned.stages(), strict=True)
+                    ],
+                    "explained": explained(self.problem, self.plan, self.planned.profile.names),
+                    "link_bytes": {
+                        " > ".join(ends): cluster.links[ends].traffic.up - passed for ends, passed in before.items()
+                    },
+                }
+            ),
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Stop the workers."""
+        super().close()
+        self._stack.close()
+        self.cluster = None
+
+
+def _median(steps: list) -> float:
+    return float(np.median([one.done - one.begun for one in steps if one.tokens == 1]))
+
+
+class _Here:
+    """The stages in this process, for texts: logits of every position, with the rounding of the wire."""
+
+    def __init__(self, folder: Path, plan: Plan, format_: str) -> None:
+        runs = stages(plan.placement) if format_ != "float32" else []
+        ends = [run.first for run in runs[1:]]
+        count = count_of(folder)
+        self.stages = [Stage.load(folder, first, last) for first, last in pairwise([0, *ends, count])]
+        self.wire, self.length = format_, 0
+
+    def read(self, ids: list[int]) -> Tensor:
+        given = torch.tensor(ids)
+        for stage in self.stages[:-1]:
+            given = wire.through(stage.read(given, self.length, every=True), self.wire)
+        found = self.stages[-1].read(given, self.length, every=True)
+        self.length += len(ids)
+        return found
+
+    def cut(self, length: int) -> None:
+        for stage in self.stages:
+            stage.forget()
+        self.length = 0
+
+
+class _There:
+    """The workers, for what is written: the next token, or its logits."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.length = cluster, 0
+        self.request: int | None = None
+
+    def token(self, ids: list[int]) -> int:
+        return wire.ids_of(self._read(ids, logits=False))[0]
+
+    def read(self, ids: list[int]) -> Tensor:
+        return torch.frombuffer(bytearray(self._read(ids, logits=True)), dtype=torch.float32)[None]
+
+    def _read(self, ids: list[int], logits: bool) -> bytes:
+        if self.request is None:
+            self.request = self.cluster.begin()
+        found = self.cluster.read(self.request, ids, logits)
+        self.length += len(ids)
+        return found
+
+    def cut(self, length: int) -> None:
+        if self.request is not None:
+            self.cluster.forget(self.request)
+        self.request, self.length = None, 0
