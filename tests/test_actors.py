@@ -1,19 +1,25 @@
 """Ray starts and watches the stages: the same tokens, an actor killed in mid-sentence, nothing left afterwards."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
+from edgelab import recipes, runtimes
 from edgelab.deployments.partition import actors
 from edgelab.deployments.partition.cluster import Cluster, ClusterError
 from edgelab.deployments.partition.problem import Problem, planned
 from edgelab.deployments.partition.profile import hidden_bytes
 from edgelab.deployments.partition.stage import Stage, generate
+from edgelab.runtimes.eager import Eager
 
 PROMPTS, TOKENS, PARTS = [[5, 100, 42, 7], [9, 8, 7, 6, 5, 4]], 12, 6
 
@@ -66,3 +72,23 @@ def test_ray_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(actors.RayMissing, match=r"pip install --editable '\.\[cluster\]'"), actors.started():
         pass
+
+
+def test_a_running_cluster_is_planned_from_what_its_machines_measure(variant, monkeypatch):
+    """Two names for this machine: each worker times the model itself, and links are as they are."""
+    ray = Path(sys.executable).parent / "ray"
+    named = json.dumps({"edge": 1, "cloud": 1})
+    command = [ray, "start", "--head", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--port=0",
+               f"--resources={named}", "--num-cpus=2", f"--object-store-memory={actors.STORE_BYTES}",
+               "--disable-usage-stats"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    try:
+        folder = variant("none", num_hidden_layers=4)
+        whole = Eager(folder)
+        where = recipes.parse("none @ partition:fleet=two_here,cut=3,address=auto").deployment
+        with closing(runtimes.load(where, folder)) as session:
+            assert session.prefill(PROMPTS[0]) == whole.prefill(PROMPTS[0])
+            assert session.running().links == {}
+            assert session.pace == 1 and session.slow_down == {}
+    finally:
+        subprocess.run([ray, "stop", "--force"], check=False, capture_output=True, timeout=60)

@@ -108,7 +108,9 @@ def test_faster_devices_run_at_a_slower_pace(opened):
     assert min(found.slow_down.values()) == pytest.approx(1)
     link = found.running().links["edge", "cloud"].link
     assert link.up_mbps == pytest.approx(12 / found.pace)
-    assert link.round_trip_ms == pytest.approx(found.pace * (70 + 2 * found.timings.hand_over_ms), rel=1e-3)
+    assert link.round_trip_ms == pytest.approx(
+        found.pace * (70 + 2e3 * found.planned.profile.hand_over_s), rel=1e-3
+    )
 
 
 def test_what_cannot_be_partitioned(variant):

@@ -21,7 +21,8 @@ class Partition:
     beginning that stay on the source, 1 is the embedding. last: parts at the end that stay there, 1 is the head. avoid:
     devices that may not be used, joined by a slash. use: devices that have to be. cut: part at which the next device of
     the fleet begins, in place of a planner; 16/24 are two. plan: file of a plan that `edgelab plan` saved, in place
-    of a planner. requests: in flight, for the throughput. threads: of each stage.
+    of a planner. requests: in flight, for the throughput. threads: of each stage. address: of a running Ray cluster,
+    or auto, whose machines and links are the fleet's; empty runs the fleet on this machine.
     """
 
     fleet: str = "edge_and_cloud"
@@ -38,6 +39,7 @@ class Partition:
     plan: str = ""
     requests: int = 2
     threads: int = 1
+    address: str = ""
 
     engine: ClassVar[str] = "edgelab.deployments.partition.session:Partitioned"
     packages: ClassVar[tuple[str, ...]] = ("ray",)

@@ -22,17 +22,18 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from edgelab.deployments.partition import Partition, actors, wire
-from edgelab.deployments.partition.cluster import Cluster
-from edgelab.deployments.partition.fleet import load
+from edgelab.deployments.partition.cluster import Cluster, Start
+from edgelab.deployments.partition.fleet import Fleet, load
 from edgelab.deployments.partition.planners import explained
 from edgelab.deployments.partition.planning import PROMPT, plan_of, profile_for
 from edgelab.deployments.partition.problem import Plan, stages
-from edgelab.deployments.partition.profile import scales
+from edgelab.deployments.partition.profile import Timings, scales
 from edgelab.deployments.partition.profiling import count_of, measured
 from edgelab.deployments.partition.stage import Stage
 from edgelab.deployments.partition.wire import FRAME_BYTES
 from edgelab.devices.catalogue import HERE
 from edgelab.devices.shapes import ModelShape, ShapeError
+from edgelab.network import LOCAL
 from edgelab.runtimes.session import Can, TwoGraphs
 from edgelab.storage import variants
 from edgelab.storage.description import Description
@@ -63,44 +64,64 @@ class Partitioned(TwoGraphs):
     def __init__(self, variant: Path, deployment: Partition) -> None:
         super().__init__()
         self.folder, self.settings = variant, deployment
+        self.slow_down: dict[str, float] = {}
+        self._launch: Start | None = None
         fleet = load(deployment.fleet)
         self.vocabulary = variants.load_config(variant).get_text_config().vocab_size
-        about = variants.read_about(variant)
-        names = str(about.get("model", "")), str(about.get("recipe", ""))
-        self.timings = measured(
-            variant, *names, threads=deployment.threads, contexts=(32, 256), prompts=(32, PROMPT)
-        )
-        self.planned = plan_of(deployment, profile_for(deployment, self.timings, fleet), fleet)
+        self._stack = ExitStack()
+        self.cluster: Cluster | None = None
+        try:
+            timings = self._timings(fleet)
+            self.planned = plan_of(deployment, profile_for(deployment, timings, fleet), fleet)
+        except BaseException:
+            self._stack.close()
+            raise
         self.plan, self.problem = self.planned.plan, self.planned.problem
+        if not deployment.address:
+            self._stand_in(timings, fleet)
+        self.kernel = f"{len(set(self.plan.placement))} stages, {deployment.wire} states"
+
+    def _timings(self, fleet: Fleet) -> Timings | dict[str, Timings]:
+        """What the parts take: on this machine, or on each one of a cluster."""
+        about = variants.read_about(self.folder)
+        names = str(about.get("model", "")), str(about.get("recipe", ""))
+        threads = self.settings.threads
+        if not self.settings.address:
+            return measured(self.folder, *names, threads=threads, contexts=(32, 256), prompts=(32, PROMPT))
+        self._launch = self._stack.enter_context(actors.started(self.settings.address, threads))
+        workers = {name: self._launch(name, place) for place, name in enumerate(fleet.names)}
+        waiting = {
+            name: worker.begin("profile", str(self.folder), *names, threads)
+            for name, worker in workers.items()
+        }
+        found = {name: Timings(**wait()) for name, wait in waiting.items()}
+        for worker in workers.values():
+            worker.kill()
+        return found
+
+    def _stand_in(self, timings: Timings, fleet: Fleet) -> None:
+        """How this machine plays all others: how much slower each of them is, and time with it."""
         used = sorted(set(self.plan.placement))
-        factors = scales(self.timings, fleet)[used]
+        factors = scales(timings, fleet)[used]
         self.pace = max(1.0, float(1 / factors.min()))
         self.slow_down = {
             fleet.names[place]: float(factor * self.pace) for place, factor in zip(used, factors, strict=True)
         }
         if any(fleet.members[place].device.name != HERE for place in used):
             self.badge = "analytic"
-        self.kernel = f"{len(used)} stages, {deployment.wire} states"
-        self._stack = ExitStack()
-        self.cluster: Cluster | None = None
 
     def running(self) -> Cluster:
         """The workers, started now if they are not running."""
         if self.cluster is None:
-            start = self._stack.enter_context(actors.started(threads=self.settings.threads))
-            started = time.perf_counter()
+            if self._launch is None:
+                self._launch = self._stack.enter_context(actors.started(threads=self.settings.threads))
+            real = bool(self.settings.address)
             self.cluster = self._stack.enter_context(
                 Cluster(
-                    self.folder,
-                    self.problem,
-                    self.plan,
-                    start,
-                    wire=self.settings.wire,
-                    slow_down=self.slow_down,
-                    pace=self.pace,
+                    self.folder, self.problem, self.plan, self._launch, wire=self.settings.wire,
+                    slow_down=self.slow_down, pace=self.pace, shaped=not real, host=actors.here() if real else LOCAL,
                 )
-            )
-            self.start_s = time.perf_counter() - started
+            )  # fmt: skip
         return self.cluster
 
     def prefill(self, ids: list[int]) -> int:

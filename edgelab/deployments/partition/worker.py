@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import sleep
 
@@ -77,6 +77,15 @@ class Worker:
 
     def process(self) -> int:
         return os.getpid()
+
+    def profile(self, folder: str, model: str, recipe: str, threads: int) -> dict[str, object]:
+        """What every part of a variant takes on this machine: the fields of Timings."""
+        from edgelab.deployments.partition.profiling import measured
+
+        with self._computing:
+            return asdict(
+                measured(Path(folder), model, recipe, threads=threads, contexts=(32, 256), prompts=(32, 128))
+            )
 
     def load(
         self, folder: str, first: int, last: int, epoch: int, wire: str = "float32", slow_down: float = 1.0
