@@ -1,16 +1,29 @@
-"""Planning: seconds for fleets of dozens, how EdgeShard's recurrence fares under memory limits, and its table."""
+"""Planning: seconds for fleets of dozens, how EdgeShard's recurrence fares under memory limits, and its table.
+
+Running: what was predicted beside what two stages on this machine take, over links of three widths; requests in flight;
+what it costs to go on without a stage that was killed.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from edgelab.deployments.partition import planners, published
 from edgelab.deployments.partition.problem import NoPlan, Plan, Problem
+from edgelab.deployments.partition.session import Partitioned
+from edgelab.deployments.partition.simulator import pipeline_tok_s
+from edgelab.lab import profile
+from edgelab.lab.partitions import Running, running
+from edgelab.runtimes.eager import Eager
 
 FLEETS = {
     "15 devices, a source and 3 types": (1, 11, 2, 1),
@@ -18,6 +31,8 @@ FLEETS = {
 }
 BOUNDS = dict(zip(FLEETS, ("below 2 s", "below 20 s"), strict=True))
 INSTANCES, LAYERS = 300, 80
+RATES = (1, 10, 50)  # Mbps
+PROMPT, TOKENS = list(range(2, 130)), 48
 
 
 def fleet_of(counts: tuple[int, ...], layers: int) -> Problem:
@@ -87,6 +102,95 @@ def rows() -> Iterator[tuple[str, str, str]]:
             f"{cell.planned_ms:.1f} ({cell.error_percent:+.0f} %)" if cell.planned_ms > 0 else "does not fit"
         )
         yield f"{cell.model}, {cell.planner}: ms per token, published {cell.published_ms:.1f}", said, bound
+
+    yield from executed()
+
+
+def executed() -> Iterator[tuple[str, str, str]]:
+    """Two stages of the embedded model on one thread each, cut where they take the same time."""
+    with tempfile.TemporaryDirectory() as place:
+        cut = _balanced()
+        for mbps in RATES:
+            with running(f"none @ partition:fleet={_fleet(Path(place), mbps)},cut={cut}") as found:
+                session = found.session
+                session.prefill(PROMPT)
+                token, times = 11, []
+                for _ in range(TOKENS):
+                    started = time.perf_counter()
+                    token = session.decode(token)
+                    times.append(1e3 * (time.perf_counter() - started))
+                measured, predicted = statistics.median(times), session.planned.predicted.tpot_ms
+                yield (
+                    f"two stages, cut at {cut}, {mbps} Mbps: ms per token, predicted {predicted:.1f}",
+                    f"{measured:.1f} ({100 * (measured / predicted - 1):+.0f} %)",
+                    "within 15 %",
+                )
+                if mbps == RATES[-1]:
+                    yield from _in_flight(session, measured)
+                    yield from _killed(found)
+                    yield _whole(session.folder)
+
+
+def _in_flight(session: Partitioned, alone_ms: float) -> Iterator[tuple[str, str, str]]:
+    account = session.account()
+    taus = np.array([stage["measured_ms"] for stage in json.loads(account["plan"])["stages"]])
+    gain = account["in_flight_tok_s"] * alone_ms / 1e3
+    formula = pipeline_tok_s(taus, 2) / pipeline_tok_s(taus, 1)
+    yield (
+        f"two requests in flight over one: gain, {formula:.2f} by the formula from stages of {taus.round(1)} ms",
+        f"{gain:.2f} ({gain / formula:.2f} of it)",
+        "at least 0.85 of it, and 1.4",
+    )
+    yield (
+        "bytes over links per token, without framing",
+        f"{account['sent_bytes_per_token']:.0f}",
+        f"{account['predicted_bytes_per_token']:.0f} by the formula",
+    )
+
+
+def _killed(found: Running) -> Iterator[tuple[str, str, str]]:
+    prompt, tokens = ["Once upon a time there was a"], 24
+    cluster = found.session.running()
+    expected = "".join(piece for _, piece, _ in found.write(prompt, tokens))
+    said = ""
+    for count, (_, piece, _) in enumerate(found.write(prompt, tokens)):
+        said += piece
+        if count == tokens // 2:
+            cluster.kill("cloud")
+    (cost,) = cluster.recoveries
+    parts = cost.detected_s, cost.planning_s, cost.loading_s, cost.reading_s
+    yield (
+        f"a stage is killed, s to the next token; {' + '.join(f'{one:.2f}' for one in parts)} (noticing, planning, "
+        "loading, reading again)",
+        f"{cost.whole_s:.2f} ({100 * (sum(parts) / cost.whole_s - 1):+.0f} %), "
+        f"{'same' if said == expected else 'other'} tokens",
+        "within 25 %, same tokens",
+    )
+
+
+def _whole(folder: Path) -> tuple[str, str, str]:
+    session, token, times = Eager(folder), 11, []
+    session.prefill(PROMPT)
+    for _ in range(TOKENS):
+        started = time.perf_counter()
+        token = session.decode(token)
+        times.append(1e3 * (time.perf_counter() - started))
+    threads = torch.get_num_threads()
+    return f"the whole model on {threads} threads: ms per token", f"{statistics.median(times):.1f}", ""
+
+
+def _balanced() -> int:
+    """The part before which half of the time is spent."""
+    spent = profile("none").decode_s(160).cumsum()
+    return int(np.abs(spent - spent[-1] / 2).argmin()) + 1
+
+
+def _fleet(place: Path, mbps: float) -> Path:
+    path = place / f"two_{mbps}.csv"
+    path.write_text(
+        f"kind,name,to,what\ndevice,edge,,This machine\ndevice,cloud,,This machine\nlink,edge,cloud,{mbps}\n"
+    )
+    return path
 
 
 if __name__ == "__main__":

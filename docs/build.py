@@ -45,6 +45,8 @@ GROUPS = {
     "tasks": "Tasks",
     "size": "Size",
     "speed": "Speed",
+    "plan": "Plan of a partition",
+    "network": "Network",
     "cost": "Cost of making it",
     "energy": "Energy",
     "parity": "Parity gate",

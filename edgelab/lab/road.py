@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -136,6 +137,13 @@ def sample(recipe: str, prompt: str, tokens: int = 40, *, model: str = EMBEDDED,
     with _bench(question) as bench:
         bench.call("build", progress=_bar(f"{question.recipe}: build"))
         return bench.call("write", prompt=prompt, tokens=tokens)
+
+
+def built(question: Question) -> Path:
+    """The folder of a question's variant, made in a process of its own where it is not there yet."""
+    with _bench(question) as bench:
+        bench.call("build", progress=_bar(f"{question.recipe}: build"))
+    return question.address
 
 
 def profile(recipe: str = "none", *, model: str = EMBEDDED, seed: int = 0) -> Timings:

@@ -17,6 +17,14 @@ from edgelab.plots.distilling import covering_and_seeking, even_students, learne
 from edgelab.plots.engines import engines
 from edgelab.plots.memory import NEED_PARTS, gigabytes, memory_bars, training_bars
 from edgelab.plots.methods import method_lines
+from edgelab.plots.partition import (
+    every_cut,
+    gantt,
+    over_bandwidth,
+    part_times,
+    predicted_executed,
+    published_cells,
+)
 from edgelab.plots.pruning import break_even, kept_weights, sparsity_lines, what_zeros_buy
 from edgelab.plots.removing import chosen_and_random, influence_and_loss, truth_table, width_times
 from edgelab.plots.roofline import decode_limit, limit_tok_s, roofline
@@ -41,6 +49,8 @@ __all__ = [
     "device_rates",
     "engines",
     "even_students",
+    "every_cut",
+    "gantt",
     "gigabytes",
     "held_by_rank",
     "influence_and_loss",
@@ -52,10 +62,14 @@ __all__ = [
     "limit_tok_s",
     "memory_bars",
     "method_lines",
+    "over_bandwidth",
+    "part_times",
+    "predicted_executed",
     "predicted_measured",
     "predictions",
     "predictors_measured",
     "protocols",
+    "published_cells",
     "published_rates",
     "rank_correlations",
     "rank_lines",

@@ -88,16 +88,13 @@ class Partitioned(TwoGraphs):
         threads = self.settings.threads
         if not self.settings.address:
             return measured(self.folder, *names, threads=threads, contexts=(32, 256), prompts=(32, PROMPT))
-        self._launch = self._stack.enter_context(actors.started(self.settings.address, threads))
-        workers = {name: self._launch(name, place) for place, name in enumerate(fleet.names)}
-        waiting = {
-            name: worker.begin("profile", str(self.folder), *names, threads)
-            for name, worker in workers.items()
-        }
-        found = {name: Timings(**wait()) for name, wait in waiting.items()}
-        for worker in workers.values():
-            worker.kill()
-        return found
+        start = self._stack.enter_context(actors.started(self.settings.address, threads))
+        there = {name: start(name, place) for place, name in enumerate(fleet.names)}
+        self._stack.callback(lambda: [worker.kill() for worker in there.values()])  # those of no stage
+        self._launch = lambda name, place: there.pop(name, None) or start(name, place)
+        asked = str(self.folder), *names, threads
+        waiting = {name: worker.begin("profile", *asked) for name, worker in there.items()}
+        return {name: Timings(**wait()) for name, wait in waiting.items()}
 
     def _stand_in(self, timings: Timings, fleet: Fleet) -> None:
         """How this machine plays all others: how much slower each of them is, and time with it."""
