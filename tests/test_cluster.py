@@ -226,9 +226,10 @@ def test_a_link_that_slows_down(folder, start):
     with cluster_of(folder, start, (0, 1, 1, 1, 1, 1), found) as cluster:
         cluster.write(PROMPTS[0], 12)
         assert cluster.slowed() == []
-        proxy = cluster.links["edge", "hub"]
-        cluster._proxies.use(
-            proxy, Link("slow", 0.02, 0.02, 100)
+        with pytest.raises(ClusterError, match="in use: edge to hub, hub to edge"):
+            cluster.use_link("edge", "cloud", Link("slow", 1, 1))
+        cluster.use_link(
+            "edge", "hub", Link("slow", 0.02, 0.02, 100)
         )  # 2,500 bytes per second: 0.1 s for a token
         cluster.write(PROMPTS[0], 12)
         (slowed,) = cluster.slowed()

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
+
 from edgelab import runtimes
+from edgelab.deployments.partition.simulator import chain, pipeline_tok_s
 from edgelab.lab.question import Settings, ask
 from edgelab.lab.road import built
 from edgelab.measure.turn import timing_lock
+from edgelab.network import Link
 from edgelab.reference import EMBEDDED, load_tokenizer
 
 if TYPE_CHECKING:
     from edgelab.deployments.partition.session import Partitioned
+
+PROMPT = list(range(2, 34))  # token ids of what is read before tokens are timed
 
 
 @dataclass
@@ -50,3 +58,53 @@ def running(recipe: str, *, model: str = EMBEDDED, seed: int = 0) -> Iterator[Ru
             yield Running(session, load_tokenizer(question.source))
         finally:
             session.close()
+
+
+def over_rates(found: Running, rates_mbps: list[float], tokens: int = 32) -> pd.DataFrame:
+    """Milliseconds per token, predicted and executed, with every link of a running partition set to each rate.
+
+    Columns name, predicted_ms and executed_ms, a row for each rate.
+    """
+    session, rows = found.session, []
+    cluster, names = session.running(), session.problem.names
+    for mbps in rates_mbps:
+        problem = session.problem
+        for name, target in cluster.links:
+            one, other = names.index(name.removesuffix(" again")), names.index(target)
+            problem = problem.with_bandwidth(one, other, mbps * 1e6 / 8)
+            round_trip_ms = cluster.links[name, target].link.round_trip_ms
+            link = Link(f"{mbps:g} Mbps", mbps / session.pace, mbps / session.pace, round_trip_ms)
+            cluster.use_link(name, target, link)
+        token, times = session.prefill(PROMPT), []
+        for _ in range(tokens):
+            started = time.perf_counter()
+            token = session.decode(token)
+            times.append(1e3 * (time.perf_counter() - started) / session.pace)
+        predicted = 1e3 * problem.cost(session.plan.placement, "latency")
+        rows.append(
+            {"name": f"{mbps:g} Mbps", "predicted_ms": predicted, "executed_ms": statistics.median(times)}
+        )
+    return pd.DataFrame(rows)
+
+
+def in_flight(found: Running, requests: list[int], tokens: int = 24) -> pd.DataFrame:
+    """Tokens per second of several requests at once, by the formula of a pipeline from measured stages, and executed.
+
+    Columns requests, formula_tok_s and executed_tok_s.
+    """
+    session, rows = found.session, []
+    cluster = session.running()
+    for count in requests:
+        prompts, times = [[11 + place] * 8 for place in range(count)], []
+        for _ in cluster.stream(prompts, tokens):
+            times.append(time.perf_counter())
+        line = chain(session.problem, session.plan.placement)
+        measured = line.busy_s.copy()
+        for place, steps in enumerate(cluster.spent().values()):
+            stage = int(np.flatnonzero(~line.is_link)[place])
+            spent = statistics.median(one.done - one.begun for one in steps if one.tokens == 1)
+            measured[line.busy[stage]] += spent / session.pace - line.seconds[stage]
+        rate = session.pace * (len(times) - count) / (times[-1] - times[count - 1])
+        formula = pipeline_tok_s(measured, count, delay_s=line.delay.sum())
+        rows.append({"requests": count, "formula_tok_s": formula, "executed_tok_s": rate})
+    return pd.DataFrame(rows)

@@ -10,6 +10,7 @@ import ipywidgets
 
 from edgelab.deployments.partition.problem import stages
 from edgelab.errors import EdgeLabError
+from edgelab.reference import EMBEDDED
 from edgelab.widgets import WIDE
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ PROMPT = "Once upon a time there was a little robot who"
 
 
 def live_partition(
-    recipe: str = "none @ partition:fleet=two_here,use=cloud", tokens: int = 60
+    recipe: str = "none @ partition:fleet=two_here,use=cloud", tokens: int = 60, model: str = EMBEDDED
 ) -> ipywidgets.VBox:
     """Write with a recipe on its fleet, every device a process of this machine, and kill one while it writes."""
     prompt = ipywidgets.Text(value=PROMPT, description="Prompt", **WIDE)
@@ -26,7 +27,7 @@ def live_partition(
     kill = ipywidgets.Button(description="Kill a device", button_style="danger", disabled=True)
     which = ipywidgets.Dropdown(options=[], description="Device", disabled=True, **WIDE)
     said, text = ipywidgets.HTML(), ipywidgets.HTML()
-    writer = _Writer(recipe, tokens, said, text, which, kill)
+    writer = _Writer(recipe, model, tokens, said, text, which, kill)
 
     def begin(_: ipywidgets.Button) -> None:
         if start.disabled:
@@ -56,13 +57,14 @@ class _Writer:
     def __init__(
         self,
         recipe: str,
+        model: str,
         tokens: int,
         said: ipywidgets.HTML,
         text: ipywidgets.HTML,
         which: ipywidgets.Dropdown,
         button: ipywidgets.Button,
     ) -> None:
-        self.recipe, self.tokens = recipe, tokens
+        self.recipe, self.model, self.tokens = recipe, model, tokens
         self.said, self.text, self.which, self.button = said, text, which, button
         self.cluster = None
 
@@ -74,7 +76,7 @@ class _Writer:
             "Timing the parts, planning, starting a worker for each stage …",
             "",
         )
-        with running(self.recipe) as found:
+        with running(self.recipe, model=self.model) as found:
             self.cluster = found.session.running()
             self._offer()
             written, seconds = "", 0.0

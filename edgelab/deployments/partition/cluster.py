@@ -243,6 +243,16 @@ class Cluster:
             with suppress(OSError):
                 wire.send(self._first, Message(Kind.FORGET, request=number, epoch=self.epoch))
 
+    def use_link(self, source: str, target: str, link: Link) -> None:
+        """Change a shaped link for all that is sent from now on, as a network that gets slower would.
+
+        The plan stays; `slowed` notices. Raises ClusterError where no such link is in use.
+        """
+        if (source, target) not in self.links:
+            used = ", ".join(" to ".join(ends) for ends in self.links) or "none"
+            raise ClusterError(f"No link from {source} to {target} is shaped; in use: {used}.")
+        self._proxies.use(self.links[source, target], link)
+
     def join(self, device: str) -> None:
         """A device is there again; the next request is planned with it."""
         self._gone.discard(self._device(device))
