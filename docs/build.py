@@ -171,7 +171,9 @@ def technique_table() -> str:
 def removing_table() -> str:
     """What removing costs and buys, before and after training on: from the best quality to the worst."""
     known = _in_torch("bits_per_byte")
-    known = known[known.index.str.contains(REMOVING) | (known.index == "none")].sort_values("bits_per_byte")
+    known = known[known.index.str.contains(REMOVING) | (known.index == "none")].sort_values(
+        "bits_per_byte", kind="stable"
+    )
     columns = {
         "bits per byte": _numbers(known, "bits_per_byte", ".3f"),
         "difference to the baseline [95 %]": _with_ends(known, "delta_bits_per_byte", "+.3f"),
@@ -188,7 +190,7 @@ def removing_table() -> str:
 def adapting_table() -> str:
     """What training for another text gives there and costs on the usual one: from the best to the worst there."""
     known, usual = _measured(ADAPTING), _measured()
-    known = known[known["ppl"].notna()].sort_values("ppl")
+    known = known[known["ppl"].notna()].sort_values("ppl", kind="stable")
     there = usual.reindex(known.index)
     known.loc[~known.index.str.contains(f"corpus={ADAPTING}"), "train_tokens"] = None
     columns = {
@@ -232,7 +234,7 @@ def _measured(corpus: str = Settings.corpus) -> pd.DataFrame:
     rows = rows[rows["corpus"].isna() | (rows["corpus"] == corpus)]
     rows = rows[rows["threads"].isna() | (rows["threads"] == usual.threads)]
     rows = rows[rows["prefill_tokens"].isna() | (rows["prefill_tokens"] == usual.prompt_tokens)]
-    return rows[rows["status"] == "ok"].sort_values("started_at").groupby("recipe").last()
+    return rows[rows["status"] == "ok"].sort_values("started_at", kind="stable").groupby("recipe").last()
 
 
 def _numbers(rows: pd.DataFrame, name: str, form: str) -> list[str]:
