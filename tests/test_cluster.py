@@ -176,6 +176,22 @@ def test_a_stage_that_ends_costs_no_request_its_result(folder, start, lost, expe
         assert cluster.plan.placement == exact(cluster.problem, "latency").placement
 
 
+def test_a_request_that_waits_for_nothing_is_read_again_when_it_goes_on(folder, start, expected):
+    stage = Stage.load(folder, 0, PARTS)
+    with cluster_of(folder, start, (0, 0, 1, 1, 2, 2)) as cluster:
+        number = cluster.begin()
+        cluster.read(number, PROMPTS[0])
+        answer = []
+        for _, token in cluster.stream(PROMPTS[1:], TOKENS):
+            answer.append(token)
+            if len(answer) == 2:
+                cluster.kill("hub")
+        assert answer == expected[1]
+        stage.read(torch.tensor(PROMPTS[0]), 0)
+        wanted = int(stage.read(torch.tensor([3]), len(PROMPTS[0])).argmax())
+        assert wire.ids_of(cluster.read(number, [3])) == [wanted]
+
+
 def test_an_end_between_requests_is_noticed(folder, start, expected):
     with cluster_of(folder, start, (0, 0, 1, 1, 1, 1)) as cluster:
         assert written(cluster) == expected

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +65,11 @@ Start = Callable[[str, int], Handle]  # name of the device, and its place among 
 
 @dataclass
 class Request:
-    """A sequence that is being written. ids: prompt and answer. step: of the answer that is waited for."""
+    """A sequence that is being written.
+
+    ids: prompt and answer. step: of the next answer, and waiting: whether it has been asked for. epoch: of the plan
+    whose stages have read all ids before those that are asked next.
+    """
 
     number: int
     ids: list[int]
@@ -73,7 +77,8 @@ class Request:
     wanted: int
     step: int = 0
     logits: bool = False
-    marks: list[float] = field(default_factory=list)  # when it was asked, and when each token came
+    waiting: bool = False
+    epoch: int = 0
 
     @property
     def written(self) -> list[int]:
@@ -234,7 +239,7 @@ class Cluster:
         request.ids = request.ids + ids
         self._ask(request, ids)
         message = self._answer()
-        request.step += 1
+        request.step, request.waiting = request.step + 1, False
         return message.payload
 
     def forget(self, number: int) -> None:
@@ -264,8 +269,10 @@ class Cluster:
         return request
 
     def _ask(self, request: Request, ids: list[int]) -> None:
-        if not request.marks:
-            request.marks.append(time.monotonic())
+        """Ask for the next token behind `ids`, the last ones of the request; stages of a new plan read all of it."""
+        if request.epoch != self.epoch:
+            ids = request.ids
+        request.waiting, request.epoch = True, self.epoch
         message = Message(
             Kind.TOKENS, wire.ids_bytes(ids), request.number, request.step, len(request.ids) - len(ids), len(ids),
             self.epoch, self.wire, request.logits,
@@ -275,8 +282,7 @@ class Cluster:
 
     def _note(self, request: Request, token: int) -> None:
         request.ids = [*request.ids, token]
-        request.step += 1
-        request.marks.append(time.monotonic())
+        request.step, request.waiting = request.step + 1, False
 
     def _answer(self) -> Message:
         """The next answer that belongs to an open request; a device that ends on the way is replaced."""
@@ -450,10 +456,7 @@ class Cluster:
                 lost = error.device
         loaded = time.monotonic()
         log.warning("%s is gone; going on with %s", device, self.describe())
-        for request in self._requests.values():
-            if request.ids:
-                self._ask(request, request.ids)
-        if self._requests:
+        if self._ask_again():
             self._wait_for_first()
         whole = time.monotonic()
         self.recoveries.append(
@@ -467,6 +470,13 @@ class Cluster:
                 whole - ended,
             )
         )
+
+    def _ask_again(self) -> int:
+        """Ask the stages of a new plan for what was asked of the old one; returns how many requests that are."""
+        waiting = [request for request in self._requests.values() if request.waiting]
+        for request in waiting:
+            self._ask(request, request.ids)
+        return len(waiting)
 
     def _wait_for_first(self) -> None:
         """Until a new chain has answered, or something happened; what arrived stays to be read."""
@@ -562,9 +572,7 @@ class Cluster:
         self.problem = self.problem.with_bandwidth(i, j, slowed.measured_mbps * 1e6 / 8)
         self.plan = slowed.plan
         self._assemble()
-        for request in self._requests.values():
-            if request.ids:
-                self._ask(request, request.ids)
+        self._ask_again()
 
     def describe(self) -> str:
         """The stages in one line."""
