@@ -1,5 +1,7 @@
 """Fleets as files, profiles counted from shapes, and the published table."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -122,7 +124,12 @@ def test_private_ends_stay_on_the_source():
     shape, fleet = models()["Llama-2-7B"], fleets.load("edgeshard")
     problem = problem_of(from_shape(shape, fleet, 0.9), fleet, first=3, last=1)
     plan = planners.exact(problem, "latency")
-    assert plan.placement == (0,) * 34  # a chain that ends where it began would use the source twice
+    assert plan.placement[:3] == (0, 0, 0) and plan.placement[-1] == 0
+    assert 14 in plan.placement  # the cloud has the blocks between them
+    alone = planners.edge_solo(problem, "latency")
+    assert plan.cost < 0.6 * alone.cost
+    apart = dataclasses.replace(problem, returning=0)
+    assert planners.exact(apart, "latency").placement == (0,) * 34  # a chain that ends where it began
 
 
 def test_published_table():

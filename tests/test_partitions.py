@@ -108,9 +108,8 @@ def test_faster_devices_run_at_a_slower_pace(opened):
     assert min(found.slow_down.values()) == pytest.approx(1)
     link = found.running().links["edge", "cloud"].link
     assert link.up_mbps == pytest.approx(12 / found.pace)
-    assert link.round_trip_ms == pytest.approx(
-        found.pace * (70 + 2e3 * found.planned.profile.hand_over_s), rel=1e-3
-    )
+    assert link.round_trip_ms == pytest.approx(found.pace * 70)  # what a hand-over takes comes by itself
+    assert found.problem.hand_over_s > 0
 
 
 def test_what_cannot_be_partitioned(variant):

@@ -16,6 +16,8 @@ from edgelab.errors import EdgeLabError, to_install
 from edgelab.network import LOCAL
 
 STORE_BYTES = 80 * 1024 * 1024  # Ray's shared memory, its least; nothing large passes through it
+# Nothing is reported, and workers are no less important than what else runs: Ray's own are, at a niceness of 15.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 SHARE = 0.001  # of a device's resource: it says where, not how much
 
 
@@ -69,7 +71,8 @@ def started(address: str | None = None, threads: int = 1) -> Iterator[Start]:
     threads: of each worker; on this machine each has cores of its own as far as there are any.
     Raises RayMissing, and ClusterError where no cluster answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError:

@@ -545,11 +545,11 @@ class Cluster:
                 continue
             i, j = self._device(name), self._device(following)
             size = self.problem.handed[self._runs()[name].last - 1]
-            predicted = self.pace * (size / self.problem.bandwidth[i, j] + self.problem.delay[i, j])
+            delay = self.pace * (self.problem.delay[i, j] + self.problem.hand_over_s)
+            predicted = self.pace * size / self.problem.bandwidth[i, j] + delay
             measured = float(np.median(last))
             if measured < max(SLOWER * predicted, predicted + SLOWER_S):
                 continue
-            delay = self.pace * self.problem.delay[i, j]
             rate = self.pace * (size + wire.FRAME_BYTES) / max(measured - delay, 1e-6)
             slower = self._problem_now().with_bandwidth(i, j, rate)
             plan = PLANNERS[self.plan.planner](slower, self.plan.objective)

@@ -52,7 +52,8 @@ class Problem:
     bytes. bandwidth: (devices, devices), bytes per second from row to column; 0 where no link is. delay: one way, in
     seconds. watts: (devices,), while a device computes or sends. allowed: (layers, devices), what may run where; the
     first layer is on the source unless it says otherwise. needed: devices that have to take part. returning: layers at
-    the end that may run on the source although others before them do not.
+    the end that may run on the source although others before them do not. hand_over_s: what every hand-over between
+    devices takes beside its link.
     """
 
     seconds: np.ndarray
@@ -65,6 +66,7 @@ class Problem:
     allowed: np.ndarray | None = None
     needed: frozenset[int] = frozenset()
     returning: int = 0
+    hand_over_s: float = 0.0
     names: tuple[str, ...] = ()
     _kept: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
@@ -140,7 +142,7 @@ class Problem:
         with np.errstate(divide="ignore", invalid="ignore"):
             sending = np.where(there, self.handed[:, None, None] / self.bandwidth, np.inf)
         if objective == "latency":
-            cost = sending + self.delay
+            cost = sending + self.delay + self.hand_over_s
         elif objective == "energy":
             cost = np.where(there, sending, 0) * self.watts[:, None]
         elif objective == "slow_bytes":

@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -30,14 +30,19 @@ from edgelab.measure.bandwidth import read_gb_s
 from edgelab.model.blocks import block_list
 from edgelab.model.marks import marks_of
 from edgelab.model.shapes import skeleton
-from edgelab.network import LOCAL
+from edgelab.network import LOCAL, Link, Proxies
 from edgelab.storage.variants import load_config
 
 CONTEXTS = (32, 128, 512)
 PROMPTS = (32, 128, 512)
-TOKENS = 9  # decoded behind each context; their median counts
+TOKENS = 16  # decoded behind each context; their median counts
+PAUSE_S = (
+    0.02  # before each of them, as a stage waits for the others: after a pause a step takes some 5 % longer
+)
 READS = 3  # of each prompt; their median counts
 SENDS = 50  # of a hidden state, to and fro
+COLD = 20_000_000  # numbers that are read before each: a stage leaves nothing in the caches but weights
+FAST = Link("as fast as it goes", 1e5, 1e5)
 
 
 def measured(
@@ -112,6 +117,7 @@ class _Watch:
         if position == 0:
             self.stage.forget()
         ids = (torch.arange(tokens) * 7 + 11) % self.stage.model.config.get_text_config().vocab_size
+        time.sleep(PAUSE_S)
         started = time.perf_counter()
         self.stage.read(ids, position)
         whole = time.perf_counter() - started
@@ -132,8 +138,11 @@ def held(module: nn.Module) -> int:
     return sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
 
 
-def sending(hidden_size: int, wire_format: str = "float32") -> float:
-    """Milliseconds from one thread to another of this machine for one hidden state, over TCP."""
+def sending(hidden_size: int, wire_format: str = "float32", shaped: bool = True) -> float:
+    """Milliseconds from one thread to another of this machine for one hidden state, over TCP, beside those of a link.
+
+    shaped: through a proxy, as where this machine plays all devices. Each waits for the other, as stages do.
+    """
     here, there = socket.create_server((LOCAL, 0)), torch.ones(1, hidden_size)
 
     def echo() -> None:
@@ -144,11 +153,17 @@ def sending(hidden_size: int, wire_format: str = "float32") -> float:
                 states = wire.decoded(message.payload, message.wire, message.tokens)
                 wire.send(connection, message.with_states(states, message.wire))
 
-    with here:
+    cold = torch.ones(COLD)
+    with here, ExitStack() as stack:
         threading.Thread(target=echo, daemon=True).start()
-        times = []
-        with wire.connect(*here.getsockname()) as connection:
+        times, address = [], here.getsockname()
+        if shaped:
+            proxies = Proxies()
+            stack.callback(proxies.close)
+            address = LOCAL, proxies.open(FAST, *address).listening
+        with wire.connect(*address) as connection:
             for _ in range(SENDS):
+                cold.sum()
                 started = time.perf_counter()
                 wire.send(connection, Message(Kind.STATES, tokens=1).with_states(there, wire_format))
                 wire.decoded(wire.receive(connection).payload, wire_format, 1)

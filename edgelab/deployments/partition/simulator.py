@@ -60,7 +60,7 @@ def chain(problem: Problem, placement: tuple[int, ...]) -> Chain:
         if following != run.device and problem.handed[run.last - 1]:
             names.append(f"{problem.names[run.device]} > {problem.names[following]}")
             seconds.append(problem.handed[run.last - 1] / problem.bandwidth[run.device, following])
-            delay.append(problem.delay[run.device, following])
+            delay.append(problem.delay[run.device, following] + problem.hand_over_s)
             links.append(True)
             busy.append(("link", place))
     numbers = {what: number for number, what in enumerate(dict.fromkeys(busy))}
