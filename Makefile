@@ -10,7 +10,7 @@ TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch lab compare test phone browser compiler docs notebooks reference removing distilling adapting lint format bench engines peers lock clean
+.PHONY: help setup fetch lab compare test phone browser compiler docs notebooks reference removing distilling adapting partitioning lint format bench engines peers lock clean
 
 help:
 	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
@@ -22,7 +22,7 @@ help:
 	@echo "make lint       format, lint, import and notebook checks;  make format mends what it can"
 	@echo "make reference  measure the rows of data/reference anew, and the picture of the README"
 	@echo "make removing   of these, the rows of pruning and low rank alone"
-	@echo "make distilling the rows of students, and make adapting those of adapters"
+	@echo "make distilling the rows of students, make adapting those of adapters, make partitioning those of fleets"
 	@echo "make bench      measure the measuring: against a plain loop and against lm-eval"
 	@echo "make engines    the same integers on every engine: shares of the bandwidth limit, and the engines' own timings"
 	@echo "make phone      an environment for ExecuTorch and LiteRT too, in .venv-phone"
@@ -177,7 +177,7 @@ RECOVERED := $(foreach recipe,prune.wanda:by_layer=measured prune.heads:groups=2
 ON_ENGINES := $(foreach engine,onnxruntime llamacpp,$(foreach recipe,none prune.layers:keep=20 prune.channels \
 	prune.heads:groups=2,"$(recipe) @ $(engine)"))
 reference: export EDGELAB_HOME := $(CURDIR)/results/reference
-reference: phone removing distilling adapting
+reference: phone removing distilling adapting partitioning
 	$(BIN)/edgelab compare $(MEASURED)
 	$(BIN)/edgelab compare $(SCORED) $(BARE) $(TRAINED) --only quality
 	$(BIN)/edgelab compare $(COMPILED) --only speed
@@ -239,6 +239,16 @@ adapting: fetch
 	$(BIN)/edgelab compare none "lora:$(TOLD)" "lora:$(TOLD) @ llamacpp" "lora:$(TOLD) + merge" "$(SPARE) + qlora:$(TOLD)"
 	$(BIN)/edgelab compare none "lora:$(TOLD)" "lora:$(TOLD) + merge" lora:corpus=code,steps=60 --only tasks
 	$(BIN)/edgelab ledger export data/reference/adapting.jsonl
+
+# Two stages on this machine, cut where they take the same time, in three wire formats; a packed model; a published
+# fleet at its pace. Ten minutes. Ray comes with the environment.
+SPLIT := none @ partition:fleet=two_here,cut=18
+partitioning: export EDGELAB_HOME := $(CURDIR)/results/partitioning
+partitioning: fetch
+	$(BIN)/edgelab compare none "$(SPLIT)" "quantize.rtn:bits=4 @ partition:fleet=two_here,use=cloud" \
+		"quantize.rtn:bits=4 @ partition:fleet=edgeshard" --only speed,memory
+	$(BIN)/edgelab compare none "$(SPLIT)" "$(SPLIT),wire=float16" "$(SPLIT),wire=int8" --only quality
+	$(BIN)/edgelab ledger export data/reference/partition.jsonl
 
 lint: setup
 	$(BIN)/ruff format --check

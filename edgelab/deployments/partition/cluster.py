@@ -32,7 +32,7 @@ from edgelab.network import LOCAL, Link, Proxies, Proxy
 
 log = logging.getLogger(__name__)
 
-STALLED_S = 5.0  # without an answer: longer than any step, shorter than patience
+STALLED_S = 10.0  # without an answer: longer than any stall of a busy machine, shorter than patience
 ASKED_S = 0.25  # between two questions whether a worker is there
 SLOWER = 1.5  # times the predicted time of a link from which it is said to have slowed down
 SLOWER_S = 0.002  # and at least so much longer
