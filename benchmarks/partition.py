@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from edgelab.deployments.partition import planners, published
-from edgelab.deployments.partition.problem import NoPlan, Plan, Problem
+from edgelab.deployments.partition.problem import Problem
 from edgelab.deployments.partition.session import Partitioned
 from edgelab.deployments.partition.simulator import pipeline_tok_s
 from edgelab.lab import profile
@@ -65,13 +65,6 @@ def drawn(seed: int, layers: int = 7, devices: int = 4) -> Problem:
     )
 
 
-def _plan(planner: str, problem: Problem) -> Plan | None:
-    try:
-        return planners.PLANNERS[planner](problem, "latency")
-    except NoPlan:
-        return None
-
-
 def rows() -> Iterator[tuple[str, str, str]]:
     for name, counts in FLEETS.items():
         for objective in ("latency", "throughput"):
@@ -85,10 +78,11 @@ def rows() -> Iterator[tuple[str, str, str]]:
     kinds, more = Counter(), {"worse": [], "returning": []}
     for seed in range(INSTANCES):
         problem = drawn(seed)
-        best, theirs = _plan("exact", problem), _plan("edgeshard", problem)
-        if best is None or theirs is None:
-            kinds["no plan of one run fits" if best is None else "the recurrence finds none"] += 1
+        best = planners.plan_or_none("exact", problem, "latency")
+        if best is None:
+            kinds["no plan of one run fits"] += 1
             continue
+        theirs = planners.plan_or_none("edgeshard", problem, "latency")
         kind = planners.verdict(problem, theirs, best)
         kinds[kind] += 1
         if kind in more:

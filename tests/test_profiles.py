@@ -144,7 +144,7 @@ def test_what_is_predicted_is_the_sum_of_its_parts():
 
 def test_devices_that_have_to_take_part_or_must_not():
     assert set(plan(Partition(fleet="two_here", use="cloud")).plan.placement) == {0, 1}
-    assert set(plan(Partition(fleet="two_here", avoid="cloud", first=0)).plan.placement) == {0}
+    assert set(plan(Partition(fleet="two_here", avoid="cloud")).plan.placement) == {0}
     assert plan(Partition(fleet="two_here", use="cloud", last=1, first=1)).plan.placement[0] == 0
     with pytest.raises(FleetError, match="has no 'moon'; it has edge, cloud"):
         plan(Partition(fleet="two_here", avoid="moon"))
@@ -155,7 +155,8 @@ def test_settings_that_cannot_be():
         "cut=a": "cut=a is no list of parts",
         "cut=2,plan=x.json": "give one of the two",
         "requests=0": "at least 1",
-        "first=-1": "at least 0",
+        "first=0": "the text is on the source",
+        "last=-1": "at least 0",
     }.items():
         with pytest.raises(RecipeError, match=said):
             recipes.parse(f"none @ partition:{text}")

@@ -64,10 +64,23 @@ def test_devices_are_chosen_and_another_fleet_offers_its_own():
 
 @pytest.mark.parametrize("objective", ["throughput", "energy", "slow_bytes"])
 def test_every_objective_is_planned(objective):
-    box = fleet_editor()
+    box = fleet_editor(name="edge_and_cloud")
+    control(box, "Weights").value = 4
     control(box, "Least").value = objective
     control(box, "Wire").value = "int8"
     assert milliseconds(box) > 0
+
+
+def test_where_no_power_is_known_energy_is_not_planned():
+    box = fleet_editor()
+    control(box, "Least").value = "energy"
+    assert "source has no power in the catalogue" in box.children[1].value
+
+
+def test_a_planner_that_gives_none_says_why():
+    box = fleet_editor()
+    control(box, "Least").value = "throughput"
+    assert "15 devices" in box.children[1].value and "14 devices are the most here" in box.children[1].value
 
 
 def test_a_model_that_was_timed_here(timings):

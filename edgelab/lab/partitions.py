@@ -67,6 +67,7 @@ def over_rates(found: Running, rates_mbps: list[float], tokens: int = 32) -> pd.
     """
     session, rows = found.session, []
     cluster, names = session.running(), session.problem.names
+    before = {ends: proxy.link for ends, proxy in cluster.links.items()}
     for mbps in rates_mbps:
         problem = session.problem
         for name, target in cluster.links:
@@ -84,6 +85,8 @@ def over_rates(found: Running, rates_mbps: list[float], tokens: int = 32) -> pd.
         rows.append(
             {"name": f"{mbps:g} Mbps", "predicted_ms": predicted, "executed_ms": statistics.median(times)}
         )
+    for ends, link in before.items():
+        cluster.use_link(*ends, link)
     return pd.DataFrame(rows)
 
 
@@ -102,7 +105,8 @@ def in_flight(found: Running, requests: list[int], tokens: int = 24) -> pd.DataF
         measured = line.busy_s.copy()
         for place, steps in enumerate(cluster.spent().values()):
             stage = int(np.flatnonzero(~line.is_link)[place])
-            spent = statistics.median(one.done - one.begun for one in steps if one.tokens == 1)
+            latest = [one.done - one.begun for one in steps if one.tokens == 1][-count * (tokens - 1) :]
+            spent = statistics.median(latest)
             measured[line.busy[stage]] += spent / session.pace - line.seconds[stage]
         rate = session.pace * (len(times) - count) / (times[-1] - times[count - 1])
         formula = pipeline_tok_s(measured, count, delay_s=line.delay.sum())

@@ -41,7 +41,8 @@ def fleet_editor(timings: Timings | None = None, name: str = "edgeshard") -> ipy
     which = ipywidgets.Dropdown(options=list(fleet.fleets()), value=name, description="Fleet", **WIDE)
     members = ipywidgets.SelectMultiple(description="Devices", rows=6, **WIDE)
     room = ipywidgets.IntSlider(min=10, max=100, step=5, value=100, description="Memory (%)", **WIDE)
-    link = ipywidgets.SelectionSlider(options=RATES, value=1, description="Cloud (Mbps)", **WIDE)
+    rates = [("as in the fleet", 0), *((f"{rate}", rate) for rate in RATES)]
+    link = ipywidgets.SelectionSlider(options=rates, value=0, description="Cloud (Mbps)", **WIDE)
     objective = ipywidgets.ToggleButtons(
         options=["latency", "throughput", "energy", "slow_bytes"], description="Least"
     )
@@ -97,8 +98,12 @@ def plan_words(found: Planned) -> str:
         for one in explained(found.problem, found.plan, found.profile.names)[:8]
     )
     rows = "".join(
-        f"<tr><td>{PLANNER_NAMES[row['planner']]}</td><td>{row['devices'] or '–'}</td><td>{_number(row['ms'])}</td>"
-        f"<td>{_number(row['tok_s'])}</td></tr>"
+        f"<tr><td>{PLANNER_NAMES[row['planner']]}</td>"
+        + (
+            f"<td>{row['devices']}</td><td>{row['ms']:,.1f}</td><td>{row['tok_s']:,.1f}</td></tr>"
+            if row["devices"]
+            else f"<td colspan='3'>{html.escape(row['said'])}</td></tr>"
+        )
         for row in against(found)
     )
     return (
@@ -109,21 +114,22 @@ def plan_words(found: Planned) -> str:
     )
 
 
-def _number(value: float) -> str:
-    return f"{value:,.1f}" if value == value else "does not fit"
-
-
 def _timed(timings: Timings) -> str:
     return f"{timings.model}, timed here"
 
 
 @cache
 def _edited(name: str, members: tuple[str, ...], share: float, mbps: float) -> fleet.Fleet:
-    """A fleet with some of its devices, a share of their memory, and another link between source and cloud."""
+    """A fleet with some of its devices, a share of their memory, and another link between source and cloud.
+
+    mbps: of that link, 0 to leave it. The cloud is the device of the widest memory, or the last one.
+    """
     found = fleet.load(name).only(members)
     found = replace(found, members=tuple(replace(one, room_gb=share * one.room_gb) for one in found.members))
-    far = max(range(len(members)), key=lambda place: found.members[place].device.memory_bandwidth_gb_s or 0)
-    if far == 0:
+    far = max(
+        range(len(members)), key=lambda place: (found.members[place].device.memory_bandwidth_gb_s or 0, place)
+    )
+    if far == 0 or not mbps:
         return found
     delay_ms = 2e3 * float(found.delay[0, far])
     return found.linked(members[0], members[far], Link("edited", mbps, mbps, delay_ms))

@@ -48,10 +48,10 @@ class Partition:
     timed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if min(self.first, self.last) < 0 or min(self.requests, self.threads) < 1:
+        if self.last < 0 or min(self.first, self.requests, self.threads) < 1:
             raise RecipeError(
-                f"first={self.first},last={self.last} should be at least 0, and requests={self.requests},"
-                f"threads={self.threads} at least 1."
+                f"last={self.last} should be at least 0, and first={self.first},requests={self.requests},"
+                f"threads={self.threads} at least 1: the text is on the source."
             )
         if not all(place.isdecimal() for place in self.cut.split("/") if self.cut):
             raise RecipeError(f"cut={self.cut} is no list of parts such as 16 or 16/24.")

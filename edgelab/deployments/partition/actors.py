@@ -101,6 +101,11 @@ def started(address: str | None = None, threads: int = 1) -> Iterator[Start]:
 
     def start(name: str, place: int) -> Actor:
         options = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 2, "runtime_env": {"env_vars": count}}
+        if address and name not in ray.cluster_resources():
+            raise ClusterError(
+                f"No machine of the cluster is called {name}; start it with "
+                f"ray start --resources '{{\"{name}\": 1}}'."
+            )
         if address:
             options["resources"] = {name: SHARE}
         actor = ray.remote(_Worker if address else Worker).options(**options)

@@ -110,7 +110,8 @@ def cloud_of(problem: Problem) -> int:
     """The device that is quickest with the whole model, the source apart."""
     if problem.devices < 2:
         raise NoPlan("A fleet of one device has no cloud.")
-    return 1 + int(problem.seconds[:, 1:].sum(0).argmin())
+    there = np.where(problem.allowed[1:, 1:].any(0), problem.seconds[:, 1:].sum(0), np.inf)
+    return 1 + int(there.argmin())
 
 
 def cloud_edge_even(problem: Problem, objective: Objective) -> Plan:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -163,6 +164,7 @@ class Cluster:
         self._gone: set[int] = set()
         self._joined = False
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._first_event: tuple[str, Any] | None = None  # what was looked at and stays to be read
         self._requests: dict[int, Request] = {}
         self._numbers = itertools.count()
         self._ended_at: dict[str, float] = {}
@@ -202,6 +204,8 @@ class Cluster:
 
         All prompts are in flight at once. Raises NoPlan where a device is lost without which nothing fits.
         """
+        if not all(prompts):
+            raise ClusterError("A prompt has no tokens; write something first.")
         self._settle()
         mine = {}
         for place, prompt in enumerate(prompts):
@@ -287,7 +291,7 @@ class Cluster:
     def _answer(self) -> Message:
         """The next answer that belongs to an open request; a device that ends on the way is replaced."""
         while True:
-            kind, found = self._events.get()
+            kind, found = self._next_event()
             if kind == "gone":
                 self._replace(found)
                 continue
@@ -300,9 +304,13 @@ class Cluster:
             if message.kind in (Kind.TOKEN, Kind.LOGITS):
                 return message
 
+    def _next_event(self) -> tuple[str, Any]:
+        found, self._first_event = self._first_event, None
+        return found or self._events.get()
+
     # Workers and their chain
 
-    def _runs(self) -> dict[str, Stage]:
+    def runs(self) -> dict[str, Stage]:
         """Every stage in order, by its device's name, and "again" where the head comes back to the source."""
         found: dict[str, Stage] = {}
         for run in stages(self.plan.placement):
@@ -316,7 +324,7 @@ class Cluster:
     def _assemble(self) -> None:
         """Start, load and connect what the plan asks for."""
         self.epoch += 1
-        runs = self._runs()
+        runs = self.runs()
         for name in runs:
             if name not in self._seats:
                 self._seats[name] = self._seat(name)
@@ -330,22 +338,20 @@ class Cluster:
 
     def _begin(self, name: str, method: str, *arguments: Any) -> Callable[[], Any]:
         """Start a call of a worker. What is returned waits, and raises WorkerEnded where it has."""
-        wait = self._seats[name].handle.begin(method, *arguments)
+        return partial(self._found, name, self._seats[name].handle.begin(method, *arguments))
 
-        def found() -> Any:
-            try:
-                return wait()
-            except EdgeLabError:
-                raise
-            except Exception as error:  # engines of actors have errors of their own
-                raise WorkerEnded(name, error) from error
-
-        return found
+    def _found(self, name: str, wait: Callable[[], Any]) -> Any:
+        try:
+            return wait()
+        except EdgeLabError:
+            raise
+        except Exception as error:  # engines of actors have errors of their own
+            raise WorkerEnded(name, error) from error
 
     def _seat(self, name: str) -> _Seat:
         handle = self._start(self.problem.names[self._device(name)], self._device(name))
         try:
-            host, port = handle.begin("address")()
+            host, port = self._found(name, handle.begin("address"))
             seat = _Seat(handle, (host, port), wire.connect(host, port))
         except BaseException:
             handle.kill()
@@ -480,8 +486,11 @@ class Cluster:
 
     def _wait_for_first(self) -> None:
         """Until a new chain has answered, or something happened; what arrived stays to be read."""
-        while self._events.empty():
-            time.sleep(0.0005)
+        while True:
+            kind, found = self._events.get()
+            if kind == "gone" or found.epoch == self.epoch:
+                self._first_event = kind, found
+                return
 
     def _planned(self) -> Plan:
         return PLANNERS[self.plan.planner](self._problem_now(), self.plan.objective)
@@ -494,8 +503,8 @@ class Cluster:
 
     def _settle(self) -> None:
         """Between requests: see who is gone, and use who has joined."""
-        while not self._events.empty():
-            kind, found = self._events.get()
+        while self._first_event is not None or not self._events.empty():
+            kind, found = self._next_event()
             if kind == "gone":
                 self._replace(found)
         if self._joined and not self._requests:
@@ -510,7 +519,7 @@ class Cluster:
     def spent(self) -> dict[str, list[Spent]]:
         """Times of every step of the plan as it is now, by device in the order of its stages, on our clock."""
         found = {}
-        for name in self._runs():
+        for name in self.runs():
             offset = self._seats[name].offset
             steps = self._begin(name, "spent", self.epoch)()
             found[name] = [
@@ -544,7 +553,7 @@ class Cluster:
             if len(last) < steps:
                 continue
             i, j = self._device(name), self._device(following)
-            size = self.problem.handed[self._runs()[name].last - 1]
+            size = self.problem.handed[self.runs()[name].last - 1]
             delay = self.pace * (self.problem.delay[i, j] + self.problem.hand_over_s)
             predicted = self.pace * size / self.problem.bandwidth[i, j] + delay
             measured = float(np.median(last))

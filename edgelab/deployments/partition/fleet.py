@@ -155,20 +155,30 @@ def _members(path: Path, line: int, row: dict[str, str]) -> list[Member]:
 
 
 def _linked(fleet: Fleet, path: Path, line: int, row: dict[str, str]) -> Fleet:
+    if not row["what"]:
+        raise _wrong(path, line, "what", "", "a link of data/links.csv or a number of Mbps")
     try:
         link = Link(row["what"], *[float(row["what"])] * 2) if _is_number(row["what"]) else find(row["what"])
     except LinkError as error:
         raise FleetError(f"{path.name}, line {line}, column what: {error}") from None
     ends = []
     for column in ("name", "to"):
-        found = [one for one in fleet.names if row[column] in ("*", one, one.rpartition(" ")[0])]
+        wanted = (row[column] or "").strip()
+        found = [
+            one
+            for one in fleet.names
+            if wanted == "*" or one == wanted or (wanted and one.rpartition(" ")[0] == wanted)
+        ]
         if not found:
-            raise _wrong(path, line, column, row[column], f"one of {', '.join(fleet.names)}, or *")
+            raise _wrong(path, line, column, wanted, f"one of {', '.join(fleet.names)}, or *")
         ends.append(found)
+    least = min(link.up_mbps, link.down_mbps)
+    alike = replace(link, up_mbps=least, down_mbps=least)  # of two stations, the sender's way up decides
     for one in ends[0]:
         for other in ends[1]:
             if one != other:
-                fleet = fleet.linked(one, other, link)
+                peers = {one, other} <= {*ends[0]} & {*ends[1]}
+                fleet = fleet.linked(one, other, alike if peers else link)
     return fleet
 
 

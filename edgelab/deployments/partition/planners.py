@@ -31,6 +31,7 @@ from edgelab.deployments.partition.problem import (
     Plan,
     Problem,
     Stage,
+    TooManyTypes,
     returns,
     stages,
     why_none,
@@ -116,7 +117,7 @@ def exact(problem: Problem, objective: Objective) -> Plan:
     members = types(problem)
     count = np.prod([len(one) + 1 for one in members], dtype=float)
     if count > STATES:
-        raise NoPlan(
+        raise TooManyTypes(
             f"{problem.devices} devices of {len(members)} types are {count:,.0f} fleets to look at, above {STATES:,}; "
             "use the planner 'greedy', which says how far from the best it may be."
         )
@@ -231,8 +232,18 @@ PLANNERS: dict[str, Planner] = {
 }
 
 
-def verdict(problem: Problem, published: Plan, best: Plan) -> str:
-    """A published plan against the exact one: equal, worse, better, infeasible, or returning to a device."""
+def plan_or_none(planner: str, problem: Problem, objective: Objective) -> Plan | None:
+    """The plan of a planner by its name, None where it finds none."""
+    try:
+        return PLANNERS[planner](problem, objective)
+    except NoPlan:
+        return None
+
+
+def verdict(problem: Problem, published: Plan | None, best: Plan) -> str:
+    """A published plan against the exact one: equal, worse, better, infeasible, not found, or returning to a device."""
+    if published is None:
+        return "not found"
     if not problem.fits(published.placement):
         return "infeasible"
     if returns(published.placement):
@@ -296,12 +307,15 @@ def left_out(problem: Problem, plan: Plan) -> list[tuple[int, str]]:
         forced = replace(problem, needed=problem.needed | {members[0]})
         try:
             other = exact(forced, plan.objective)
+        except TooManyTypes:
+            reason = "with so many types of devices, no plan with it was looked at."
         except NoPlan:
             reason = "no plan that uses it keeps the limits."
         else:
             more = other.cost / plan.cost - 1 if plan.cost else np.inf
             reason = "it would change nothing."
-            if more > 1e-9:
-                reason = f"the best plan with it is {more:.1%} worse: {_why(problem, plan, other)}."
+            if abs(more) > 1e-9:
+                than = "worse" if more > 0 else "better"
+                reason = f"the best plan with it is {abs(more):.1%} {than}: {_why(problem, plan, other)}."
         found += [(device, reason) for device in members]
     return found

@@ -134,18 +134,36 @@ def plan_of(settings: Partition, profile: Profile, fleet: Fleet | None = None) -
     problem = problem_of(
         profile, fleet, first=settings.first, last=settings.last, use=settings.use, avoid=settings.avoid
     )
+    if settings.objective == "energy":
+        _check_power(problem, fleet)
     if settings.plan:
         plan = planned(problem, _read(settings, problem, fleet), settings.objective, settings.planner)
     elif settings.cut:
         plan = planned(problem, _cut(settings, problem), settings.objective, settings.planner)
     else:
         plan = PLANNERS[settings.planner](problem, settings.objective)
+    runs = [run.device for run in stages(plan.placement)]
+    again = len(runs) - len(set(runs)) - (runs[-1] == 0 and 0 in runs[:-1])
+    if again:
+        raise NoPlan(
+            f"{settings.planner} returns to a device that it has left, which a chain of stages cannot do; the planner "
+            "'exact' gives each device one run."
+        )
     if not problem.fits(plan.placement) or not np.isfinite(plan.cost):
         raise NoPlan(
             "This placement keeps not every limit: a device has too little memory, a part is not allowed there, or a "
             "link is missing; leave out cut and plan, and a planner finds one that does."
         )
     return Planned(settings, fleet, profile, problem, plan)
+
+
+def _check_power(problem: Problem, fleet: Fleet) -> None:
+    for place, member in enumerate(fleet.members):
+        if member.device.power_w is None and problem.allowed[:, place].any():
+            raise FleetError(
+                f"{member.name} has no power in the catalogue, from which energy is counted; avoid it, or choose "
+                "another objective."
+            )
 
 
 def profile_for(settings: Partition, timings: Timings, fleet: Fleet) -> Profile:

@@ -32,6 +32,10 @@ class NoPlan(EdgeLabError):
     """No placement keeps the limits."""
 
 
+class TooManyTypes(NoPlan):
+    """A fleet of more kinds of devices than the exact planner looks at."""
+
+
 Placement = tuple[int, ...]  # the device of each layer
 
 

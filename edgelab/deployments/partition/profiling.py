@@ -53,9 +53,13 @@ def measured(
     threads: int = 1,
     contexts: tuple[int, ...] = CONTEXTS,
     prompts: tuple[int, ...] = PROMPTS,
+    shaped: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Timings:
-    """Time every part of a variant here, on so many threads. FAST times the shortest prompt and context alone."""
+    """Time every part of a variant here, on so many threads. FAST times the shortest prompt and context alone.
+
+    shaped: whether states will go through proxies, as where this machine plays all devices.
+    """
     if assets.fast():
         contexts, prompts = contexts[:1], prompts[:1]
     with _on(threads):
@@ -71,7 +75,7 @@ def measured(
             watch.read(context, 0)
             decode.append(_medians([watch.read(1, context + step) for step in range(TOKENS)]))
             progress(len(prefill) + len(decode), len(prompts) + len(contexts))
-        sending_ms, rate = sending(config.hidden_size), read_gb_s()
+        sending_ms, rate = sending(config.hidden_size, shaped=shaped), read_gb_s()
     between_ms = min(line[-1] for line in decode)
     for line in (*prefill, *decode):
         line[0] += line.pop()  # the first stage pays it in any plan
@@ -138,7 +142,7 @@ def held(module: nn.Module) -> int:
     return sum(one.nbytes for one in (*module.parameters(), *module.buffers()))
 
 
-def sending(hidden_size: int, wire_format: str = "float32", shaped: bool = True) -> float:
+def sending(hidden_size: int, shaped: bool = True) -> float:
     """Milliseconds from one thread to another of this machine for one hidden state, over TCP, beside those of a link.
 
     shaped: through a proxy, as where this machine plays all devices. Each waits for the other, as stages do.
@@ -165,8 +169,8 @@ def sending(hidden_size: int, wire_format: str = "float32", shaped: bool = True)
             for _ in range(SENDS):
                 cold.sum()
                 started = time.perf_counter()
-                wire.send(connection, Message(Kind.STATES, tokens=1).with_states(there, wire_format))
-                wire.decoded(wire.receive(connection).payload, wire_format, 1)
+                wire.send(connection, Message(Kind.STATES, tokens=1).with_states(there, "float32"))
+                wire.decoded(wire.receive(connection).payload, "float32", 1)
                 times.append(time.perf_counter() - started)
     return 1e3 * statistics.median(times) / 2
 

@@ -99,10 +99,10 @@ class Partitioned(TwoGraphs):
     def _stand_in(self, timings: Timings, fleet: Fleet) -> None:
         """How this machine plays all others: how much slower each of them is, and time with it."""
         used = sorted(set(self.plan.placement))
-        factors = scales(timings, fleet)[used]
-        self.pace = max(1.0, float(1 / factors.min()))
+        factors = scales(timings, fleet)
+        self.pace = max(1.0, float(1 / factors[used].min()))
         self.slow_down = {
-            fleet.names[place]: float(factor * self.pace) for place, factor in zip(used, factors, strict=True)
+            name: float(factor * self.pace) for name, factor in zip(fleet.names, factors, strict=True)
         }
         if any(fleet.members[place].device.name != HERE for place in used):
             self.badge = "analytic"
@@ -151,10 +151,13 @@ class Partitioned(TwoGraphs):
         first = self.settings.requests  # tokens of the prompts' passes
         tok_s = (len(times) - first) / (times[-1] - times[first - 1]) * self.pace
         spent = cluster.spent()
-        sent = {
-            ends: [one.sent - FRAME_BYTES for one in spent[ends[0]] if one.tokens == 1]
-            for ends in cluster.links
-        }
+        runs = list(cluster.runs().items())
+        following = [*(run.device for _, run in runs[1:]), 0]
+        sent = [
+            float(np.median([one.sent - FRAME_BYTES for one in spent[name] if one.tokens == 1]))
+            for (name, run), target in zip(runs, following, strict=True)
+            if run.device != target
+        ]
         return {
             "devices": len(set(self.plan.placement)),
             "predicted_ttft_ms": predicted.ttft_ms,
@@ -162,7 +165,7 @@ class Partitioned(TwoGraphs):
             "predicted_tok_s": predicted.tok_s,
             "in_flight": self.settings.requests,
             "in_flight_tok_s": tok_s,
-            "sent_bytes_per_token": float(sum(np.median(sizes) for sizes in sent.values())),
+            "sent_bytes_per_token": sum(sent),
             "predicted_bytes_per_token": sum(predicted.token_bytes.values()),
             "framing_bytes_per_token": FRAME_BYTES * len(sent),
             "plan": json.dumps(

@@ -25,7 +25,6 @@ import torch
 from edgelab.deployments.partition import wire
 from edgelab.deployments.partition.stage import Stage
 from edgelab.deployments.partition.wire import Kind, Message
-from edgelab.errors import EdgeLabError
 from edgelab.measure.memory import peak_rss_mb
 from edgelab.network import LOCAL
 
@@ -53,7 +52,8 @@ class Worker:
 
     def __init__(self, threads: int = 1, core: int | None = None, host: str = LOCAL) -> None:
         if core is not None and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core % os.cpu_count()]})
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[(core * threads + one) % len(cores)] for one in range(threads)})
         torch.set_num_threads(threads)
         self.host, self.epoch, self.slow_down = host, 0, 1.0
         self._stage: Stage | None = None
@@ -84,7 +84,15 @@ class Worker:
 
         with self._computing:
             return asdict(
-                measured(Path(folder), model, recipe, threads=threads, contexts=(32, 256), prompts=(32, 128))
+                measured(
+                    Path(folder),
+                    model,
+                    recipe,
+                    threads=threads,
+                    contexts=(32, 256),
+                    prompts=(32, 128),
+                    shaped=False,
+                )
             )
 
     def load(
@@ -95,6 +103,9 @@ class Worker:
         slow_down: how many times as long every step takes. Returns seconds, and bytes of the weights that it holds.
         """
         started = time.perf_counter()
+        if (there := self._next) is not None:
+            with suppress(OSError):
+                there.shutdown(socket.SHUT_RDWR)  # or a step that cannot be sent would hold us up
         with self._computing:
             self._hang_up()
             self.epoch, self._wire, self.slow_down = epoch, wire, slow_down
@@ -187,11 +198,12 @@ class Worker:
             return message  # a sentence on its way to the source
         try:
             if message.kind is Kind.TOKENS:
-                given = torch.tensor(wire.ids_of(message.payload))
+                given = torch.tensor(wire.ids_of(message.payload), dtype=torch.long)
             else:
                 given = wire.decoded(message.payload, message.wire, message.tokens)
             found = self._stage.read(given, message.position, message.request)
             is_last = self._stage.last == self._stage.parts
             return message.answer(found) if is_last else message.with_states(found, self._wire)
-        except (EdgeLabError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, the source has to hear of it
+            log.warning("Step %s of request %s: %s", message.step, message.request, error)
             return replace(message, kind=Kind.ERROR, payload=str(error).encode(), tokens=0)
