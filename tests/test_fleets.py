@@ -156,3 +156,19 @@ def test_relay_around_the_slow_link_is_what_wins_in_the_testbed():
     assert devices[0] == "source"
     assert "cloud" in devices
     assert devices.index("cloud") > 1
+
+
+def test_peers_of_one_network_are_as_fast_as_the_slower_way(tmp_path):
+    path = tmp_path / "peers.csv"
+    lines = "kind,name,to,what,count\ndevice,a,,Raspberry Pi 5,1\ndevice,b,,Raspberry Pi 5,2\n"
+    path.write_text(lines + "link,*,*,wifi,\n")
+    fleet = fleets.load(path)
+    off = ~np.eye(3, dtype=bool)
+    assert set(fleet.bandwidth[off]) == {15e6 / 8}  # wifi: 30 Mbps down, 15 up
+    path.write_text(lines + "link,a,b,wifi,\n")
+    fleet = fleets.load(path)
+    assert (fleet.bandwidth[0, 1:] == 15e6 / 8).all() and (fleet.bandwidth[1:, 0] == 30e6 / 8).all()
+    for line, said in {"link,a,,wifi,\n": "column to: ''", "link,a,b,,\n": "column what: ''"}.items():
+        path.write_text(lines + line)
+        with pytest.raises(FleetError, match=said):
+            fleets.load(path)

@@ -106,6 +106,10 @@ def test_faster_devices_run_at_a_slower_pace(opened):
     assert found.badge == "analytic"
     assert found.pace > 1
     assert min(found.slow_down.values()) == pytest.approx(1)
+    assert set(found.slow_down) == {
+        "edge",
+        "cloud",
+    }  # of all, so that whoever takes over is as slow as it should be
     link = found.running().links["edge", "cloud"].link
     assert link.up_mbps == pytest.approx(12 / found.pace)
     assert link.round_trip_ms == pytest.approx(found.pace * 70)  # what a hand-over takes comes by itself

@@ -260,3 +260,25 @@ def test_a_device_that_is_left_out_and_why(relay):
         "laptop is left out: the best plan with it is 4.2% worse: its stages take 0.0 ms more and its links 2,500.0 ms "
         "more."
     )
+
+
+def test_a_plan_that_another_device_would_better_says_so(relay):
+    problem = dataclasses.replace(relay, names=("phone", "laptop", "cloud"))
+    (said,) = [
+        one for one in planners.explained(problem, planners.edge_solo(problem, "latency")) if "laptop" in one
+    ]
+    assert said.startswith(
+        "laptop is left out: the best plan with it is 51.7% better: its stages take 36,000.0 ms less"
+    )
+
+
+def test_a_fleet_of_too_many_types_is_not_said_to_fit_nowhere(monkeypatch, relay):
+    plan = planners.exact(relay.without(2), "latency")
+    monkeypatch.setattr(planners, "STATES", 1)
+    assert "no plan with it was looked at" in planners.explained(relay.without(2), plan)[-1]
+
+
+def test_a_planner_that_finds_none(relay):
+    full = dataclasses.replace(relay, room=np.ones(3))
+    assert planners.plan_or_none("exact", full, "latency") is None
+    assert planners.verdict(relay, None, planners.exact(relay, "latency")) == "not found"

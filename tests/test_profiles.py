@@ -173,3 +173,21 @@ def test_another_fleet_file_is_another_question(tmp_path):
     assert before == Partition(fleet=str(path)).reads()
     path.write_text(lines.format(20))
     assert before != Partition(fleet=str(path)).reads()
+
+
+def test_energy_needs_the_power_of_every_device():
+    with pytest.raises(FleetError, match="edge has no power in the catalogue"):
+        plan(Partition(fleet="two_here", objective="energy"))
+    found = plan(Partition(fleet="laptop_and_pis", objective="energy"))
+    assert found.plan.cost > 0
+
+
+def test_a_plan_that_returns_is_no_chain(tmp_path):
+    path = tmp_path / "plan.json"
+    plan(Partition(fleet="laptop_and_pis")).save(path, "none")
+    placement = ["pi 1", "laptop", "pi 2", "laptop"]
+    path.write_text(json.dumps(read_plan(path) | {"placement": placement}))
+    with pytest.raises(NoPlan, match="returns to a device that it has left"):
+        plan(Partition(fleet="laptop_and_pis", plan=str(path)))
+    path.write_text(json.dumps(read_plan(path) | {"placement": ["pi 1", "laptop", "laptop", "pi 1"]}))
+    assert len(plan(Partition(fleet="laptop_and_pis", plan=str(path))).stages()) == 3  # the head at home
