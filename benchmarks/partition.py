@@ -6,9 +6,7 @@ what it costs to go on without a stage that was killed.
 
 from __future__ import annotations
 
-import json
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,10 +17,9 @@ import torch
 
 from edgelab.deployments.partition import planners, published
 from edgelab.deployments.partition.problem import Problem
-from edgelab.deployments.partition.session import Partitioned
-from edgelab.deployments.partition.simulator import pipeline_tok_s
 from edgelab.lab import profile
-from edgelab.lab.partitions import Running, running
+from edgelab.lab.partitions import PROMPT, Running, in_flight, over_rates, running
+from edgelab.measure.latency import Timed
 from edgelab.runtimes.eager import Eager
 
 FLEETS = {
@@ -31,8 +28,8 @@ FLEETS = {
 }
 BOUNDS = dict(zip(FLEETS, ("below 2 s", "below 20 s"), strict=True))
 INSTANCES, LAYERS = 300, 80
-RATES = (1, 10, 50)  # Mbps
-PROMPT, TOKENS = list(range(2, 130)), 48
+RATES = [1, 10, 50]  # Mbps
+TOKENS = 48
 
 
 def fleet_of(counts: tuple[int, ...], layers: int) -> Problem:
@@ -102,44 +99,32 @@ def rows() -> Iterator[tuple[str, str, str]]:
 
 def executed() -> Iterator[tuple[str, str, str]]:
     """Two stages of the embedded model on one thread each, cut where they take the same time."""
-    with tempfile.TemporaryDirectory() as place:
-        cut = _balanced()
-        for mbps in RATES:
-            with running(f"none @ partition:fleet={_fleet(Path(place), mbps)},cut={cut}") as found:
-                session = found.session
-                session.prefill(PROMPT)
-                token, times = 11, []
-                for _ in range(TOKENS):
-                    started = time.perf_counter()
-                    token = session.decode(token)
-                    times.append(1e3 * (time.perf_counter() - started))
-                measured, predicted = statistics.median(times), session.planned.predicted.tpot_ms
-                yield (
-                    f"two stages, cut at {cut}, {mbps} Mbps: ms per token, predicted {predicted:.1f}",
-                    f"{measured:.1f} ({100 * (measured / predicted - 1):+.0f} %)",
-                    "within 15 %",
-                )
-                if mbps == RATES[-1]:
-                    yield from _in_flight(session, measured)
-                    yield from _killed(found)
-                    yield _whole(session.folder)
-
-
-def _in_flight(session: Partitioned, alone_ms: float) -> Iterator[tuple[str, str, str]]:
-    account = session.account()
-    taus = np.array([stage["measured_ms"] for stage in json.loads(account["plan"])["stages"]])
-    gain = account["in_flight_tok_s"] * alone_ms / 1e3
-    formula = pipeline_tok_s(taus, 2) / pipeline_tok_s(taus, 1)
-    yield (
-        f"two requests in flight over one: gain, {formula:.2f} by the formula from stages of {taus.round(1)} ms",
-        f"{gain:.2f} ({gain / formula:.2f} of it)",
-        "at least 0.85 of it, and 1.4",
-    )
-    yield (
-        "bytes over links per token, without framing",
-        f"{account['sent_bytes_per_token']:.0f}",
-        f"{account['predicted_bytes_per_token']:.0f} by the formula",
-    )
+    cut = _balanced()
+    with running(f"none @ partition:fleet=two_here,cut={cut}") as found:
+        for one in over_rates(found, RATES, TOKENS).itertuples():
+            off = 100 * (one.executed_ms / one.predicted_ms - 1)
+            yield (
+                f"two stages, cut at {cut}, {one.name}: ms per token, predicted {one.predicted_ms:.1f}",
+                f"{one.executed_ms:.1f} ({off:+.0f} %)",
+                "within 15 %",
+            )
+        rates = in_flight(found, [1, 2])
+        formula, gain = (
+            rates[name].iloc[1] / rates[name].iloc[0] for name in ("formula_tok_s", "executed_tok_s")
+        )
+        yield (
+            f"two requests in flight over one: gain, {formula:.2f} by the formula from measured stages",
+            f"{gain:.2f} ({gain / formula:.2f} of it)",
+            "at least 0.85 of it, and 1.4",
+        )
+        account = found.session.account()
+        yield (
+            "bytes over links per token, without framing",
+            f"{account['sent_bytes_per_token']:.0f}",
+            f"{account['predicted_bytes_per_token']:.0f} by the formula",
+        )
+        yield from _killed(found)
+        yield _whole(found.session.folder)
 
 
 def _killed(found: Running) -> Iterator[tuple[str, str, str]]:
@@ -163,28 +148,20 @@ def _killed(found: Running) -> Iterator[tuple[str, str, str]]:
 
 
 def _whole(folder: Path) -> tuple[str, str, str]:
-    session, token, times = Eager(folder), 11, []
-    session.prefill(PROMPT)
-    for _ in range(TOKENS):
-        started = time.perf_counter()
-        token = session.decode(token)
-        times.append(1e3 * (time.perf_counter() - started))
+    timed = Timed(Eager(folder), PROMPT)
+    timed.prefill()
     threads = torch.get_num_threads()
-    return f"the whole model on {threads} threads: ms per token", f"{statistics.median(times):.1f}", ""
+    return (
+        f"the whole model on {threads} threads: ms per token",
+        f"{statistics.median(timed.decode(TOKENS)):.1f}",
+        "",
+    )
 
 
 def _balanced() -> int:
     """The part before which half of the time is spent."""
     spent = profile("none").decode_s(160).cumsum()
     return int(np.abs(spent - spent[-1] / 2).argmin()) + 1
-
-
-def _fleet(place: Path, mbps: float) -> Path:
-    path = place / f"two_{mbps}.csv"
-    path.write_text(
-        f"kind,name,to,what\ndevice,edge,,This machine\ndevice,cloud,,This machine\nlink,edge,cloud,{mbps}\n"
-    )
-    return path
 
 
 if __name__ == "__main__":

@@ -180,6 +180,7 @@ def plan(
     from edgelab.deployments.partition.profile import from_shape
     from edgelab.deployments.partition.profile import read as read_profile
     from edgelab.devices.shapes import models
+    from edgelab.reference import resolve
 
     if read is not None:
         saved = planning.read_plan(read)
@@ -202,7 +203,8 @@ def plan(
             shape, fleet, efficiency, bits=bits, requests=settings.requests, wire=settings.wire
         )
     elif profile is not None and profile.is_file():
-        of_fleet = planning.profile_for(settings, read_profile(profile), fleet)
+        timings = read_profile(profile, resolve(model).name, parsed.weights)
+        of_fleet = planning.profile_for(settings, timings, fleet)
     else:
         timings = lab.profile(parsed.weights, model=model)
         if profile is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from edgelab import corpora, recipes, reference
 from edgelab.deployments.partition.problem import Problem
+from edgelab.deployments.partition.worker import Worker
 from edgelab.storage import variants
 
 settings.register_profile("edgelab", deadline=None)  # a busy machine is no failure
@@ -136,6 +137,39 @@ def story(tiny_reference: reference.Reference) -> corpora.TokenizedText:
     """About 5,000 tokens of text, characters of two and three bytes among them."""
     text = "".join(f"{STORY}Page {page}, {page * 7919 % 1000} €.\n" for page in range(28))
     return corpora.tokenize_text(text, tiny_reference.tokenizer, "story")
+
+
+class InThisProcess:
+    """A worker in threads of the test. Killed, it closes all connections, as the end of a process would."""
+
+    fails = ()  # methods
+
+    def __init__(self) -> None:
+        self.worker = Worker(torch.get_num_threads())
+
+    def begin(self, method: str, *arguments: object) -> Callable[[], object]:
+        if method in self.fails:
+            raise RuntimeError("The actor died.")
+        found = getattr(self.worker, method)(*arguments)
+        return lambda: found
+
+    def kill(self) -> None:
+        self.worker.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[str, int], InThisProcess]]:
+    """What starts the workers of a partition, in this process; `start.workers` holds them by device."""
+    found: dict[str, InThisProcess] = {}
+
+    def start(name: str, place: int) -> InThisProcess:
+        found[name] = InThisProcess()
+        return found[name]
+
+    start.workers = found
+    yield start
+    for one in found.values():
+        one.kill()
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ import pytest
 
 from edgelab import recipes, runtimes
 from edgelab.deployments.partition import actors
-from edgelab.deployments.partition.cluster import Cluster, ClusterError
+from edgelab.deployments.partition.cluster import Cluster
 from edgelab.deployments.partition.problem import Problem, planned
 from edgelab.deployments.partition.profile import hidden_bytes
+from edgelab.deployments.partition.seats import ClusterError
 from edgelab.deployments.partition.stage import Stage, generate
 from edgelab.runtimes.eager import Eager
 
@@ -42,7 +43,7 @@ def test_tokens_through_ray_and_a_stage_that_is_killed(variant):
     plan = planned(problem(), (0, 0, 0, 1, 1, 1), "latency", "exact")
     with actors.started() as start, Cluster(folder, problem(), plan, start) as cluster:
         assert [cluster.write(prompt, TOKENS) for prompt in PROMPTS] == expected
-        processes = {name: seat.handle.begin("process")() for name, seat in cluster._seats.items()}
+        processes = {name: seat.begin("process")() for name, seat in cluster._seats.items()}
         assert os.getpid() not in processes.values() and len(set(processes.values())) == 2
         answers = [[], []]
         for place, token in cluster.stream(PROMPTS, TOKENS):

@@ -167,9 +167,12 @@ def test_a_plan_is_made_saved_and_read(tiny, tmp_path):
     done = edgelab("plan", where, "--model", str(tiny), "--profile", profile, "--save", saved)
     assert done.returncode == 0, done.stderr
     assert "cloud runs" in done.stdout and "Predicted:" in done.stdout and "edge_solo" in done.stdout
-    again = edgelab("plan", where, "--profile", profile)
+    again = edgelab("plan", where, "--model", str(tiny), "--profile", profile)
     first, second = (re.sub(r" of [\d,.]+ MB", "", one.stdout) for one in (done, again))
     assert first == second  # from the file, nothing is timed; memory is what is free now
+    other = edgelab("plan", "quantize.bf16 @ partition", "--model", str(tiny), "--profile", profile)
+    assert other.returncode != 0
+    assert "is a profile of none, and the recipe is quantize.bf16; measure that one" in other.stderr
     read = edgelab("plan", "--read", saved, "--json")
     assert [json.loads(line)["device"] for line in read.stdout.splitlines()] == ["edge", "cloud"]
 

@@ -9,51 +9,20 @@ import pytest
 import torch
 
 from edgelab.deployments.partition import wire, worker
-from edgelab.deployments.partition.cluster import Cluster, ClusterError, WorkerEnded
+from edgelab.deployments.partition.cluster import Cluster
+from edgelab.deployments.partition.observing import slowed as slowed_links
 from edgelab.deployments.partition.planners import exact
 from edgelab.deployments.partition.problem import NoPlan, Problem, planned
 from edgelab.deployments.partition.profile import hidden_bytes
+from edgelab.deployments.partition.seats import ClusterError, WorkerEnded
 from edgelab.deployments.partition.stage import Stage, generate
 from edgelab.deployments.partition.wire import FRAME_BYTES
-from edgelab.deployments.partition.worker import Worker
 from edgelab.errors import EdgeLabError
 from edgelab.network import Link
 
 PROMPTS = [[5, 100, 42, 7], [9, 8, 7, 6, 5, 4]]
 TOKENS = 6
 PARTS = 6  # of a tiny model of four blocks
-
-
-class InThisProcess:
-    """A worker in threads of the test. Killed, it closes all connections, as the end of a process would."""
-
-    def __init__(self):
-        self.worker = Worker(torch.get_num_threads())
-
-    def begin(self, method, *arguments):
-        if method in self.fails:
-            raise RuntimeError("The actor died.")
-        found = getattr(self.worker, method)(*arguments)
-        return lambda: found
-
-    fails = ()
-
-    def kill(self):
-        self.worker.close()
-
-
-@pytest.fixture
-def start():
-    found = {}
-
-    def start(name, place):
-        found[name] = InThisProcess()
-        return found[name]
-
-    start.workers = found
-    yield start
-    for one in found.values():
-        one.kill()
 
 
 @pytest.fixture
@@ -240,14 +209,14 @@ def test_a_link_that_slows_down(folder, start):
     found = problem(mbps=100, round_trip_ms=100, seconds=seconds)
     with cluster_of(folder, start, (0, 1, 1, 1, 1, 1), found) as cluster:
         cluster.write(PROMPTS[0], 12)
-        assert cluster.slowed() == []
+        assert slowed_links(cluster) == []
         with pytest.raises(ClusterError, match="in use: edge to hub, hub to edge"):
             cluster.use_link("edge", "cloud", Link("slow", 1, 1))
         cluster.use_link(
             "edge", "hub", Link("slow", 0.02, 0.02, 100)
         )  # 2,500 bytes per second: 0.1 s for a token
         cluster.write(PROMPTS[0], 12)
-        (slowed,) = cluster.slowed()
+        (slowed,) = slowed_links(cluster)
         assert (slowed.source, slowed.target) == ("edge", "hub")
         assert 0.005 < slowed.measured_mbps < 0.03  # a busy machine is slower still
         assert slowed.predicted_mbps == 100

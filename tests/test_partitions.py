@@ -11,7 +11,6 @@ from edgelab import recipes, runtimes
 from edgelab.deployments.partition import actors, session
 from edgelab.deployments.partition.profile import hidden_bytes
 from edgelab.deployments.partition.wire import FRAME_BYTES
-from edgelab.deployments.partition.worker import Worker
 from edgelab.ledger.row import FIELDS
 from edgelab.measure import MEASUREMENTS, measurements
 from edgelab.runtimes.eager import Eager
@@ -19,27 +18,13 @@ from edgelab.runtimes.eager import Eager
 IDS = [5, 100, 42, 7, 299, 12, 8]
 
 
-class InThisProcess:
-    """A worker in threads of the test."""
-
-    def __init__(self):
-        self.worker = Worker(torch.get_num_threads())
-
-    def begin(self, method, *arguments):
-        found = getattr(self.worker, method)(*arguments)
-        return lambda: found
-
-    def kill(self):
-        self.worker.close()
-
-
 @pytest.fixture
-def opened(monkeypatch, variant):
+def opened(monkeypatch, variant, start):
     """`opened(recipe)`: a session on its deployment, with workers in threads in place of Ray's actors."""
 
     @contextmanager
     def started(address=None, threads=1):
-        yield lambda name, place: InThisProcess()
+        yield start
 
     monkeypatch.setattr(actors, "started", started)
     monkeypatch.setattr(session, "PROMPT", 8)

@@ -16,6 +16,7 @@ from edgelab import runtimes
 from edgelab.deployments.partition.simulator import chain, pipeline_tok_s
 from edgelab.lab.question import Settings, ask
 from edgelab.lab.road import built
+from edgelab.measure.latency import Timed
 from edgelab.measure.turn import timing_lock
 from edgelab.network import Link
 from edgelab.reference import EMBEDDED, load_tokenizer
@@ -34,7 +35,7 @@ class Running:
     tokenizer: Any
 
     def write(self, prompts: list[str], tokens: int) -> Iterator[tuple[int, str, float]]:
-        """answers to prompts, all in flight: which of them, the piece of text, seconds since the start."""
+        """Greedy answers to prompts, all in flight: which of them, the piece of text, seconds so far."""
         ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
         written: list[list[int]] = [[] for _ in prompts]
         started = time.perf_counter()
@@ -66,21 +67,18 @@ def over_rates(found: Running, rates_mbps: list[float], tokens: int = 32) -> pd.
     Columns name, predicted_ms and executed_ms, a row for each rate.
     """
     session, rows = found.session, []
-    cluster, names = session.running(), session.problem.names
+    cluster = session.running()
     before = {ends: proxy.link for ends, proxy in cluster.links.items()}
     for mbps in rates_mbps:
         problem = session.problem
         for name, target in cluster.links:
-            one, other = names.index(name.removesuffix(" again")), names.index(target)
-            problem = problem.with_bandwidth(one, other, mbps * 1e6 / 8)
+            problem = problem.with_bandwidth(cluster.device(name), cluster.device(target), mbps * 1e6 / 8)
             round_trip_ms = cluster.links[name, target].link.round_trip_ms
             link = Link(f"{mbps:g} Mbps", mbps / session.pace, mbps / session.pace, round_trip_ms)
             cluster.use_link(name, target, link)
-        token, times = session.prefill(PROMPT), []
-        for _ in range(tokens):
-            started = time.perf_counter()
-            token = session.decode(token)
-            times.append(1e3 * (time.perf_counter() - started) / session.pace)
+        timed = Timed(session, PROMPT)
+        timed.prefill()
+        times = timed.decode(tokens)
         predicted = 1e3 * problem.cost(session.plan.placement, "latency")
         rows.append(
             {"name": f"{mbps:g} Mbps", "predicted_ms": predicted, "executed_ms": statistics.median(times)}
@@ -98,9 +96,7 @@ def in_flight(found: Running, requests: list[int], tokens: int = 24) -> pd.DataF
     session, rows = found.session, []
     cluster = session.running()
     for count in requests:
-        prompts, times = [[11 + place] * 8 for place in range(count)], []
-        for _ in cluster.stream(prompts, tokens):
-            times.append(time.perf_counter())
+        rate = session.in_flight_tok_s(count, tokens)
         line = chain(session.problem, session.plan.placement)
         measured = line.busy_s.copy()
         for place, steps in enumerate(cluster.spent().values()):
@@ -108,7 +104,6 @@ def in_flight(found: Running, requests: list[int], tokens: int = 24) -> pd.DataF
             latest = [one.done - one.begun for one in steps if one.tokens == 1][-count * (tokens - 1) :]
             spent = statistics.median(latest)
             measured[line.busy[stage]] += spent / session.pace - line.seconds[stage]
-        rate = session.pace * (len(times) - count) / (times[-1] - times[count - 1])
         formula = pipeline_tok_s(measured, count, delay_s=line.delay.sum())
         rows.append({"requests": count, "formula_tok_s": formula, "executed_tok_s": rate})
     return pd.DataFrame(rows)

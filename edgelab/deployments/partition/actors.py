@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from edgelab.deployments.partition.cluster import ClusterError, Start
+from edgelab.deployments.partition.seats import ClusterError, Start
 from edgelab.deployments.partition.worker import Worker
 from edgelab.errors import EdgeLabError, to_install
 from edgelab.network import LOCAL

@@ -1,9 +1,8 @@
 """A plan in motion: workers started and watched, chained over their links, asked for tokens; and planned anew.
 
-The source asks the first stage and hears from the last one. It watches every worker over a connection of its own: one
-that ends says at once that the worker has, one that does not answer within STALLED_S that it hangs. Then the plan is
-made again without that device, stages that moved are loaded, and the new chain reads prompts and what was written so
-far before it goes on. No step is ever sent twice to a stage that may have done it.
+The source asks the first stage and hears from the last one, and watches every worker. Where one ends, the plan is made
+again without its device, stages that moved are loaded, and the new chain reads prompts and what was written so far
+before it goes on. No step is ever sent twice to a stage that may have done it.
 """
 
 from __future__ import annotations
@@ -14,54 +13,22 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from edgelab.deployments.partition import wire
+from edgelab.deployments.partition.observing import Slowed
 from edgelab.deployments.partition.planners import PLANNERS
-from edgelab.deployments.partition.problem import NoPlan, Plan, Problem, Stage, stages
+from edgelab.deployments.partition.problem import NoPlan, Plan, Problem, Stage, described, stages
+from edgelab.deployments.partition.seats import ClusterError, Seat, Start, WorkerEnded
 from edgelab.deployments.partition.wire import Kind, Message
-from edgelab.deployments.partition.worker import CLOCK, Spent
-from edgelab.errors import EdgeLabError
+from edgelab.deployments.partition.worker import Spent
 from edgelab.network import LOCAL, Link, Proxies, Proxy
 
 log = logging.getLogger(__name__)
-
-STALLED_S = 10.0  # without an answer: longer than any stall of a busy machine, shorter than patience
-ASKED_S = 0.25  # between two questions whether a worker is there
-SLOWER = 1.5  # times the predicted time of a link from which it is said to have slowed down
-SLOWER_S = 0.002  # and at least so much longer
-
-
-class ClusterError(EdgeLabError):
-    """Something that a running plan cannot do."""
-
-
-class WorkerEnded(ClusterError):
-    """A worker that ended while it was told something."""
-
-    def __init__(self, device: str, reason: object) -> None:
-        super().__init__(f"The worker of {device} ended: {str(reason).strip().splitlines()[0][:200]}")
-        self.device = device
-
-
-class Handle(Protocol):
-    """A worker somewhere: its methods by name, several calls at a time."""
-
-    def begin(self, method: str, *arguments: Any) -> Callable[[], Any]:
-        """Start a call; what is returned waits for it."""
-
-    def kill(self) -> None:
-        """End it at once."""
-
-
-Start = Callable[[str, int], Handle]  # name of the device, and its place among all
 
 
 @dataclass
@@ -102,36 +69,6 @@ class Recovery:
     whole_s: float
 
 
-@dataclass(frozen=True)
-class Slowed:
-    """A link that takes longer than it should, and what a new plan would gain there. gain: share of the latency."""
-
-    source: str
-    target: str
-    predicted_mbps: float
-    measured_mbps: float
-    plan: Plan
-    gain: float
-
-
-@dataclass
-class _Seat:
-    """A device with its worker."""
-
-    handle: Handle
-    address: tuple[str, int]
-    watch: socket.socket
-    offset: float = 0.0  # of its clock to ours, in seconds
-    leaving: bool = False
-
-    def leave(self) -> None:
-        """End the worker, and watch it no longer."""
-        self.leaving = True
-        with suppress(OSError):
-            self.watch.shutdown(socket.SHUT_RDWR)
-        self.handle.kill()
-
-
 class Cluster:
     """A variant on a fleet, by a plan. Use as a context, so that no worker is left behind.
 
@@ -160,7 +97,7 @@ class Cluster:
         self.links: dict[tuple[str, str], Proxy] = {}
         self.loaded: dict[str, dict[str, float]] = {}  # by device: seconds, and bytes it holds
         self._start = start
-        self._seats: dict[str, _Seat] = {}
+        self._seats: dict[str, Seat] = {}
         self._gone: set[int] = set()
         self._joined = False
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -264,7 +201,7 @@ class Cluster:
 
     def join(self, device: str) -> None:
         """A device is there again; the next request is planned with it."""
-        self._gone.discard(self._device(device))
+        self._gone.discard(self.device(device))
         self._joined = True
 
     def _new(self, prompt: list[int], tokens: int) -> Request:
@@ -318,7 +255,8 @@ class Cluster:
             found[f"{name} again" if name in found else name] = run
         return found
 
-    def _device(self, name: str) -> int:
+    def device(self, name: str) -> int:
+        """The place of a stage's device among all."""
         return self.problem.names.index(name if name in self.problem.names else name.removesuffix(" again"))
 
     def _assemble(self) -> None:
@@ -332,33 +270,14 @@ class Cluster:
         for name, run in runs.items():
             slow = self.slow_down.get(self.problem.names[run.device], 1.0)
             settings = str(self.folder), run.first, run.last, self.epoch, self.wire, slow
-            waiting[name] = self._begin(name, "load", *settings)
+            waiting[name] = self._seats[name].begin("load", *settings)
         self.loaded = {name: wait() for name, wait in waiting.items()}
         self._chain(runs)
 
-    def _begin(self, name: str, method: str, *arguments: Any) -> Callable[[], Any]:
-        """Start a call of a worker. What is returned waits, and raises WorkerEnded where it has."""
-        return partial(self._found, name, self._seats[name].handle.begin(method, *arguments))
-
-    def _found(self, name: str, wait: Callable[[], Any]) -> Any:
-        try:
-            return wait()
-        except EdgeLabError:
-            raise
-        except Exception as error:  # engines of actors have errors of their own
-            raise WorkerEnded(name, error) from error
-
-    def _seat(self, name: str) -> _Seat:
-        handle = self._start(self.problem.names[self._device(name)], self._device(name))
-        try:
-            host, port = self._found(name, handle.begin("address"))
-            seat = _Seat(handle, (host, port), wire.connect(host, port))
-        except BaseException:
-            handle.kill()
-            raise
-        seat.watch.settimeout(STALLED_S)
-        threading.Thread(target=self._watch, args=(name, seat), daemon=True).start()
-        return seat
+    def _seat(self, name: str) -> Seat:
+        place = self.device(name)
+        handle = self._start(self.problem.names[place], place)
+        return Seat(name, handle, lambda ended: self._events.put(("gone", ended)))
 
     def _chain(self, runs: dict[str, Stage]) -> None:
         """Connect every stage with the next one, and the last with the source."""
@@ -375,7 +294,7 @@ class Cluster:
                 proxy = self._proxies.open(self._link(run.device, target), *end)
                 self.links[name, self.problem.names[target]] = proxy
                 end = LOCAL, proxy.listening
-            self._begin(name, "connect", *end)()
+            self._seats[name].begin("connect", *end)()
         self._first = wire.connect(*self._seats[names[0]].address)
 
     def _link(self, source: int, target: int) -> Link:
@@ -405,40 +324,12 @@ class Cluster:
                 return
             threading.Thread(target=take, args=(connection,), daemon=True).start()
 
-    def _watch(self, name: str, seat: _Seat) -> None:
-        """Ask a worker for its clock until it does not answer."""
-        closest = np.inf
-        with seat.watch, suppress(OSError, wire.WireError):
-            while not seat.leaving:
-                asked = time.monotonic()
-                wire.send(seat.watch, Message(Kind.PING))
-                answer = wire.receive(seat.watch)
-                if answer is None:
-                    break
-                took = time.monotonic() - asked
-                if took < closest:
-                    closest, seat.offset = took, CLOCK.unpack(answer.payload)[0] - asked - took / 2
-                self._until(seat, ASKED_S)
-        if not seat.leaving:
-            self._events.put(("gone", name))
-
-    def _until(self, seat: _Seat, seconds: float) -> None:
-        """Wait, but no longer than the connection lives."""
-        seat.watch.settimeout(seconds)
-        try:
-            if seat.watch.recv(1, socket.MSG_PEEK) == b"":
-                raise OSError("closed")
-        except TimeoutError:
-            pass
-        finally:
-            seat.watch.settimeout(STALLED_S)
-
     # Faults
 
     def kill(self, device: str) -> None:
         """End the worker of a device at once, as a fault would."""
         self._ended_at[device] = time.monotonic()
-        self._seats[device].handle.kill()
+        self._seats[device].kill()
 
     def _replace(self, device: str) -> None:
         """Plan without a device, load what moved, and read again what was open."""
@@ -449,9 +340,9 @@ class Cluster:
         lost: str | None = device
         while lost is not None:
             self._seats.pop(lost).leave()
-            self._gone.add(self._device(lost))
+            self._gone.add(self.device(lost))
             try:
-                self.plan = self._planned()
+                self.plan = self.planned(self.problem_now())
             except NoPlan as error:
                 raise NoPlan(f"{lost} is gone, and no plan fits without it: {error}") from None
             planned = time.monotonic()
@@ -492,10 +383,12 @@ class Cluster:
                 self._first_event = kind, found
                 return
 
-    def _planned(self) -> Plan:
-        return PLANNERS[self.plan.planner](self._problem_now(), self.plan.objective)
+    def planned(self, problem: Problem) -> Plan:
+        """What the planner of the plan makes of another problem."""
+        return PLANNERS[self.plan.planner](problem, self.plan.objective)
 
-    def _problem_now(self) -> Problem:
+    def problem_now(self) -> Problem:
+        """The problem without the devices that are gone."""
         problem = self.problem
         for device in self._gone:
             problem = problem.without(device)
@@ -509,7 +402,7 @@ class Cluster:
                 self._replace(found)
         if self._joined and not self._requests:
             self._joined = False
-            plan = self._planned()
+            plan = self.planned(self.problem_now())
             if plan.placement != self.plan.placement:
                 self.plan = plan
                 self._assemble()
@@ -521,7 +414,7 @@ class Cluster:
         found = {}
         for name in self.runs():
             offset = self._seats[name].offset
-            steps = self._begin(name, "spent", self.epoch)()
+            steps = self._seats[name].begin("spent", self.epoch)()
             found[name] = [
                 replace(one, **{at: getattr(one, at) - offset for at in ("arrived", "begun", "done")})
                 for one in steps
@@ -530,54 +423,11 @@ class Cluster:
 
     def peak_mb(self) -> dict[str, float]:
         """Most memory of each worker's process."""
-        return {name: self._begin(name, "peak_mb")() for name in self._seats}
-
-    def hops(self) -> dict[tuple[str, str], list[tuple[int, float]]]:
-        """Of every hand-over between stages: tokens, and seconds from the end of a step to its arrival."""
-        spent = list(self.spent().items())
-        found = {}
-        for (name, steps), (following, theirs) in itertools.pairwise(spent):
-            done = {(one.request, one.step): one for one in steps}
-            found[name, following] = [
-                (one.tokens, one.arrived - done[one.request, one.step].done)
-                for one in theirs
-                if one.tokens and (one.request, one.step) in done
-            ]
-        return found
-
-    def slowed(self, steps: int = 8) -> list[Slowed]:
-        """Links whose last steps took clearly longer than planned, with the plan that would be best now."""
-        found = []
-        for (name, following), times in self.hops().items():
-            last = [seconds for tokens, seconds in times if tokens == 1][-steps:]
-            if len(last) < steps:
-                continue
-            i, j = self._device(name), self._device(following)
-            size = self.problem.handed[self.runs()[name].last - 1]
-            delay = self.pace * (self.problem.delay[i, j] + self.problem.hand_over_s)
-            predicted = self.pace * size / self.problem.bandwidth[i, j] + delay
-            measured = float(np.median(last))
-            if measured < max(SLOWER * predicted, predicted + SLOWER_S):
-                continue
-            rate = self.pace * (size + wire.FRAME_BYTES) / max(measured - delay, 1e-6)
-            slower = self._problem_now().with_bandwidth(i, j, rate)
-            plan = PLANNERS[self.plan.planner](slower, self.plan.objective)
-            now = slower.cost(self.plan.placement, self.plan.objective)
-            found.append(
-                Slowed(
-                    name,
-                    following,
-                    self.problem.bandwidth[i, j] * 8 / 1e6,
-                    rate * 8 / 1e6,
-                    plan,
-                    1 - plan.cost / now,
-                )
-            )
-        return found
+        return {name: self._seats[name].begin("peak_mb")() for name in self._seats}
 
     def adopt(self, slowed: Slowed) -> None:
         """Go on by the plan that was proposed for a slower link; open requests are read again."""
-        i, j = self._device(slowed.source), self._device(slowed.target)
+        i, j = self.device(slowed.source), self.device(slowed.target)
         self.problem = self.problem.with_bandwidth(i, j, slowed.measured_mbps * 1e6 / 8)
         self.plan = slowed.plan
         self._assemble()
@@ -585,7 +435,4 @@ class Cluster:
 
     def describe(self) -> str:
         """The stages in one line."""
-        return " > ".join(
-            f"{self.problem.names[run.device]} {run.first}-{run.last - 1}"
-            for run in stages(self.plan.placement)
-        )
+        return described(self.problem, self.plan)

@@ -13,7 +13,7 @@ import numpy as np
 from edgelab.deployments.partition import Partition
 from edgelab.deployments.partition.fleet import Fleet, FleetError, load
 from edgelab.deployments.partition.planners import PLANNERS, explained
-from edgelab.deployments.partition.problem import NoPlan, Plan, Problem, planned, stages
+from edgelab.deployments.partition.problem import NoPlan, Plan, Problem, described, planned, stages
 from edgelab.deployments.partition.profile import Profile, Timings, problem_of, spread
 from edgelab.deployments.partition.simulator import Predicted, chain, pipeline_tok_s, predict
 
@@ -97,13 +97,6 @@ def against(found: Planned) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def described(problem: Problem, plan: Plan) -> str:
-    """The stages in one line."""
-    return " > ".join(
-        f"{problem.names[run.device]} {run.first}-{run.last - 1}" for run in stages(plan.placement)
-    )
 
 
 def read_plan(path: Path) -> dict[str, Any]:

@@ -245,6 +245,13 @@ class Plan:
     bound: float | None = None
 
 
+def described(problem: Problem, plan: Plan) -> str:
+    """The stages in one line."""
+    return " > ".join(
+        f"{problem.names[run.device]} {run.first}-{run.last - 1}" for run in stages(plan.placement)
+    )
+
+
 def planned(problem: Problem, placement: Placement, objective: Objective, planner: str) -> Plan:
     return Plan(placement, objective, problem.cost(placement, objective), planner)
 

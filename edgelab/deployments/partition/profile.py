@@ -115,8 +115,8 @@ class Timings:
 _BY_PART = ("parts", "decode_ms", "prefill_ms", "weight_bytes", "cache_bytes")
 
 
-def read(path: Path, model: str | None = None) -> Timings:
-    """A profile from a file. Raises ProfileError for what is none, and for one of another model."""
+def read(path: Path, model: str | None = None, recipe: str | None = None) -> Timings:
+    """A profile from a file. Raises ProfileError for what is none, and for one of another model or recipe."""
     try:
         about = json.loads(path.read_text())
         rows = about.pop("by_part")
@@ -133,6 +133,10 @@ def read(path: Path, model: str | None = None) -> Timings:
     if model is not None and found.model != model:
         raise ProfileError(
             f"{path.name} is a profile of {found.model}, and the model is {model}; measure that one."
+        )
+    if recipe is not None and found.recipe != recipe:
+        raise ProfileError(
+            f"{path.name} is a profile of {found.recipe}, and the recipe is {recipe}; measure that one."
         )
     return found
 

@@ -22,13 +22,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from edgelab.deployments.partition import Partition, actors, wire
-from edgelab.deployments.partition.cluster import Cluster, Start
+from edgelab.deployments.partition.cluster import Cluster
 from edgelab.deployments.partition.fleet import Fleet, load
 from edgelab.deployments.partition.planners import explained
 from edgelab.deployments.partition.planning import PROMPT, plan_of, profile_for
 from edgelab.deployments.partition.problem import Plan, stages
 from edgelab.deployments.partition.profile import Timings, scales
 from edgelab.deployments.partition.profiling import count_of, measured
+from edgelab.deployments.partition.seats import Start
 from edgelab.deployments.partition.stage import Stage
 from edgelab.deployments.partition.wire import FRAME_BYTES
 from edgelab.devices.catalogue import HERE
@@ -139,18 +140,20 @@ class Partitioned(TwoGraphs):
     def _open(self, every: bool) -> _Here | _There:
         return _Here(self.folder, self.plan, self.settings.wire) if every else _There(self.running())
 
+    def in_flight_tok_s(self, requests: int, tokens: int = IN_FLIGHT_TOKENS) -> float:
+        """Tokens per second of so many requests at once, behind the first token of each."""
+        prompts, times = [[11 + place] * 8 for place in range(requests)], []
+        for _ in self.running().stream(prompts, tokens):
+            times.append(time.perf_counter())
+        return self.pace * (len(times) - requests) / (times[-1] - times[requests - 1])
+
     def account(self) -> dict[str, Any]:
         """Fields of a row: the plan, what it predicts, and what was measured beside time per token."""
         cluster = self.running()
         predicted = self.planned.predicted
         before = {ends: proxy.traffic.up for ends, proxy in cluster.links.items()}
-        prompts = [[11 + place] * 8 for place in range(self.settings.requests)]
-        times: list[float] = []
-        for _ in cluster.stream(prompts, IN_FLIGHT_TOKENS):
-            times.append(time.perf_counter())
-        first = self.settings.requests  # tokens of the prompts' passes
-        tok_s = (len(times) - first) / (times[-1] - times[first - 1]) * self.pace
-        spent = cluster.spent()
+        tok_s = self.in_flight_tok_s(self.settings.requests)
+        spent, peak_mb = cluster.spent(), cluster.peak_mb()
         runs = list(cluster.runs().items())
         following = [*(run.device for _, run in runs[1:]), 0]
         sent = [
@@ -178,6 +181,7 @@ class Partitioned(TwoGraphs):
                         | {
                             "measured_ms": 1e3 * _median(spent[name]) / self.pace,
                             "weights_mb": cluster.loaded[name]["bytes"] / 1e6,
+                            "peak_rss_mb": peak_mb[name],
                         }
                         for name, stage in zip(spent, self.planned.stages(), strict=True)
                     ],
