@@ -173,14 +173,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Plan which layers run on which device of a fleet, beside what other planners would do."""
-    from edgelab import lab, recipes
     from edgelab.deployments.partition import planning
-    from edgelab.deployments.partition.fleet import load
     from edgelab.deployments.partition.planners import explained
-    from edgelab.deployments.partition.profile import from_shape
-    from edgelab.deployments.partition.profile import read as read_profile
-    from edgelab.devices.shapes import models
-    from edgelab.reference import resolve
+    from edgelab.lab import plans
+    from edgelab.recipes import parse
 
     if read is not None:
         saved = planning.read_plan(read)
@@ -188,31 +184,15 @@ def plan(
         if not as_json:
             _say(saved["explained"])
         return
-    parsed = recipes.parse(recipe) if recipe else recipes.parse("none @ partition")
-    if parsed.runtime != "partition":
-        raise recipes.RecipeError(
-            f"{recipe} is no partition; write it as '{parsed.weights} @ partition:fleet=NAME'."
-        )
-    settings = parsed.deployment
-    fleet = load(settings.fleet)
+    recipe = recipe or "none @ partition"
     if published is not None:
-        if published not in models():
-            raise EdgeLabError(f"No model is called {published!r}; there are {', '.join(models())}.")
-        shape = models()[published]
-        of_fleet = from_shape(
-            shape, fleet, efficiency, bits=bits, requests=settings.requests, wire=settings.wire
-        )
-    elif profile is not None and profile.is_file():
-        timings = read_profile(profile, resolve(model).name, parsed.weights)
-        of_fleet = planning.profile_for(settings, timings, fleet)
+        found = plans.plan_from_shape(recipe, published, bits=bits, efficiency=efficiency)
+        formats = planning.over_formats(found)
     else:
-        timings = lab.profile(parsed.weights, model=model)
-        if profile is not None:
-            timings.save(profile)
-        of_fleet = planning.profile_for(settings, timings, fleet)
-    found = planning.plan_of(settings, of_fleet, fleet)
+        found = plans.plan(recipe, model=model, timings=profile)
+        formats = plans.formats(found, recipe, model)
     if save is not None:
-        found.save(save, str(parsed))
+        found.save(save, str(parse(recipe)), formats)
     _print(found.stages(), as_json)
     if not as_json:
         _say(explained(found.problem, found.plan, found.profile.names))
@@ -224,6 +204,7 @@ def plan(
             ]
         )
         _print(planning.against(found), as_json)
+        _print(formats, as_json)
 
 
 def _say(sentences: list[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import combinations
 from typing import NamedTuple
 
@@ -175,6 +176,26 @@ def paired_in_words(rows: pd.DataFrame, recipe: str, baseline: str = BASELINE) -
         return f"{text}; one window gives no interval."
     verdict = "better" if found.high < 0 else "worse" if found.low > 0 else "not told apart by these windows"
     return f"{text}, 95 % interval {found.low:+.4f} to {found.high:+.4f}: {verdict}."
+
+
+def over_seeds(rows: pd.DataFrame, recipe: str, baseline: str) -> pd.DataFrame:
+    """Perplexities of two recipes by seed, and the first minus the second in NLL on the same windows, paired.
+
+    Columns ppl, ppl_other, delta_nll, delta_nll_low and delta_nll_high, in nats per token; a row for each seed with
+    which both were measured, and one called "all", over the means of each window. Raises PairingError where no seed has
+    both.
+    """
+    found, windows = {}, {}
+    for seed, same in rows[rows["recipe"].isin([recipe, baseline])].groupby("seed"):
+        with suppress(PairingError):
+            windows[seed] = _same_windows(same, recipe, baseline)
+    if not windows:
+        raise PairingError(f"No seed has rows of '{recipe}' and '{baseline}' on the same windows.")
+    windows["all"] = tuple(np.mean(one, axis=0) for one in zip(*windows.values(), strict=True))
+    for seed, (nll, other) in windows.items():
+        between = difference(nll, other).fields("delta_nll")
+        found[seed] = {"ppl": math.exp(np.mean(nll)), "ppl_other": math.exp(np.mean(other))} | between
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("seed")
 
 
 def overlapping(rows: pd.DataFrame) -> pd.DataFrame:

@@ -148,6 +148,20 @@ def test_published_table():
     assert table.loc[("Llama-2-70B", "edgeshard"), "planned_ms"] < 0.6 * 3086
 
 
+def test_published_throughput():
+    """One batch, fitted on the source alone: confirmed cells of 7B, and twice the throughput where it was published."""
+    table = published.compared().set_index(["model", "planner"])
+    assert published.fitted_batch() == pytest.approx(24.36 * 0.1403)
+    assert (table["published_tok_s"].isna() == table["planned_tok_s"].isna()).all()
+    seven = table.loc["Llama-2-7B"]
+    assert seven.loc["edge_solo", "planned_tok_s"] == pytest.approx(24.36)
+    assert (seven["tok_s_error_percent"].abs() < 35).all()
+    for model, other in (("Llama-2-7B", "edge_solo"), ("Llama-2-13B", "cloud_edge_opt")):
+        for column in ("published_tok_s", "planned_tok_s"):
+            assert table.loc[(model, "edgeshard"), column] > 2 * table.loc[(model, other), column]
+    assert (table["full_pipeline_tok_s"] >= table["planned_tok_s"])[table["planned_tok_s"].notna()].all()
+
+
 def test_relay_around_the_slow_link_is_what_wins_in_the_testbed():
     fleet = fleets.load("edgeshard")
     problem = problem_of(from_shape(models()["Llama-2-7B"], fleet, published.fitted_efficiency()), fleet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from edgelab.deployments.partition import Partition
 from edgelab.deployments.partition.fleet import Fleet, FleetError, load
 from edgelab.deployments.partition.planners import PLANNERS, explained
 from edgelab.deployments.partition.problem import NoPlan, Plan, Problem, described, planned, stages
-from edgelab.deployments.partition.profile import Profile, Timings, problem_of, spread
+from edgelab.deployments.partition.profile import WIRE_BYTES, Profile, Timings, problem_of, spread
 from edgelab.deployments.partition.simulator import Predicted, chain, pipeline_tok_s, predict
 
 PROMPT = 128  # tokens that a measurement reads
@@ -53,8 +53,11 @@ class Planned:
             for run in stages(self.plan.placement)
         ]
 
-    def save(self, path: Path, recipe: str) -> None:
-        """Write it as JSON: for `partition:plan=FILE`, and to be read by people."""
+    def save(self, path: Path, recipe: str, formats: list[dict[str, Any]] | None = None) -> None:
+        """Write it as JSON: for `partition:plan=FILE`, and to be read by people.
+
+        formats: what is known of every format of the wire, as `over_formats` gives it.
+        """
         predicted = self.predicted
         about = {
             "format": FORMAT,
@@ -69,6 +72,7 @@ class Planned:
                 name: getattr(predicted, name) for name in ("ttft_ms", "tpot_ms", "tok_s", "requests")
             },
             "stages": self.stages(),
+            "formats": over_formats(self) if formats is None else formats,
             "explained": explained(self.problem, self.plan, self.profile.names),
         }
         path.write_text(json.dumps(about, indent=1) + "\n")
@@ -94,6 +98,31 @@ def against(found: Planned) -> list[dict[str, Any]]:
                 "ms": 1e3 * line.latency_s,
                 "tok_s": pipeline_tok_s(line.busy_s, found.settings.requests, delay_s=line.delay.sum()),
                 "said": described(found.problem, plan),
+            }
+        )
+    return rows
+
+
+def over_formats(found: Planned) -> list[dict[str, Any]]:
+    """A row for every format of the wire: its own best plan, bytes over links and milliseconds of a token.
+
+    NaN where none fits.
+    """
+    rows = []
+    for wire in WIRE_BYTES:
+        settings = replace(found.settings, wire=wire)
+        try:
+            own = plan_of(settings, found.profile.in_format(wire), found.fleet)
+        except NoPlan as error:
+            rows.append({"wire": wire, "bytes": np.nan, "ms": np.nan, "said": str(error)})
+            continue
+        predicted = own.predicted
+        rows.append(
+            {
+                "wire": wire,
+                "bytes": round(sum(predicted.token_bytes.values())),
+                "ms": predicted.tpot_ms,
+                "said": described(own.problem, own.plan),
             }
         )
     return rows

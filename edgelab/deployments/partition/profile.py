@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +48,13 @@ class Profile:
     memory: np.ndarray
     handed: np.ndarray
     names: tuple[str, ...]
+    hidden_size: int
     prefill: np.ndarray | None = None
     hand_over_s: float = 0.0
+
+    def in_format(self, wire: str) -> Profile:
+        """The same with hidden states in another format on the wire."""
+        return replace(self, handed=handed_bytes(self.hidden_size, len(self.names), wire))
 
 
 @dataclass(frozen=True)
@@ -168,13 +173,13 @@ def spread(
     if not isinstance(timings, Mapping):
         factors = scales(timings, fleet)
         seconds, prefill = seconds * factors, prefill * factors
-    state = hidden_bytes(one.hidden_size, wire)
     return Profile(
         one.model,
         seconds,
         np.array(one.weight_bytes) + requests * context * np.array(one.cache_bytes),
-        np.array([state] * (len(one.parts) - 1) + [TOKEN_BYTES]),
+        handed_bytes(one.hidden_size, len(one.parts), wire),
         tuple(one.parts),
+        one.hidden_size,
         prefill,
         max(found.hand_over_ms for found in by_name.values()) / 1e3,
     )
@@ -202,6 +207,11 @@ def hidden_bytes(hidden_size: int, wire: str = "float32") -> float:
     if wire not in WIRE_BYTES:
         raise FleetError(f"wire={wire} is no format; there are {', '.join(WIRE_BYTES)}.")
     return hidden_size * WIRE_BYTES[wire] + SCALE_BYTES * (wire == "int8")
+
+
+def handed_bytes(hidden_size: int, parts: int, wire: str) -> np.ndarray:
+    """Bytes that every part gives to the next one, (parts,); behind the head it is the id of a token."""
+    return np.array([hidden_bytes(hidden_size, wire)] * (parts - 1) + [TOKEN_BYTES])
 
 
 def from_shape(
@@ -234,13 +244,13 @@ def from_shape(
     rates = np.array(
         [1e9 * one.device.memory_bandwidth_gb_s * efficiency / one.slow_down for one in fleet.members]
     )
-    state = hidden_bytes(shape.hidden_size, wire)
     return Profile(
         shape.name,
         read[:, None] / rates,
         held,
-        np.array([state] * (shape.layers + 1) + [TOKEN_BYTES]),
+        handed_bytes(shape.hidden_size, shape.layers + 2, wire),
         ("embedding", *(f"block {place}" for place in range(shape.layers)), "head"),
+        shape.hidden_size,
     )
 
 
