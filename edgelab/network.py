@@ -1,8 +1,8 @@
 """What connects two devices: links by name, and a proxy that makes a TCP connection as slow as one.
 
-A link has a rate each way, a round-trip time, jitter, and loss. The proxy holds back every byte of real traffic until
-the link would have delivered it, so that no rights of the system are needed. TCP hides a lost packet as a stall of
-about two round trips, and so does the proxy.
+A link has a rate each way, a round-trip time, jitter, loss, and outages. The proxy holds back every byte of real
+traffic until the link would have delivered it, so that no rights of the system are needed. TCP hides a lost packet as a
+stall of about two round trips, and so does the proxy. In an outage nothing moves either way; TCP goes on behind it.
 
 A message of n bytes arrives after n / rate + round trip / 2: the last byte leaves at the end of n / rate, and every
 byte is half a round trip on its way.
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import math
 import random
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -37,7 +39,11 @@ class LinkError(EdgeLabError):
 
 @dataclass(frozen=True)
 class Link:
-    """Rates in megabits per second, towards the device (down) and from it (up); times in ms; loss as a share."""
+    """Rates in megabits per second, towards the device (down) and from it (up); times in ms; loss as a share.
+
+    outage_s: how long an outage lasts, 0 where there are none. between_outages_s: from the end of one to the next, on
+    average, as a Poisson process.
+    """
 
     name: str
     down_mbps: float
@@ -46,15 +52,17 @@ class Link:
     jitter_ms: float = 0.0
     loss: float = 0.0
     source: str = ""
+    outage_s: float = 0.0
+    between_outages_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("down_mbps", "up_mbps"):
+        for name in ("down_mbps", "up_mbps", "between_outages_s"):
             if not getattr(self, name) > 0:
                 raise LinkError(
                     f"Link {self.name}: {name} is {getattr(self, name)} and should be above 0; leave the link out "
                     "where there is none."
                 )
-        for name in ("round_trip_ms", "jitter_ms"):
+        for name in ("round_trip_ms", "jitter_ms", "outage_s"):
             if not getattr(self, name) >= 0:
                 raise LinkError(
                     f"Link {self.name}: {name} is {getattr(self, name)} and should be at least 0."
@@ -95,18 +103,36 @@ class Traffic:
     down: int = 0
 
 
+class _Outages:
+    """When a link is down, both ways; one outage after the other as a Poisson process has it."""
+
+    def __init__(self, link: Link, seed: int) -> None:
+        self.link, self.random = link, random.Random(seed)
+        self.begins = [self._after(time.monotonic())] if link.outage_s else [math.inf]
+
+    def _after(self, moment: float) -> float:
+        return moment + self.random.expovariate(1 / self.link.between_outages_s)
+
+    def over(self, moment: float) -> float:
+        """When what is to be sent at a moment can be: then, or at the end of the outage."""
+        while self.begins[-1] <= moment:
+            self.begins.append(self._after(self.begins[-1] + self.link.outage_s))
+        last = bisect_right(self.begins, moment) - 1
+        return max(moment, self.begins[last] + self.link.outage_s) if last >= 0 else moment
+
+
 class _Shaper:
     """When the bytes of one direction may arrive: behind those before them, at the rate, half a round trip later."""
 
-    def __init__(self, mbps: float, link: Link, seed: int) -> None:
+    def __init__(self, mbps: float, link: Link, seed: int, outages: _Outages) -> None:
         self.bytes_per_s = mbps * 1e6 / 8
-        self.link = link
+        self.link, self.outages = link, outages
         self.random = random.Random(seed)
         self.free = 0.0  # until then the link is busy with earlier bytes
         self.last = 0.0
 
     def arrival(self, size: int, now: float) -> float:
-        self.free = max(self.free, now) + size / self.bytes_per_s
+        self.free = self.outages.over(max(self.free, now)) + size / self.bytes_per_s
         late = self.link.round_trip_ms / 2e3
         if self.link.jitter_ms:
             late += abs(self.random.gauss(0, self.link.jitter_ms / 1e3))
@@ -152,10 +178,16 @@ class Proxy:
     def use(self, link: Link) -> None:
         """Change the link for all that is sent from now on."""
         self.link = link
+        outages = _Outages(link, self.seed + 2)
         self._up, self._down = (
-            _Shaper(link.up_mbps, link, self.seed),
-            _Shaper(link.down_mbps, link, self.seed + 1),
+            _Shaper(link.up_mbps, link, self.seed, outages),
+            _Shaper(link.down_mbps, link, self.seed + 1, outages),
         )
+
+    def interrupt(self, seconds: float) -> None:
+        """An outage that begins now."""
+        for shaper in (self._up, self._down):
+            shaper.free = max(shaper.free, time.monotonic() + seconds)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -220,6 +252,10 @@ class Proxies:
     def use(self, proxy: Proxy, link: Link) -> None:
         """Change the link of a proxy for all that is sent from now on."""
         self._loop.call_soon_threadsafe(proxy.use, link)
+
+    def interrupt(self, proxy: Proxy, seconds: float) -> None:
+        """An outage of a proxy's link that begins now."""
+        self._loop.call_soon_threadsafe(proxy.interrupt, seconds)
 
     def close(self) -> None:
         """End all of them, and the thread."""

@@ -50,7 +50,15 @@ def test_named_links_have_sources():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"up_mbps": 0}, {"down_mbps": -1}, {"round_trip_ms": -1}, {"loss": 1}, {"up_mbps": float("nan")}],
+    [
+        {"up_mbps": 0},
+        {"down_mbps": -1},
+        {"round_trip_ms": -1},
+        {"loss": 1},
+        {"up_mbps": float("nan")},
+        {"outage_s": -1},
+        {"between_outages_s": 0},
+    ],
 )
 def test_links_that_cannot_be(wrong):
     with pytest.raises(LinkError, match=next(iter(wrong))):
@@ -73,6 +81,43 @@ def test_loss_is_a_stall_and_keeps_the_order():
     seconds, back, _ = asyncio.run(sent(lossy, message))
     assert back == message
     assert seconds >= 0.020 + network.STALL_ROUND_TRIPS * 0.020
+
+
+def test_nothing_moves_in_an_outage_and_all_arrives_behind_it():
+    message = bytes(range(256)) * 20
+    always = Link("made", 100, 100, outage_s=0.2, between_outages_s=1e-6)  # the next one begins at once
+    seconds, back, _ = asyncio.run(sent(always, message))
+    assert back == message
+    assert seconds >= 0.2
+
+
+def test_outages_follow_each_other_as_often_as_the_link_says():
+    """Both directions see the same ones, whatever moment they ask for first."""
+    outages = network._Outages(Link("made", 1, 1, outage_s=1.0, between_outages_s=3.0), seed=0)
+    start = time.monotonic()
+    moments = [start + 0.1 * step for step in range(100_000)]
+    waits = [outages.over(moment) - moment for moment in moments]
+    assert max(waits) <= 1.0
+    assert sum(wait > 0 for wait in waits) / len(waits) == pytest.approx(0.25, abs=0.01)  # 1 s of 1 + 3
+    assert [outages.over(moment) - moment for moment in reversed(moments)] == waits[::-1]
+
+
+def test_an_outage_now():
+    async def interrupted() -> float:
+        server = await asyncio.start_server(echo, network.LOCAL, 0)
+        async with server:
+            proxy = Proxy(Link("made", 100, 100), network.LOCAL, server.sockets[0].getsockname()[1])
+            async with proxy.running():
+                reader, writer = await asyncio.open_connection(network.LOCAL, proxy.listening)
+                proxy.interrupt(0.3)
+                started = time.monotonic()
+                writer.write(b"hello")
+                assert await reader.readexactly(5) == b"hello"
+                writer.close()
+                await writer.wait_closed()
+                return time.monotonic() - started
+
+    assert asyncio.run(interrupted()) >= 0.3
 
 
 def test_a_link_may_change_on_the_way():
