@@ -283,16 +283,16 @@ lock: PIN := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)",/\1/p' pyproject.toml)
 lock:
 	$(PYTHON) -m venv --clear .venv-lock/all
 	$(call install_torch,.venv-lock/all/bin/python,$(PIN))
-	.venv-lock/all/bin/pip install --quiet --editable '.[test,runtimes,cluster,bench]'
+	.venv-lock/all/bin/pip install --quiet --editable '.[test,runtimes,cluster,hybrid,bench]'
 	.venv-lock/all/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > .venv-lock/all.txt
 	$(PYTHON) -m venv --clear .venv-lock/tested
 	$(call install_torch,.venv-lock/tested/bin/python,$(PIN))
-	.venv-lock/tested/bin/pip install --quiet --constraint .venv-lock/all.txt --editable '.[test,runtimes,cluster]'
+	.venv-lock/tested/bin/pip install --quiet --constraint .venv-lock/all.txt --editable '.[test,runtimes,cluster,hybrid]'
 	.venv-lock/tested/bin/pip freeze --exclude-editable --exclude uv | sed 's/+cpu$$//' > .venv-lock/tested.txt
 	mv .venv-lock/tested.txt requirements.lock
 	$(PYTHON) -m venv --clear .venv-lock/phone
 	$(call install_torch,.venv-lock/phone/bin/python,$(PIN))
-	.venv-lock/phone/bin/pip install --quiet --constraint requirements.lock --editable '.[test,runtimes,cluster,executorch,litert]'
+	.venv-lock/phone/bin/pip install --quiet --constraint requirements.lock --editable '.[test,runtimes,cluster,hybrid,executorch,litert]'
 	.venv-lock/phone/bin/pip freeze --exclude-editable --exclude uv | sed 's/+cpu$$//' \
 		| grep --invert-match --line-regexp --fixed-strings --file requirements.lock > .venv-lock/phone.txt
 	mv .venv-lock/phone.txt requirements-phone.lock

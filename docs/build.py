@@ -47,6 +47,7 @@ GROUPS = {
     "speed": "Speed",
     "plan": "Plan of a partition",
     "network": "Network",
+    "requests": "Requests to edge and cloud",
     "cost": "Cost of making it",
     "energy": "Energy",
     "parity": "Parity gate",

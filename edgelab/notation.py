@@ -102,9 +102,10 @@ class Method:
     settings: tuple[Setting, ...]
     what: str = ""  # first line of its docstring
     kept: bool = False  # a technique
-    packages: tuple[str, ...] = ()  # a deployment, and so the next two
+    packages: tuple[str, ...] = ()  # a deployment, and so the next three
     in_torch: bool = False
     timed: bool = True
+    parts: tuple[str, ...] = ()
 
 
 class Catalogue(NamedTuple):

@@ -33,6 +33,7 @@ _FACTS = (
     "packages",
     "in_torch",
     "timed",
+    "parts",
 )  # what a class says of itself in a Method
 
 
@@ -130,6 +131,7 @@ class Deployment(Protocol):
     packages: ClassVar[tuple[str, ...]]  # beside PyTorch, whose versions decide what it does
     in_torch: ClassVar[bool]  # it runs the stored variant itself, and needs no parity gate
     timed: ClassVar[bool]  # its time and memory mean something
+    parts: ClassVar[tuple[str, ...]]  # of a row, where it answers requests and nothing else can be asked of it
 
 
 TECHNIQUES: dict[str, type[Technique]] = {}
@@ -371,5 +373,5 @@ def canonical(text: str, known: Catalogue) -> Plain:
 
 def _method(saved: dict[str, Any]) -> Method:
     settings = (Setting(**one | {"options": tuple(one["options"])}) for one in saved["settings"])
-    lists = {name: tuple(saved[name]) for name in ("shown", "packages")}
+    lists = {name: tuple(saved[name]) for name in ("shown", "packages", "parts")}
     return Method(**saved | lists | {"settings": tuple(settings)})

@@ -117,6 +117,48 @@ def last_words(text: TokenizedText, cut: list[Window]) -> list[LastWord]:
     return found
 
 
+REQUESTS, REQUESTS_FAST = 480, 36
+REQUEST_CHARACTERS = 300  # of a text before the word
+REQUEST_TOKENS = 6  # of an answer
+
+
+@dataclass(frozen=True)
+class Request:
+    """A beginning of a sentence, to be gone on with, and the word that comes next: the last of the sentence.
+
+    tokens: of the answer, at most.
+    """
+
+    prompt: str
+    word: str
+    tokens: int = REQUEST_TOKENS
+
+    def is_right(self, written: str) -> bool:
+        """Whether what was written begins with the word."""
+        return re.match(rf"\s*{re.escape(self.word)}(?![\w’'-])", written) is not None
+
+
+def requests(text: str, limit: int | None = None) -> list[Request]:
+    """The first sentences of a text without their last words, each with what stands before it. 480, 36 in fast mode.
+
+    A word is as in `last_words`. A prompt begins with a word, at most REQUEST_CHARACTERS before the one that is asked.
+    """
+    limit = limit or (REQUESTS_FAST if assets.fast() else REQUESTS)
+    found = []
+    for sentence in sentences(text):
+        words = text[sentence.begin : sentence.end]
+        match = _LAST_WORD.search(words)
+        if match is None or len(words.split()) < MIN_WORDS:
+            continue
+        end = sentence.begin + match.start(1)
+        begin = max(end - REQUEST_CHARACTERS, 0)
+        begin = text.find(" ", begin) + 1 if begin else 0
+        found.append(Request(text[begin:end].rstrip(), match[1]))
+        if len(found) == limit:
+            break
+    return found
+
+
 @dataclass(frozen=True)
 class Cloze:
     """The next sentence of a story and three from other stories, each with the white space before it.

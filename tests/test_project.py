@@ -17,7 +17,10 @@ from packaging.utils import canonicalize_name
 TOP = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = PROJECT["dependencies"] + EXTRAS["runtimes"] + EXTRAS["cluster"] + EXTRAS["test"]
+TESTED = [
+    *PROJECT["dependencies"],
+    *(one for name in ("runtimes", "cluster", "hybrid", "test") for one in EXTRAS[name]),
+]
 
 
 def load_build():

@@ -21,6 +21,7 @@ class OneDevice:
     extra: ClassVar[str] = ""
     in_torch: ClassVar[bool] = False  # runs the stored variant itself, without an export
     timed: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ()
 
 
 @deployment("torch")

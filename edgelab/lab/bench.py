@@ -16,6 +16,8 @@ from typing import Any
 
 from edgelab import corpora, recipes, reference, runtimes
 from edgelab.corpora import TokenizedText
+from edgelab.deployments.hybrid import answering
+from edgelab.deployments.hybrid.answering import Answering
 from edgelab.measure import (
     Asked,
     energy,
@@ -72,7 +74,9 @@ class Bench:
 
     @cached_property
     def export(self) -> runtimes.Export | None:
-        return runtimes.exported(self.recipe.deployment, self.folder)
+        deployment = self.recipe.deployment
+        engine = getattr(deployment, "edge", None) if deployment.parts else deployment
+        return None if engine is None else runtimes.exported(engine, self.folder)
 
     @property
     def cache_bytes(self) -> float:
@@ -84,6 +88,10 @@ class Bench:
     @cached_property
     def session(self) -> Session:
         return runtimes.load(self.recipe.deployment, self.folder)
+
+    @cached_property
+    def service(self) -> Answering:
+        return answering.start(self.recipe.deployment, self.folder, self.tokenizer, self.model, self.seed)
 
     @cached_property
     def rules(self) -> protocols.Protocol:
@@ -145,6 +153,12 @@ class Bench:
     def engine(self) -> dict[str, Any]:
         """What runs: fields that a loaded session knows."""
         return {"kernel": self.session.kernel, "badge": self.session.badge}
+
+    def serving(self) -> dict[str, Any]:
+        """What has answered, which ends with this: fields that a deployment knows."""
+        known = {"kernel": self.service.kernel, "badge": self.service.badge}
+        self.service.close()
+        return known
 
     def gate(self) -> dict[str, str]:
         """The verdict of the parity gate: the deployment against PyTorch in dense floats, over the same variant."""

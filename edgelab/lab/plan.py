@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,13 @@ from edgelab.measure import protocols
 from edgelab.recipes import Plain, Recipe
 from edgelab.storage import stages
 
-SECONDS = {"quality": 1 / 900, "tasks": 70.0, "speed": 4.0, "memory": 1.0}  # quality: of each token
+SECONDS = {
+    "quality": 1 / 900,
+    "tasks": 70.0,
+    "speed": 4.0,
+    "memory": 1.0,
+    "requests": 240.0,
+}  # quality: of each token
 MAKING_S = {False: 3.0, True: 90.0}  # a technique whose stage is kept, or not, where no row says more
 
 
@@ -118,11 +124,11 @@ def prerequisites(question: Question) -> Iterable[Question]:
 
 
 def inside(recipe: Recipe | Plain) -> Iterable[Recipe]:
-    """Recipes that a technique has among its settings, such as that of a teacher, and makes of the same model."""
-    for technique in recipe.techniques:
-        for setting in fields(technique):
-            value = getattr(technique, setting.name)
-            if isinstance(value, Recipe) and not getattr(technique, "model", ""):
+    """Recipes among the settings of a technique or of the deployment, made of the same model: a teacher, a cloud."""
+    for made in (*recipe.techniques, recipe.deployment):
+        for setting in fields(made) if is_dataclass(made) else ():
+            value = getattr(made, setting.name)
+            if isinstance(value, Recipe) and not getattr(made, "model", ""):
                 yield value
 
 

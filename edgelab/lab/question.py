@@ -19,6 +19,7 @@ from edgelab.measure import (
     Measurement,
     chosen,
     energy,
+    measurements,
     parity,
     protocols,
     save_measurements,
@@ -30,8 +31,9 @@ from edgelab.reference import Source
 from edgelab.storage import cache, stages
 
 NOTHING = Recipe()
-TIMED = ("turns", "process")  # needs of what depends on the machine and its threads
-OUTPUTS = ("logits", "session")  # needs of what reads outputs, and is compared with the baseline
+IN_TURNS = ("turns", "process")
+TIMED = (*IN_TURNS, "deployment")  # needs of what depends on the machine and its threads
+OUTPUTS = ("logits", "session", "deployment")  # of what reads outputs, and is compared with the baseline
 
 
 class MeasureError(EdgeLabError):
@@ -118,6 +120,11 @@ class Question:
     @property
     def timed(self) -> bool:
         return self.recipe.deployment.timed and any(one.needs in TIMED for one in self.measurements)
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether its session is timed in turns with the baseline's, or alone."""
+        return self.timed and any(one.needs in IN_TURNS for one in self.measurements)
 
     @property
     def outputs(self) -> tuple[Measurement, ...]:
@@ -234,7 +241,7 @@ class Question:
 
 def ask(texts: list[str], settings: Settings, interleave: bool) -> list[Question]:
     """A question for each recipe. Raises RecipeError and the like for what cannot be asked."""
-    found = _ask(texts, settings, interleave, recipes.parse, chosen(settings.only))
+    found = _ask(texts, settings, interleave, recipes.parse, measurements())
     if recipes.saved_catalogue() is None:
         recipes.save_catalogue()
         save_measurements()
@@ -254,7 +261,7 @@ def quick(texts: list[str], settings: Settings, interleave: bool) -> list[Questi
     if catalogue is None or described is None:
         return None
     read = partial(recipes.canonical, known=catalogue)
-    found = _ask(texts, settings, interleave, read, chosen(settings.only, described))
+    found = _ask(texts, settings, interleave, read, described)
     return None if any(_may_read(one.recipe) for one in found) else found
 
 
@@ -274,17 +281,29 @@ def _ask(
     settings: Settings,
     interleave: bool,
     read: Callable[[str], Recipe | Plain],
-    measured: list[Measurement],
+    described: dict[str, Measurement],
 ) -> list[Question]:
     source = reference.resolve(settings.model)
     protocols.protocol(settings.protocol)
     found = []
     for text in texts:
         recipe = read(text)
-        question = Question(recipe, source, settings, tuple(measured))
+        question = Question(recipe, source, settings, _measured(recipe, settings.only, described))
         beside = interleave and recipe.deployment.timed and not question.is_baseline
         found.append(replace(question, beside=beside))
     return found
+
+
+def _measured(
+    recipe: Recipe | Plain, only: str | None, described: dict[str, Measurement]
+) -> tuple[Measurement, ...]:
+    """The measurements that `only` comes to for a recipe: a deployment that answers requests has parts of its own."""
+    parts, asked = getattr(recipe.deployment, "parts", ()), chosen(only, described)
+    if not parts:
+        return tuple(asked)
+    if only is None:
+        return tuple(chosen(",".join(parts), described))
+    return tuple(one for one in asked if one.part in (*parts, "variant"))
 
 
 def known(questions: list[Question]) -> list[Row | None]:

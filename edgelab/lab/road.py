@@ -220,8 +220,10 @@ class _Road:
             with ExitStack() as stack:
                 bench = stack.enter_context(_bench(question, baseline))
                 self._score(row, question, bench)
-            if question.timed:
+            if question.in_turns:
                 self._time(row, question)
+            if question.of("deployment"):
+                self._serve(row, question, baseline)
         except IsolatedError as error:
             row.status, row.error = error.status, str(error)
         except ValueNotFinite as error:
@@ -297,6 +299,14 @@ class _Road:
                     raise IsolatedError(
                         f"The baseline in turns with it died twice: {error}", error.status
                     ) from None
+
+    def _serve(self, row: Row, question: Question, baseline: Row | None) -> None:
+        """Requests that the whole deployment answers, in a process of its own, while nothing else is timed here."""
+        with timing_lock(), _bench(question, baseline) as bench:
+            bench.call("build", progress=self.show(f"{question.recipe}: build"))
+            show = self.show(f"{question.recipe}: requests")
+            row.fill(bench.call("measure", names=question.of("deployment"), progress=show))
+            row.fill(bench.call("serving"))
 
     def _running(self, question: Question) -> _Timed:
         """The loaded baseline; started where it is not."""

@@ -302,6 +302,82 @@ class Row:
         meaning="Headers of messages, on all links together.",
     )
 
+    link: str | None = declared("Link to the cloud", "network")
+    sent_bytes_per_request: float | None = declared(
+        "Sent to the cloud for a request",
+        "network",
+        unit="bytes",
+        **LOWER,
+        meaning="With the headers of HTTP.",
+    )
+    received_bytes_per_request: float | None = declared(
+        "Received from the cloud for a request", "network", unit="bytes", **LOWER
+    )
+    requests: float | None = declared(
+        "Requests answered rightly", "requests", unit="share of items", **HIGHER, within="text", heading="requests",
+        form=".1%", meaning="Share of sentences whose last word is what is written first.",
+    )  # fmt: skip
+    requests_items: int | None = declared("Requests", "requests")
+    delta_requests: float | None = declared(
+        "Requests answered rightly, difference to the baseline", "requests", unit="share of items", **HIGHER,
+        within="text", ends=("delta_requests_low", "delta_requests_high"), baseline=0.0,
+        meaning="Paired, item by item, with a 95 % interval.",
+    )  # fmt: skip
+    delta_requests_low: float | None = declared("Lower end of the difference", "requests")
+    delta_requests_high: float | None = declared("Upper end of the difference", "requests")
+    requests_lost: int | None = declared("Requests that the baseline alone got", "requests")
+    requests_won: int | None = declared("Requests that the baseline did not get", "requests")
+    requests_right: str | None = declared(
+        "Requests, one by one", "requests", meaning="1 for right, 0 for wrong."
+    )
+    request_ms_p50: float | None = declared(
+        "Time of a request, median", "requests", unit="ms", **LOWER, within="machine", heading="p50 ms", form=",.0f",
+        meaning="From the question to the whole answer, the way over the link included.",
+    )  # fmt: skip
+    request_ms_p95: float | None = declared(
+        "Time of a request, 95 %",
+        "requests",
+        unit="ms",
+        **LOWER,
+        within="machine",
+        heading="p95 ms",
+        form=",.0f",
+    )
+    cloud_share: float | None = declared(
+        "Answered by the cloud", "requests", unit="share of requests", heading="cloud", form=".0%"
+    )
+    alone_share: float | None = declared(
+        "Answered by the edge for want of the cloud", "requests", unit="share of requests", **LOWER,
+        meaning="The cloud was to be asked, and did not answer in time.",
+    )  # fmt: skip
+    edge_j_per_request: float | None = declared(
+        "Energy at the edge for a request", "requests", unit="J", **LOWER, within="machine",
+        meaning="Seconds in which the edge computes, at the power that was named; the radio is not in it.",
+    )  # fmt: skip
+    usd_per_1k_requests: float | None = declared(
+        "Price of a thousand requests", "requests", unit="USD", **LOWER, form=".4f",
+        meaning="Tokens of the cloud, data of a metered link, and electricity of the edge where its energy is known, "
+        "by data/prices.csv.",
+    )  # fmt: skip
+    writing_ms_per_token: float | None = declared(
+        "Time per token of a longer answer", "requests", unit="ms", **LOWER, within="machine", heading="ms/token",
+        form=",.0f", meaning="Median over 12 answers of 32 tokens, from the question to the end, the prompt included.",
+    )  # fmt: skip
+    acceptance: float | None = declared(
+        "Drafted tokens accepted", "requests", unit="share of drafted tokens", **HIGHER, form=".0%"
+    )
+    tokens_per_round: float | None = declared(
+        "Tokens written in a round",
+        "requests",
+        **HIGHER,
+        meaning="Of speculative decoding: accepted ones and one more.",
+    )
+    writing_sample: list[str] | None = declared("Longer answers", "requests")
+    served: str | None = declared(
+        "How requests were served", "requests",
+        meaning="JSON: threshold, scores and times of every request, what went wrong on the way.",
+    )  # fmt: skip
+
     apply_s: float | None = declared(
         "Making the variant", "cost", unit="s", **LOWER, within="machine", meaning="All its stages together."
     )

@@ -193,9 +193,12 @@ def frame(rows: Iterable[Row] | None = None, source: str = "reader") -> pd.DataF
         return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     rows = list(rows)
     table = pd.DataFrame([vars(row) for row in rows], columns=list(FIELDS))
-    table[NUMBERS] = table[NUMBERS].apply(pd.to_numeric)  # a column of nothing but null holds numbers, too
+    numbers = table[NUMBERS].apply(pd.to_numeric)  # a column of nothing but null holds numbers, too
     others = pd.DataFrame([row.extra for row in rows], index=table.index)
-    return table.drop(columns="extra").join(others).assign(source=source)
+    sources = pd.Series(source, table.index, str, "source")
+    parts = pd.concat([table.drop(columns=["extra", *NUMBERS]), numbers, others, sources], axis=1)
+    found = parts[[*(name for name in FIELDS if name != "extra"), *others.columns, "source"]]
+    return found.copy()  # in few blocks of memory, so that columns can be added
 
 
 def export(rows: list[Row], file: Path) -> Path:

@@ -7,6 +7,7 @@
 | session | a Subject, whose session is loaded | values of its fields |
 | turns | two Runners, the second None where nothing is compared, and a callback for progress | values of its fields |
 | process | a Subject, after the turns in its process | values of its fields |
+| deployment | a Subject, whose deployment answers requests, in a process of its own | values of its fields |
 
 All measurements of the same need share one process and, where they need logits, one pass over the text.
 """
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from edgelab.corpora import TokenizedText
+    from edgelab.deployments.hybrid.answering import Answering
     from edgelab.measure.energy import Meter
     from edgelab.measure.perplexity import Slice, Window
     from edgelab.measure.protocols import Protocol as Rules
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from edgelab.runtimes.session import Session
     from edgelab.storage.description import Description
 
-Need = Literal["variant", "logits", "session", "turns", "process"]
+Need = Literal["variant", "logits", "session", "turns", "process", "deployment"]
 PARTS = ("quality", "speed", "memory")  # measured unless `only` names others
 INSIDE = ("metrics",)  # modules of this folder that enter nothing and cost much to import
 
@@ -73,6 +75,7 @@ class Subject(Protocol):
     export: Export | None  # what an engine loads; None in PyTorch
     cache_bytes: float  # of one key or value as the deployment keeps it
     session: Session  # loaded when first used
+    service: Answering  # the whole deployment, started when first used
     text: TokenizedText  # of `asked.corpus`
     rules: Rules  # the protocol
     cut: list[Window]  # the windows of the text

@@ -247,11 +247,12 @@ def as_frame(rows: Rows) -> pd.DataFrame:
     measured = [name for name, about in declared.items() if about.better or about.form]
     numbers = list(dict.fromkeys([*NUMBERS, *measured]))
     columns = dict.fromkeys([*rows.columns, *declared, "source"])
-    frame = rows.reindex(columns=list(columns)).reset_index(drop=True).copy()
-    frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
-    frame[TEXTS] = (
+    frame = rows.reindex(columns=list(columns)).reset_index(drop=True)
+    filled = frame[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    texts = (
         frame[TEXTS].astype(object).fillna(FILLED | dict.fromkeys(set(TEXTS) - FILLED.keys(), "")).astype(str)
     )
+    frame = pd.concat([frame.drop(columns=[*numbers, *TEXTS]), filled, texts], axis=1)[list(columns)].copy()
     frame["fast"] = frame["fast"].map(lambda value: value in (True, 1)).astype(bool)  # null is not fast
     frame["reader"] = frame["source"] != "reference"
     frame["hollow"] = frame["parity"].str.lower().isin(["fail", "failed", "false"])

@@ -114,6 +114,10 @@ class Session(ABC):
         """Go on by one token; returns the most likely next one."""
         return int(self._read([token])[-1].argmax())
 
+    def next_logits(self) -> Tensor:
+        """Logits of what comes next, (1, vocabulary) float32, a copy: those that the last step has computed."""
+        return self._next()
+
     def extend(self, ids: list[int]) -> Tensor:
         """Go on by some tokens; logits after each of them, (time, vocabulary) float32."""
         return self._read(ids, every=True)

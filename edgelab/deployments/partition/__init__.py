@@ -46,6 +46,7 @@ class Partition:
     extra: ClassVar[str] = "cluster"
     in_torch: ClassVar[bool] = True
     timed: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.last < 0 or min(self.first, self.requests, self.threads) < 1:

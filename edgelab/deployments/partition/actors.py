@@ -18,6 +18,8 @@ from edgelab.network import LOCAL
 STORE_BYTES = 80 * 1024 * 1024  # Ray's shared memory, its least; nothing large passes through it
 # Nothing is reported, and workers are no less important than what else runs: Ray's own are, at a niceness of 15.
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+# A cluster of our own takes no orders from others; Ray's default, which it would announce every time.
+ALONE = {"RAY_AUTH_MODE": "token"}
 SHARE = 0.001  # of a device's resource: it says where, not how much
 
 
@@ -71,8 +73,24 @@ def started(address: str | None = None, threads: int = 1) -> Iterator[Start]:
     threads: of each worker; on this machine each has cores of its own as far as there are any.
     Raises RayMissing, and ClusterError where no cluster answers.
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+    with _environment(SETTINGS if address else SETTINGS | ALONE), _started(address, threads) as start:
+        yield start
+
+
+@contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    """Variables that were not set are, for a while: what this process starts later is told nothing of them."""
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _started(address: str | None, threads: int) -> Iterator[Start]:
     try:
         import ray
     except ImportError:

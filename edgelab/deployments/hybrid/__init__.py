@@ -1,0 +1,142 @@
+"""Work shared between edge and cloud: asking the cloud when in doubt, drafting for it, splitting a model, redacting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from edgelab.network import find
+from edgelab.recipes import Recipe, RecipeError, deployment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What every way of sharing work with a cloud has in common.
+
+    service: "module:Class" in this folder that answers requests.
+    """
+
+    cloud: Recipe = field(default_factory=Recipe)
+    link: str = "lte"
+    edge: str = "torch"
+    deadline_s: float = 10.0
+
+    service: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ("fastapi", "uvicorn", "httpx")
+    extra: ClassVar[str] = "hybrid"
+    in_torch: ClassVar[bool] = True
+    timed: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("requests",)
+
+    def __post_init__(self) -> None:
+        if not self.deadline_s > 0:
+            raise RecipeError(f"deadline_s={self.deadline_s} should be above 0.")
+        if self.cloud.deployment.parts or self.cloud.runtime == "partition":
+            raise RecipeError(f"cloud=({self.cloud}) runs on one device; leave out what follows its @.")
+
+    def reads(self) -> list[str]:
+        """What the link is."""
+        link = find(self.link)
+        return [repr(link), *(f"{one.method}, version {one.version}" for one in self.cloud.techniques)]
+
+
+@deployment("cloud", shown=("cloud", "link"))
+@dataclass(frozen=True, kw_only=True)
+class CloudAlone(Shared):
+    """The cloud answers every request; what the recipe describes answers where the cloud does not.
+
+    cloud: recipe in parentheses that the cloud runs. link: between them, of data/links.csv. edge: engine of the part
+    that the recipe describes. deadline_s: for a request.
+    """
+
+    service: ClassVar[str] = "edgelab.deployments.hybrid.cascading:AllInCloud"
+
+
+@deployment("cascade", shown=("cloud", "link"))
+@dataclass(frozen=True, kw_only=True)
+class Cascade(Shared):
+    """The edge answers each request, and the cloud answers again where the edge is in doubt.
+
+    cloud: recipe in parentheses that the cloud runs. link: between them, of data/links.csv. edge: engine of the part
+    that the recipe describes. deadline_s: for a request, behind which the edge's own answer counts. score: what doubt
+    is read from: mean, minimum or 10 % point of the log-probabilities of the answer's tokens, minus the mean entropy,
+    the mean margin between the two likeliest tokens, or router, learned from all of them. share: of requests that go
+    to the cloud; the threshold is chosen for it on other requests. accuracy: to be reached there with the smallest
+    share, 0 for none. threshold: of the score, in place of a choice.
+    """
+
+    score: Literal["mean", "minimum", "quantile", "entropy", "margin", "router"] = "margin"
+    share: float = 0.3
+    accuracy: float = 0.0
+    threshold: float | None = None
+
+    service: ClassVar[str] = "edgelab.deployments.hybrid.cascading:Cascaded"
+    packages: ClassVar[tuple[str, ...]] = (*Shared.packages, "scikit-learn")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("share", "accuracy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"cascade:{name}={getattr(self, name)} is outside 0 to 1.")
+        if self.threshold is not None and self.accuracy:
+            raise RecipeError(
+                f"threshold={self.threshold} and accuracy={self.accuracy} both say when the cloud is asked; give one."
+            )
+
+
+@deployment("speculative", shown=("cloud", "link", "draft"))
+@dataclass(frozen=True, kw_only=True)
+class Speculative(Shared):
+    """The edge drafts some tokens, the cloud says which of them it would have written, and adds one.
+
+    cloud: recipe in parentheses that the cloud runs. link: between them, of data/links.csv. edge: engine of the part
+    that the recipe describes. deadline_s: for a request, behind which the edge writes alone. draft: tokens of a draft.
+    adaptive: choose its length from the acceptance and the times so far, beginning with `draft`. pipelined: go on
+    drafting while an answer is away. temperature: of what is sampled, 0 for the likeliest token.
+    """
+
+    draft: int = 4
+    adaptive: bool = False
+    pipelined: bool = False
+    temperature: float = 0.0
+
+    service: ClassVar[str] = "edgelab.deployments.hybrid.sharing:Drafted"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.draft <= 16:
+            raise RecipeError(f"speculative:draft={self.draft} should be 1 to 16 tokens.")
+        if not self.temperature >= 0:
+            raise RecipeError(f"speculative:temperature={self.temperature} should be at least 0.")
+
+
+@deployment("split", shown=("link", "cut"))
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The first layers run at the edge, the rest in the cloud, and hidden states travel, which keep nothing secret.
+
+    link: between them, of data/links.csv. cut: layers at the edge, beside the embedding. wire: format of the states.
+    deadline_s: for a request, behind which nobody answers.
+    """
+
+    link: str = "lte"
+    cut: int = 5
+    wire: Literal["float32", "float16", "int8", "int4"] = "float16"
+    deadline_s: float = 10.0
+
+    service: ClassVar[str] = "edgelab.deployments.hybrid.sharing:Halved"
+    packages: ClassVar[tuple[str, ...]] = Shared.packages
+    extra: ClassVar[str] = "hybrid"
+    in_torch: ClassVar[bool] = True
+    timed: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("requests",)
+
+    def __post_init__(self) -> None:
+        if self.cut < 0 or not self.deadline_s > 0:
+            raise RecipeError(
+                f"split:cut={self.cut} should be at least 0, deadline_s={self.deadline_s} above 0."
+            )
+
+    def reads(self) -> list[str]:
+        """What the link is."""
+        return [repr(find(self.link))]

@@ -1,0 +1,59 @@
+"""What can go wrong between edge and cloud, one class for each thing that a caller may do about it."""
+
+from __future__ import annotations
+
+from edgelab.errors import EdgeLabError
+
+
+class CloudError(EdgeLabError):
+    """The cloud did not do what it was asked. outage: whether it may do it for nobody now, which a breaker counts."""
+
+    outage = True
+
+
+class CloudDown(CloudError):
+    """No connection, or one that ended before the answer."""
+
+
+class CloudSlow(CloudError):
+    """No whole answer within the deadline."""
+
+
+class CloudGarbled(CloudError):
+    """An answer that is none."""
+
+
+class CloudRefused(CloudError):
+    """The server says no. status: of HTTP; code: its own word for the reason, where it gives one."""
+
+    outage = False
+
+    def __init__(self, sentence: str, status: int, code: str = "") -> None:
+        super().__init__(sentence)
+        self.status, self.code = status, code
+
+
+class CloudDenied(CloudRefused):
+    """The token is not the server's."""
+
+
+class CloudBroken(CloudRefused):
+    """The server has failed at it."""
+
+    outage = True
+
+
+class CloudBusy(CloudRefused):
+    """Too many others ask. retry_s: after how many seconds to ask again."""
+
+    outage = True
+
+    def __init__(self, sentence: str, status: int, code: str = "", retry_s: float = 1.0) -> None:
+        super().__init__(sentence, status, code)
+        self.retry_s = retry_s
+
+
+class CircuitOpen(CloudError):
+    """The cloud failed so often in a row that it is not asked now."""
+
+    outage = False

@@ -1,0 +1,65 @@
+"""A cloud for as long as a deployment runs: a server in a process of its own, a shaped link to it, and a client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TypeVar
+
+import torch
+
+from edgelab.deployments.hybrid.breaker import CircuitBreaker
+from edgelab.deployments.hybrid.client import Cloud
+from edgelab.deployments.hybrid.failures import CloudSlow
+from edgelab.deployments.hybrid.serving import Settings, started
+from edgelab.network import LOCAL, Proxies, find
+from edgelab.recipes import Recipe
+
+T = TypeVar("T")
+LEAST_S = 0.05  # of a deadline, below which the cloud is not asked any more
+COOL_DOWN_S = 5.0
+
+
+class Remote:
+    """The cloud behind a link. cloud: a client that goes through the link; direct: one that does not, for choosing.
+
+    proxy: the link, whose bytes are counted; interrupt it for an outage. server: with `stop`, for a cloud that is gone.
+    """
+
+    def __init__(self, recipe: Recipe, link: str, model: str, seed: int, cut: int | None = None) -> None:
+        self._stack = ExitStack()
+        try:
+            served = Settings(
+                recipe=str(recipe), model=model, seed=seed, cut=cut, threads=torch.get_num_threads()
+            )
+            self.server = self._stack.enter_context(started(served))
+            self.proxies = Proxies()
+            self._stack.callback(self.proxies.close)
+            port = int(self.server.url.rsplit(":", 1)[1])
+            self.proxy = self.proxies.open(find(link), LOCAL, port)
+            self.cloud, self.direct = (
+                self._stack.enter_context(Cloud(f"http://{LOCAL}:{at}", self.server.token))
+                for at in (self.proxy.listening, port)
+            )
+        except BaseException:
+            self._stack.close()
+            raise
+        self.breaker = CircuitBreaker(cool_down_s=COOL_DOWN_S)
+
+    def ask(self, what: Callable[[Cloud], T], deadline_s: float, begun: float) -> T:
+        """What the cloud answers before a deadline that began at `begun`, by time.perf_counter.
+
+        Raises CloudError where it does not, or has failed several times in a row and is left alone for a while.
+        """
+        left = deadline_s - (time.perf_counter() - begun)
+        if left < LEAST_S:
+            raise CloudSlow(
+                f"Of {deadline_s:g} s for a request {left:.2f} are left, too little to ask the cloud."
+            )
+        self.cloud.deadline_s = left
+        return self.breaker.call(lambda: what(self.cloud))
+
+    def close(self) -> None:
+        """End the server, the link and the connections."""
+        self._stack.close()

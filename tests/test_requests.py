@@ -1,0 +1,178 @@
+"""Requests that a deployment answers: items by hand, edge alone, a cloud behind a link, and a cloud that is gone."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from edgelab import recipes, tasks
+from edgelab.deployments.hybrid import Cascade, CloudAlone, Speculative, Split
+from edgelab.deployments.hybrid.answering import Answer, Edge, start
+from edgelab.devices.prices import Prices, prices
+from edgelab.measure.requests import taken
+from edgelab.recipes import RecipeError, parse
+from edgelab.reference import load_tokenizer, resolve
+from edgelab.storage import variants
+from edgelab.tasks import Request
+
+TEXT = (
+    "Ann has a very small dog. She likes to run in the green park! He said so.\nThe old man went to the sea."
+)
+
+
+def test_requests_end_before_the_last_word():
+    found = tasks.requests(TEXT)
+    assert [one.word for one in found] == ["dog", "park", "sea"]
+    assert found[0].prompt == "Ann has a very small"
+    assert found[1].prompt == "Ann has a very small dog. She likes to run in the green"
+    assert found[2].prompt.endswith("He said so.\nThe old man went to the")
+    assert len(tasks.requests(TEXT, 2)) == 2
+    long = "word " * 100 + "ends here now."
+    (only,) = tasks.requests(long)
+    assert len(only.prompt) <= tasks.REQUEST_CHARACTERS
+    assert only.prompt.startswith("word ")
+
+
+@pytest.mark.parametrize(
+    ("written", "right"),
+    [
+        (" dog. And", True),
+        ("dog", True),
+        (" dogs", False),
+        (" dog's", False),
+        ("the dog", False),
+        ("", False),
+    ],
+)
+def test_right_begins_with_the_word(written, right):
+    assert Request("Ann has a", "dog").is_right(written) is right
+
+
+def test_time_bytes_shares_and_price_by_hand():
+    here = Answer("a", "edge", (("edge", 0.0, 0.1),), scores={"mean": 0.0})
+    there = Answer(
+        "b", "cloud", (("edge", 0.0, 0.1), ("cloud", 0.1, 0.4)), scores={"mean": -1.0}, wanted_cloud=True,
+        sent_bytes=600, received_bytes=400, read=70, written=6,
+    )  # fmt: skip
+    lost = dataclasses.replace(here, spans=(("edge", 0.0, 0.1), ("waiting", 0.1, 1.0)), wanted_cloud=True)
+    found = taken([here, there, lost, here], "lte", power_w=5.0)
+    assert found["request_ms_p50"] == pytest.approx(250)
+    assert found["request_ms_p95"] == pytest.approx(np.percentile([100, 400, 1000, 100], 95))
+    assert (found["sent_bytes_per_request"], found["received_bytes_per_request"]) == (150, 100)
+    assert (found["cloud_share"], found["alone_share"]) == (0.25, 0.25)
+    assert found["edge_j_per_request"] == pytest.approx(0.5)
+    known = prices()
+    cloud = (70 * known.cloud_input + 6 * known.cloud_output) / 1e6
+    whole = cloud + 1000 / 1e9 * known.data["lte"] + 2.0 / 3.6e6 * known.electricity
+    assert found["usd_per_1k_requests"] == pytest.approx(250 * whole)
+    assert taken([here], "", None)["edge_j_per_request"] is None
+
+
+def test_prices_are_per_million_tokens_gigabyte_and_kilowatt_hour():
+    made = Prices(1.0, 3.0, 0.2, {"lte": 2.0})
+    assert made.of(read=1_000_000, written=500_000) == pytest.approx(2.5)
+    assert made.of(n_bytes=10**9, link="lte") == 2.0
+    assert made.of(n_bytes=10**9, link="wifi") == 0.0
+    assert made.of(joules=3.6e6) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("none @ cascade:share=1.5", "share=1.5 is outside 0 to 1"),
+        ("none @ cascade:threshold=1,accuracy=0.5", "give one"),
+        ("none @ speculative:draft=0", "should be 1 to 16 tokens"),
+        ("none @ split:cut=-1", "should be at least 0"),
+        ("none @ cloud:deadline_s=0", "should be above 0"),
+        ("none @ cloud:cloud=(none @ cascade:cloud=(none))", "runs on one device"),
+    ],
+)
+def test_deployments_that_cannot_be(text, said):
+    with pytest.raises(RecipeError, match=said):
+        parse(text)
+
+
+@pytest.fixture
+def made(tiny):
+    """`made(deployment)`: what answers, over the tiny model at the edge and in the cloud."""
+    opened = []
+
+    def make(deployment):
+        source = resolve(str(tiny))
+        folder = variants.build(parse("none"), source, 0, lambda done, total: None)
+        opened.append(start(deployment, folder, load_tokenizer(source), str(tiny), 0))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+REQUESTS = [
+    Request(f"Once upon a time {word} there was a", "x", 8) for word in ("long", "ago", "here", "now")
+]
+
+
+def test_the_cloud_says_what_the_edge_says_where_both_have_the_same_weights(made):
+    """Whichever way: all in the cloud, drafted and verified, or the second half of the layers there."""
+    alone = made(parse("none").deployment)
+    assert isinstance(alone, Edge)
+    texts = [alone.answer(one).text for one in REQUESTS]
+    for deployment in (
+        CloudAlone(link="ethernet"),
+        Speculative(link="ethernet", draft=3),
+        Split(link="ethernet", cut=1, wire="float32"),
+    ):
+        service = made(deployment)
+        answers = [service.answer(one) for one in REQUESTS]
+        assert [one.text for one in answers] == texts, deployment
+        assert all(one.by == "cloud" and one.sent_bytes > 0 and one.received_bytes > 0 for one in answers)
+        assert all(one.seconds >= one.edge_s for one in answers)
+        passed = service.remote.proxy.traffic
+        assert passed.up == sum(one.sent_bytes for one in answers)
+
+
+def test_a_cascade_sends_the_share_that_it_was_asked_for_where_scores_are_lowest(made):
+    service = made(Cascade(link="ethernet", share=0.5, score="mean"))
+    service.prepare(REQUESTS, lambda done, total: None)
+    answers = [service.answer(one) for one in REQUESTS]
+    sent = [one.by == "cloud" for one in answers]
+    scores = [one.scores["mean"] for one in answers]
+    assert sum(sent) == 2
+    assert max(score for score, gone in zip(scores, sent, strict=True) if gone) <= min(
+        score for score, gone in zip(scores, sent, strict=True) if not gone
+    )
+    account = json.loads(json.dumps(service.account()))
+    assert account["score"] == "mean"
+    assert account["threshold"] == service.threshold
+
+
+@pytest.mark.parametrize("deployment", [CloudAlone, Speculative, Cascade])
+def test_a_cloud_that_is_gone_costs_no_request_its_answer(made, deployment):
+    settings = {"threshold": 1e9} if deployment is Cascade else {}
+    service = made(deployment(link="ethernet", deadline_s=5, **settings))
+    first = service.answer(REQUESTS[0])
+    service.remote.server.process.kill()
+    later = [service.answer(one) for one in REQUESTS * 2]
+    texts = [service.edge.answer(one).text for one in REQUESTS * 2]
+    assert first.by == "cloud"
+    assert [one.text for one in later] == texts
+    assert all(one.by == "edge" and one.wanted_cloud and one.said for one in later)
+    assert "is not asked" in later[-1].said  # the breaker is open
+
+
+def test_half_a_model_answers_nothing_without_the_other_half(made):
+    service = made(Split(link="ethernet", cut=1))
+    assert service.answer(REQUESTS[0]).by == "cloud"
+    service.remote.server.process.kill()
+    answer = service.answer(REQUESTS[0])
+    assert (answer.by, answer.text) == ("nobody", "")
+    assert answer.said
+
+
+def test_the_same_deployment_is_the_same_text():
+    text = "none @ cascade:cloud=(quantize.rtn:bits=4 @ llamacpp),link=wifi,share=0.1"
+    again = recipes.parse(str(recipes.parse(text)))
+    assert str(again) == str(recipes.parse(text))
+    assert again.deployment.cloud.runtime == "llamacpp"
