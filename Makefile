@@ -200,22 +200,25 @@ removing: fetch
 	$(BIN)/edgelab compare none prune.wanda $(SHAPES) $(RECOVERED) "$(SHORTEST)" $(SAME_BYTES) --only tasks
 	$(BIN)/edgelab ledger export data/reference/removing.jsonl
 
-# Half a model as a student: which blocks, which lesson, at the same steps; with a teacher and without at the same
-# seconds, three seeds; and the longest runs, in 4 bits on the fastest engine, too. Three and a half hours, by its steps.
+# Half a model as a student: which lesson, at the same steps; with a teacher and without at the same seconds, at two
+# rates and with three seeds, the last of them from the blocks that the first one chose; and the best student in 4 bits
+# on the fastest engine. Three hours, by the clock: nothing else may run.
 HALF := prune.layers:keep=15
-LOSSES := loss=kl loss=ce loss=reverse_kl loss=jsd loss=skew_kl,mix=0.1 loss=logits hidden=1 fresh=true
-OTHERS := $(HALF),by=even $(HALF),by=influence prune.layers:drop=8/9/10/11/12/13/14/15/16/17/18/19/20/21/22
-LESSONS := $(foreach lesson,$(LOSSES),"$(HALF) + distill:$(lesson),steps=61") \
-	$(foreach half,$(OTHERS),"$(half) + distill:steps=61")
-CLOCKED_STUDENTS := $(foreach loss,kl ce,"$(HALF) + distill:loss=$(loss),minutes=10")
-LONGEST := $(foreach keep,15 20,"prune.layers:keep=$(keep) + distill:minutes=30" \
-	"prune.layers:keep=$(keep) + distill:minutes=30 + $(INT4) @ llamacpp")
+NAMED_HALF := prune.layers:drop=3/4/5/6/7/10/12/13/14/19/21/22/23/25/26
+LOSSES := loss=kl loss=ce loss=kl,hidden=1 loss=kl,temperature=2 loss=kl,learning_rate=0.001 \
+	loss=ce,learning_rate=0.001 loss=kl,hidden=1,learning_rate=0.001 loss=kl,learning_rate=0.001,fresh=true
+LESSONS := $(foreach lesson,$(LOSSES),"$(HALF) + distill:$(lesson),steps=61")
+TAUGHT := distill:loss=kl,minutes=10,learning_rate=0.001
+UNTAUGHT := distill:loss=ce,minutes=10
+OTHER_RATES := "$(HALF) + distill:loss=kl,minutes=10" "$(HALF) + $(UNTAUGHT),learning_rate=0.001"
 distilling: export EDGELAB_HOME := $(CURDIR)/results/distilling
 distilling: fetch
-	$(BIN)/edgelab compare none $(HALF) $(LESSONS) --only quality
-	for seed in 0 1 2; do $(BIN)/edgelab compare none $(CLOCKED_STUDENTS) --only quality --seed $$seed; done
-	$(BIN)/edgelab compare none "none @ llamacpp" $(LONGEST)
-	$(BIN)/edgelab compare none $(CLOCKED_STUDENTS) $(LONGEST) --only tasks
+	$(BIN)/edgelab compare none $(HALF) $(LESSONS) $(OTHER_RATES) --only quality
+	for seed in 0 1; do $(BIN)/edgelab compare none "$(HALF) + $(TAUGHT)" "$(HALF) + $(UNTAUGHT)" --only quality --seed $$seed; done
+	$(BIN)/edgelab compare none "$(NAMED_HALF) + $(TAUGHT)" "$(NAMED_HALF) + $(UNTAUGHT)" --only quality --seed 2
+	$(BIN)/edgelab compare none "none @ llamacpp" "$(HALF) + $(TAUGHT)" "$(HALF) + $(TAUGHT) + $(INT4) @ llamacpp" \
+		"$(INT4) @ llamacpp" --seed 1
+	$(BIN)/edgelab compare none "$(HALF) + $(TAUGHT)" --only tasks --seed 1
 	$(BIN)/edgelab ledger export data/reference/distilling.jsonl
 
 # Adapters for stories, code and orders: ranks, learning rates, all weights as the control, packed bases, merging. Each

@@ -139,6 +139,26 @@ def test_two_rows_are_compared_window_by_window():
     assert rows.paired(table, "none", RTN4).mean == pytest.approx(-0.2)
 
 
+def test_two_recipes_are_compared_seed_by_seed_and_over_the_means_of_all():
+    """Seeds 0 and 1 have both, seed 2 one of them; the newest of two rows counts."""
+    first, second = [3.0, 4.0], [3.4, 4.2]
+    made = [
+        row(RTN4, [9.0, 9.0], seed=0),
+        row("none", first, seed=0),
+        row(RTN4, [2.8, 3.6], seed=0),
+        row("none", second, seed=1),
+        row(RTN4, [3.4, 4.0], seed=1),
+        row(RTN4, [1.0, 1.0], seed=2),
+    ]
+    found = rows.over_seeds(ledger.frame(made), RTN4, "none")
+    assert found.index.tolist() == [0, 1, "all"]
+    assert found["delta_nll"].tolist() == pytest.approx([-0.3, -0.1, -0.2])
+    assert found.loc["all", "ppl"] == pytest.approx(math.exp(3.45))
+    assert found.loc["all", "ppl_other"] == pytest.approx(math.exp(3.65))
+    with pytest.raises(PairingError, match="No seed has rows of"):
+        rows.over_seeds(ledger.frame(made), RTN4, GPTQ4)
+
+
 def test_a_pair_in_words_says_whether_its_windows_tell_the_two_apart():
     nll = {"none": [2.0, 4.0, 3.0], RTN4: [2.1, 4.3, 3.2], GPTQ4: [2.2, 4.2, 3.2]}
     table = ledger.frame([row(recipe, windows) for recipe, windows in nll.items()])
