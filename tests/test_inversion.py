@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import edgelab
-from edgelab import corpora
 from edgelab.deployments.hybrid.inversion import (
     AT_ONCE,
     closeness,
@@ -15,7 +14,7 @@ from edgelab.deployments.hybrid.inversion import (
     recover,
     tolerance_of,
 )
-from edgelab.deployments.hybrid.split import FORMATS, through
+from edgelab.deployments.hybrid.split import FORMATS, cut_behind, through
 from edgelab.deployments.partition.stage import StageError, chain_of
 from edgelab.model.logits import head_logits, hidden_states
 
@@ -55,7 +54,9 @@ def test_a_table_holds_what_the_edge_makes_of_one_token(halves):
         table = lone_states(edge, before)
         assert table.shape == (300, 64)
         for token in (0, 42, 299):
-            torch.testing.assert_close(table[token], sent_by(edge, [*before, token])[-1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                table[token], sent_by(edge, [*before, token])[-1], rtol=1e-4, atol=1e-4
+            )
 
 
 def test_closeness_by_hand():
@@ -84,11 +85,20 @@ def test_every_token_is_found(cut, wire, new_model, layout):
     assert found.share([*IDS[:-1], 0]) == 0.9
 
 
-def test_one_state_alone_does_not_do_what_the_search_does(new_model):
-    edge, cloud = chain_of(new_model("llama", num_hidden_layers=4), [3])
-    found = exposure(edge, cloud, IDS, "float32", lone_states(edge))
-    assert (found.cut, found.wire, found.searched) == (2, "float32", 1)
-    assert found.nearest < 0.5
+def test_one_state_alone_does_not_do_what_the_search_does(halves):
+    edge, cloud = halves
+    for known, table in (([], lone_states(edge)), (IDS[:3], None)):
+        found = exposure(edge, cloud, IDS[len(known) :], "float32", known, table)
+        assert (found.cut, found.wire, found.searched) == (2, "float32", 1)
+        assert found.nearest < 0.5
+        assert AT_ONCE <= found.tried <= 300
+
+
+def test_an_edge_that_only_embeds_hides_nothing(new_model):
+    edge, cloud = chain_of(new_model("llama"), [1])
+    found = exposure(edge, cloud, IDS, "int8")
+    assert (found.cut, found.nearest, found.searched) == (0, 1, 1)
+    assert exposure(edge, cloud, IDS, "int8", most=1).searched < 1
 
 
 def test_the_likeliest_are_tried_first(halves):
@@ -168,3 +178,26 @@ def test_the_cloud_expects_what_the_model_does(halves, new_model):
 def test_a_search_needs_the_edge(halves):
     with pytest.raises(StageError, match="begins at part 3"):
         recover(halves[1], torch.zeros(1, 64), unknowing, torch.zeros(1, 1))
+
+
+# The embedded model
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return edgelab.load()
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize(
+    ("cut", "wire"), [(1, "float32"), (5, "float32"), (15, "float32"), (1, "int8"), (5, "int4")]
+)
+def test_the_embedded_model_gives_a_message_away(cut, wire, embedded):
+    """Behind the opening of the chat template, which everybody knows, with a number that no model expects."""
+    known = embedded.tokenizer.encode("<|im_start|>user\n", add_special_tokens=False)
+    ids = embedded.tokenizer.encode("My number is 4825, call me back.", add_special_tokens=False)
+    edge, cloud = cut_behind(embedded.model, [cut])
+    arrived = sent_by(edge, [*known, *ids], wire)
+    found = recover(edge, arrived, cloud_prior(cloud, arrived), tolerance_of(arrived, wire), known)
+    assert embedded.tokenizer.decode(found.ids) == "My number is 4825, call me back."
+    assert all(found.matched)

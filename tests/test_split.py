@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from edgelab.deployments.hybrid import split
-from edgelab.deployments.hybrid.split import FORMATS, Here, Split, delta_nll, payload_bytes, through
+from edgelab.deployments.hybrid.split import (
+    FORMATS,
+    Here,
+    Split,
+    cut_behind,
+    delta_nll,
+    payload_bytes,
+    through,
+)
 from edgelab.deployments.partition.profile import hidden_bytes
 from edgelab.deployments.partition.stage import StageError, chain_of
 from edgelab.deployments.partition.wire import WireError
@@ -74,7 +82,9 @@ def test_payloads_have_the_bytes_that_are_promised(wire, hidden):
 
 def test_bytes_of_the_embedded_model():
     assert [payload_bytes(576, wire) for wire in FORMATS] == [2304, 1152, 580, 288 + 2 * 18]
-    assert [payload_bytes(64, wire) for wire in FORMATS[:3]] == [hidden_bytes(64, wire) for wire in FORMATS[:3]]
+    assert [payload_bytes(64, wire) for wire in FORMATS[:3]] == [
+        hidden_bytes(64, wire) for wire in FORMATS[:3]
+    ]
 
 
 def test_groups_divide_the_hidden_size():
@@ -109,7 +119,7 @@ def test_every_cut_sends_the_same_but_for_the_last(new_model):
 
 
 def split_of(model, cut, wire="float32"):
-    edge, cloud = chain_of(model, [cut + 1])
+    edge, cloud = cut_behind(model, [cut])
     return Split(edge, Here(cloud, wire), wire)
 
 
@@ -149,6 +159,18 @@ def test_an_edge_begins_with_the_embedding_and_is_not_all(new_model):
         Split(chain_of(new_model("llama"), [])[0], Here(cloud, "float32"))
     with pytest.raises(WireError, match="int2"):
         Split(edge, Here(cloud, "int8"), "int2")
+
+
+def test_stages_share_the_weights_of_a_model_that_stays_whole(new_model, layout):
+    model = new_model(layout, num_hidden_layers=3)
+    before = Eager(model).logits(IDS)
+    stages = cut_behind(model, [0, 2])
+    assert [(stage.first, stage.last) for stage in stages] == [(0, 1), (1, 3), (3, 5)]
+    ours = {one.data_ptr() for one in model.parameters()}
+    theirs = [{one.data_ptr() for one in stage.model.parameters()} for stage in stages]
+    assert all(some <= ours for some in theirs)
+    assert len(theirs[1]) < len(ours)
+    assert torch.equal(Eager(model).logits(IDS), before)
 
 
 def windows_of(story, count=2, length=70):

@@ -209,19 +209,40 @@ class Exposure:
 
 
 def exposure(
-    edge: Stage, cloud: Stage, ids: Sequence[int], wire: str, table: Tensor, most: int | None = None
+    edge: Stage,
+    cloud: Stage,
+    ids: Sequence[int],
+    wire: str,
+    known: Sequence[int] = (),
+    table: Tensor | None = None,
+    most: int | None = None,
 ) -> Exposure:
-    """Send a prompt in a format and attack what arrives. table: of `lone_states`, for the nearest and the first token.
+    """Send the tokens `known` and `ids` in a format and attack what arrives; `ids` is what the attacker wants.
 
-    Raises WireError for an unknown format.
+    table: of `lone_states`, (vocabulary, hidden), for the nearest and for a token that nothing stands before; by
+    default the embedding, compared by cosine. most: see `recover`. Raises WireError for an unknown format.
     """
+    whole = [*known, *ids]
     edge.forget()
-    arrived = through(edge.read(torch.tensor(list(ids)), 0, every=True), wire)
+    arrived = through(edge.read(torch.tensor(whole), 0, every=True), wire)
     edge.forget()
     begun = time.perf_counter()
-    close = closeness(arrived, table)
-    prior = cloud_prior(cloud, arrived, close[0])
-    found = recover(edge, arrived, prior, tolerance_of(arrived, wire), most=most)
+    cosine = table is None  # a model may scale what it embeds
+    if table is None:
+        table = _embedding(edge)
+    first = None if known else closeness(arrived[:1], table, cosine)[0]
+    found = recover(
+        edge, arrived, cloud_prior(cloud, arrived, first), tolerance_of(arrived, wire), known, most
+    )
     seconds = time.perf_counter() - begun
-    alone = sum(a == b for a, b in zip(close.argmax(-1).tolist(), ids, strict=True)) / len(ids)
-    return Exposure(edge.last - 1, wire, alone, found.share(ids), sum(found.tried) / len(ids), seconds)
+    alone = nearest(arrived[len(known) :], table, cosine)
+    right = sum(a == b for a, b in zip(alone, ids, strict=True))
+    tried = sum(found.tried) / len(ids)
+    return Exposure(edge.last - 1, wire, right / len(ids), found.share(ids), tried, seconds)
+
+
+def _embedding(edge: Stage) -> Tensor:
+    """The embedding of every token, (vocabulary, hidden) float32, packed or not."""
+    embedding = edge.model.get_input_embeddings()
+    with torch.inference_mode():
+        return embedding(torch.arange(edge.model.config.get_text_config().vocab_size)).float()

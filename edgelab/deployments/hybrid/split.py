@@ -13,12 +13,13 @@ scale per token would round all others to zero at 4 bits, which is why int4 has 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -29,10 +30,14 @@ from edgelab.deployments.partition.profile import TOKEN_BYTES, hidden_bytes
 from edgelab.deployments.partition.stage import Stage, StageError
 from edgelab.deployments.partition.wire import WireError
 from edgelab.devices.shapes import ModelShape
+from edgelab.model.blocks import block_list
 from edgelab.model.logits import SLICE, prepacked
 from edgelab.runtimes.session import Can, Session
 from edgelab.storage.bits import pack_last, unpack_last
 from edgelab.storage.description import Description
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMATS = (*partition.FORMATS, "int4")
 GROUP = 32  # channels that share a scale, or the most below it that divide the hidden size
@@ -45,7 +50,9 @@ _TINY = torch.finfo(torch.float32).tiny
 def group_size(hidden_size: int) -> int:
     """Channels that share a scale in int4. Raises WireError for an odd hidden size, of which two make no byte."""
     if hidden_size % 2:
-        raise WireError(f"A hidden size of {hidden_size} is odd and cannot be packed two to a byte; use int8.")
+        raise WireError(
+            f"A hidden size of {hidden_size} is odd and cannot be packed two to a byte; use int8."
+        )
     return max(size for size in range(2, GROUP + 1, 2) if hidden_size % size == 0)
 
 
@@ -154,6 +161,17 @@ def traffic(shape: ModelShape, wire: str, prompt_tokens: int) -> list[Traffic]:
 
 
 # Running it
+
+
+def cut_behind(model: PreTrainedModel, layers: Sequence[int]) -> list[Stage]:
+    """The stages of a model that is cut behind so many layers, once or more often, 0 being the embedding alone.
+
+    They share the weights of the model, which is left as it is; `Stage.load` reads one stage of a variant alone.
+    """
+    count = len(block_list(model)[1])
+    ends = [0, *(cut + 1 for cut in layers), count + 2]
+    shared = {id(one): one for one in (*model.parameters(), *model.buffers())}
+    return [Stage(copy.deepcopy(model, dict(shared)), first, last) for first, last in pairwise(ends)]
 
 
 class Rest(Protocol):
