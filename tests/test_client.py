@@ -203,6 +203,19 @@ def test_whoever_leaves_a_stream_can_go_on(server):
     assert one.connections == 2
 
 
+def test_a_connection_that_was_closed_while_it_was_idle_costs_no_request(server):
+    one = server(
+        http(GOOD), lambda connection: None, http(GOOD), lambda connection: None, lambda connection: None
+    )
+    with cloud_of(one) as cloud:
+        assert cloud.complete("a").ids == [5, 6]
+        assert cloud.complete("a").ids == [5, 6]
+        assert (one.connections, len(one.requests)) == (2, 3)
+        with pytest.raises(CloudDown, match="hung up"):  # a new connection, too: that is no idle one
+            cloud.complete("a")
+    assert len(one.requests) == 5
+
+
 # What goes wrong
 
 

@@ -295,6 +295,8 @@ def test_two_hundred_clients_at_once_lose_nothing_and_mix_nothing_up(running, cl
         expected[number] = [token]
         while len(expected[number]) < 6:
             expected[number].append(session.decode(expected[number][-1]))
+        if 1 in expected[number]:  # the end of a text
+            expected[number] = expected[number][: expected[number].index(1)]
     assert len({tuple(ids) for ids in expected.values()}) > CLIENTS / 2
     refused, before = crowd(running, expected)
     assert refused > 0  # more came than wait at a time

@@ -405,6 +405,8 @@ def test_places_of_a_draft_are_counted_by_themselves(models):
         by_hand.count(drafted, accepted)
     assert (by_hand.tried, by_hand.held) == ([3, 2, 1], [2, 1, 1])
     assert by_hand.acceptance == 4 / 6 and by_hand.acceptance_by_place == [2 / 3, 1 / 2, 1]
+    by_hand.count(5, 0)
+    assert by_hand.acceptance_by_place == [2 / 4, 1 / 2, 1, None, None]  # places that nothing reached
 
 
 class Telling(Eager):

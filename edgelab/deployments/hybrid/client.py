@@ -307,7 +307,7 @@ class Cloud:
 
     def _send(self, request: httpx.Request, deadline: float) -> httpx.Response:
         while True:
-            response = self._http.send(request, stream=True)
+            response = self._once(request)
             if response.status_code in (200, 204):
                 return response
             try:
@@ -319,6 +319,16 @@ class Cloud:
             ):
                 raise error
             time.sleep(error.retry_s)
+
+    def _once(self, request: httpx.Request) -> httpx.Response:
+        """Send a request, a second time where an idle connection was closed by the server just then."""
+        before = self.meter.opened, self.meter.received
+        try:
+            return self._http.send(request, stream=True)
+        except (httpcore.ProtocolError, httpcore.NetworkError):
+            if (self.meter.opened, self.meter.received) != before:
+                raise
+        return self._http.send(request, stream=True)
 
     @contextmanager
     def _explained(self, received: int) -> Iterator[None]:

@@ -129,11 +129,14 @@ class Conversations(Generic[Answer]):
 
 
 class Verifying:
-    """Drafts, verified by one session. What it has read of a text stays in it until another text is read."""
+    """Drafts, verified by one session. What it has read of a text stays in it until another text is read.
 
-    def __init__(self, service: Service, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    A conversation is token ids alone, so that old ones make room: a client need not say that it has done.
+    """
+
+    def __init__(self, service: Service, limits: Limits) -> None:
         self.service, self.limits = service, limits
-        self.open: Conversations[Verified] = Conversations(limits, lambda number: None, clock)
+        self.open: Conversations[Verified] = Conversations(limits, makes_room=True)
 
     def step(self, asked: VerifyRequest, numbers: bytes) -> Verified:
         """How many drafted tokens stay, and the next one. Raises Refusal for what cannot be verified."""
@@ -212,9 +215,9 @@ def read_behind(session: Session, prefix: list[int], draft: list[int]) -> Tensor
 class SecondPart:
     """The layers behind the cut. Every conversation has keys and values of its own."""
 
-    def __init__(self, service: Service, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, service: Service, limits: Limits) -> None:
         self.service, self.limits = service, limits
-        self.open: Conversations[HiddenAnswer] = Conversations(limits, self._forget, clock)
+        self.open: Conversations[HiddenAnswer] = Conversations(limits, self._forget)
 
     def _forget(self, number: int) -> None:
         if self.service.second is not None:

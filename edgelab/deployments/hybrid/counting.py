@@ -22,10 +22,14 @@ KEPT_S = 4.0  # an idle connection: less than the 5 s after which the server clo
 
 @dataclass
 class Meter:
-    """Bytes of all requests so far, and until when the one that runs may take, in seconds of the monotonic clock."""
+    """Bytes of all requests so far, connections opened for them, and until when the one that runs may take.
+
+    until: in seconds of the monotonic clock.
+    """
 
     sent: int = 0
     received: int = 0
+    opened: int = 0
     until: float = 0.0
 
     def left(self, late: type[Exception]) -> float:
@@ -73,6 +77,7 @@ class _Network(httpcore.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:  # fmt: skip
         left = self._meter.left(httpcore.ConnectTimeout)
+        self._meter.opened += 1
         return _Counted(self._plain.connect_tcp(host, port, left, local_address, socket_options), self._meter)
 
 

@@ -84,9 +84,9 @@ class Counts:
         return self.accepted / sum(self.tried) if sum(self.tried) else None
 
     @property
-    def acceptance_by_place(self) -> list[float]:
-        """The same at each place of a draft, the first one first."""
-        return [held / tried for held, tried in zip(self.held, self.tried, strict=True)]
+    def acceptance_by_place(self) -> list[float | None]:
+        """The same at each place of a draft, the first one first; None where none before it was ever accepted."""
+        return [held / tried if tried else None for held, tried in zip(self.held, self.tried, strict=True)]
 
     @property
     def tokens_per_round(self) -> float | None:
