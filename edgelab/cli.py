@@ -1,4 +1,4 @@
-"""The command line: fetch, doctor, list, measure, compare, plan, report, ledger, cache, lab."""
+"""The command line: fetch, doctor, list, measure, compare, plan, serve, report, ledger, cache, lab."""
 
 from __future__ import annotations
 
@@ -311,6 +311,39 @@ def cache_clear() -> None:
     from edgelab.storage import cache
 
     err.print(f"{cache.clear() / 1e6:.0f} MB freed.", highlight=False)
+
+
+@app.command(epilog="Example: `edgelab serve 'quantize.rtn:bits=4' --port 8000 --token-file token`")
+def serve(
+    recipe: Annotated[str, typer.Argument(help="A recipe, with its engine after the @.")] = "none",
+    model: Model = "embedded",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 for a free one.")] = 0,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="Write the token here, for its owner alone to read; else it is printed."),
+    ] = None,
+    certificate: Annotated[str, typer.Option(help="PEM file, for TLS.")] = "",
+    key: Annotated[str, typer.Option(help="Its key, in PEM.")] = "",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without TLS.")
+    ] = False,
+    cut: Annotated[int | None, typer.Option(help="Layers that the edge runs, for split inference.")] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Serve a recipe over HTTP, as OpenAI's servers do, until Ctrl-C."""
+    from edgelab.deployments.hybrid.server import serving
+
+    def announce(url: str, token: str) -> None:
+        if token_file is not None:
+            serving.write_token(token_file, token)
+        _say([url] if token_file is not None else [url, token])
+
+    given = {"certificate": certificate, "key": key, "insecure": insecure, "cut": cut, "threads": threads}
+    serving.serve(
+        serving.Settings(recipe=recipe, model=model, seed=seed, host=host, port=port, **given), announce
+    )
 
 
 @app.command(epilog="Example: `edgelab lab`")

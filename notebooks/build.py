@@ -23,6 +23,7 @@ CELL_SECONDS = 1800
 LARGEST_BYTES = 1_000_000
 LONGEST_CELL = 20  # lines that are not blank
 LONGEST_FUNCTION = 10
+VIEW = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"^[^\n]*\d+%\|")
 MACHINE_PATH = re.compile(
     r"/(?:home|Users)/\w|(?<!/data/local)/tmp/|/var/folders/|\b[A-Z]:\\+Users\\|site-packages|dist-packages"
@@ -49,7 +50,7 @@ def run(path: Path) -> float:
     notebook.metadata.language_info.pop("version", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":  # progress bars that have gone leave their first line behind
-            cell.outputs = [one for one in cell.outputs if not any(map(PROGRESS.search, _texts(one)))]
+            cell.outputs = [one for one in cell.outputs if not is_progress(one)]
     drop_hidden_widgets(notebook)
     notebook.metadata.edgelab = {"minutes": round(minutes, 1)}
     draft = path.with_suffix(".part")
@@ -58,12 +59,19 @@ def run(path: Path) -> float:
     return minutes
 
 
+def is_progress(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is a progress bar: its text is the bar, which may be cut off, and not that of a widget."""
+    data = output.get("data", {})
+    is_bar = VIEW in data and not re.match(r"\w+\(", "".join(data.get("text/plain", "")))
+    return is_bar or any(map(PROGRESS.search, _texts(output)))
+
+
 def drop_hidden_widgets(notebook: nbformat.NotebookNode) -> None:
     """Forget, in place, the states of widgets that no output shows: progress bars leave a dozen behind each."""
     for kept in notebook.metadata.get("widgets", {}).values():
         states = kept["state"]
         outputs = [one for cell in notebook.cells for one in cell.get("outputs", ())]
-        views = [one.get("data", {}).get("application/vnd.jupyter.widget-view+json") for one in outputs]
+        views = [one.get("data", {}).get(VIEW) for one in outputs]
         reached, found = set(), [view["model_id"] for view in views if view]
         while found:
             name = found.pop()

@@ -9,21 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from edgelab.deployments.hybrid import cascade, routing
-from edgelab.deployments.hybrid.cascade import (
-    SCORES,
-    LearnMissing,
-    answer_scores,
-    calibrate,
-    choice_scores,
-    error_of_perfect,
-    expected_calibration_error,
-    features,
-    learn_router,
-    reliability,
-)
-from edgelab.deployments.hybrid.gap import RoutingError, estimate, gap, items_needed, weights_of
-from edgelab.deployments.hybrid.routing import (
+from edgelab.deployments.hybrid.routing import curves, scores
+from edgelab.deployments.hybrid.routing.curves import (
     GapError,
     Recovery,
     apgr,
@@ -36,6 +23,19 @@ from edgelab.deployments.hybrid.routing import (
     routed,
     threshold_for_accuracy,
     threshold_for_share,
+)
+from edgelab.deployments.hybrid.routing.gap import RoutingError, estimate, gap, items_needed, weights_of
+from edgelab.deployments.hybrid.routing.scores import (
+    SCORES,
+    LearnMissing,
+    answer_scores,
+    calibrate,
+    choice_scores,
+    error_of_perfect,
+    expected_calibration_error,
+    features,
+    learn_router,
+    reliability,
 )
 
 # Eight items: three that only the cloud gets right, one that only the edge does, two both, two neither.
@@ -328,7 +328,7 @@ def test_resamples_keep_edge_cloud_and_score_of_an_item_together(items):
     edge, cloud, score = items
     edge, cloud, score = edge[:60], cloud[:60], score[:60].round(1)  # with ties
     weights = weights_of(60, None, 25, seed=4)
-    shares, accuracies = routing._curves(edge.astype(float), cloud.astype(float), score, weights)
+    shares, accuracies = curves._curves(edge.astype(float), cloud.astype(float), score, weights)
     for weight, share, accuracy in zip(weights.astype(int), shares, accuracies, strict=True):
         drawn_items = np.repeat(np.arange(60), weight)
         one = curve(edge[drawn_items], cloud[drawn_items], score[drawn_items])
@@ -530,6 +530,6 @@ def test_without_scikit_learn_one_sentence_says_what_to_install(monkeypatch):
         return real(name, *given, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    for function in (calibrate, cascade.learn_router):
+    for function in (calibrate, scores.learn_router):
         with pytest.raises(LearnMissing, match=r"scikit-learn.*\[hybrid\]"):
             function([[0.0], [1.0]], [0, 1])

@@ -12,6 +12,8 @@ import pytest
 
 import edgelab as el
 from edgelab import ledger
+from edgelab.deployments.hybrid.client.cloud import Cloud
+from edgelab.deployments.hybrid.client.failures import CloudDenied
 
 
 def edgelab(*arguments, **environment):
@@ -38,6 +40,7 @@ def place(tiny, tmp_path, story):
         "doctor",
         "list",
         "measure",
+        "serve",
         "compare",
         "plan",
         "report",
@@ -206,3 +209,29 @@ def test_plans_that_cannot_be(arguments, said):
     assert done.returncode != 0
     assert said in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_recipe_is_served_until_ctrl_c(tiny, tmp_path):
+    """Everything the edge needs is the line that is printed, and a file that only its owner reads."""
+    token = tmp_path / "token"
+    command = [
+        sys.executable,
+        "-m",
+        "edgelab.cli",
+        "serve",
+        "none",
+        "--model",
+        str(tiny),
+        "--token-file",
+        str(token),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().strip()
+        with Cloud(url, token.read_text().strip()) as cloud:
+            assert cloud.health()["status"] == "ok"
+            assert cloud.complete("Once upon", 3).ids is not None
+        with Cloud(url, "another") as cloud, pytest.raises(CloudDenied):
+            cloud.health()
+        assert token.stat().st_mode & 0o077 == 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0

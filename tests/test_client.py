@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from edgelab import runtimes
-from edgelab.deployments.hybrid.breaker import CircuitBreaker
-from edgelab.deployments.hybrid.client import Cloud
-from edgelab.deployments.hybrid.failures import (
+from edgelab.deployments.hybrid.client.breaker import CircuitBreaker
+from edgelab.deployments.hybrid.client.cloud import Cloud
+from edgelab.deployments.hybrid.client.failures import (
     CircuitOpen,
     CloudBroken,
     CloudBusy,
@@ -333,7 +333,7 @@ def test_a_stream_keeps_to_the_deadline(server):
 
 
 def test_an_answer_without_end_is_not_kept(server, monkeypatch):
-    monkeypatch.setattr("edgelab.deployments.hybrid.answers.LARGEST_ANSWER", 100_000)
+    monkeypatch.setattr("edgelab.deployments.hybrid.client.answers.LARGEST_ANSWER", 100_000)
 
     def pour(connection):
         connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")

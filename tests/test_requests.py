@@ -9,6 +9,7 @@ import pytest
 from edgelab import recipes, tasks
 from edgelab.deployments.hybrid import Cascade, CloudAlone, Speculative, Split
 from edgelab.deployments.hybrid.answering import Answer, Edge, start
+from edgelab.deployments.hybrid.split import payload_bytes
 from edgelab.devices.prices import Prices, prices
 from edgelab.measure.requests import taken
 from edgelab.recipes import RecipeError, parse
@@ -131,6 +132,17 @@ def test_the_cloud_says_what_the_edge_says_where_both_have_the_same_weights(made
         assert all(one.seconds >= one.edge_s for one in answers)
         passed = service.remote.proxy.traffic
         assert passed.up == sum(one.sent_bytes for one in answers)
+
+
+@pytest.mark.parametrize("wire", ["float16", "int8", "int4"])
+def test_states_travel_in_fewer_bytes(made, wire):
+    service = made(Split(link="ethernet", cut=1, wire=wire))
+    answer = service.answer(REQUESTS[0])
+    assert answer.by == "cloud"
+    assert answer.tokens == REQUESTS[0].tokens
+    states = answer.read + answer.tokens - 1
+    assert answer.sent_bytes > states * payload_bytes(64, wire)
+    assert answer.sent_bytes < states * payload_bytes(64, wire) + 600 * answer.tokens  # the heads of messages
 
 
 def test_a_cascade_sends_the_share_that_it_was_asked_for_where_scores_are_lowest(made):

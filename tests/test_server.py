@@ -13,13 +13,13 @@ import torch
 from scipy import stats
 from starlette.testclient import TestClient
 
-from edgelab.deployments.hybrid.conversations import Conversations
-from edgelab.deployments.hybrid.framing import probabilities_bytes
-from edgelab.deployments.hybrid.limits import LimitError, Limits
-from edgelab.deployments.hybrid.messages import Refusal
-from edgelab.deployments.hybrid.server import create_app
-from edgelab.deployments.hybrid.service import Service
-from edgelab.deployments.hybrid.writing import TextSoFar, Writer, tempered
+from edgelab.deployments.hybrid.server.app import create_app
+from edgelab.deployments.hybrid.server.conversations import Conversations
+from edgelab.deployments.hybrid.server.framing import probabilities_bytes
+from edgelab.deployments.hybrid.server.limits import LimitError, Limits
+from edgelab.deployments.hybrid.server.messages import Refusal
+from edgelab.deployments.hybrid.server.service import Service
+from edgelab.deployments.hybrid.server.writing import TextSoFar, Writer, tempered
 from edgelab.deployments.partition import wire
 from edgelab.deployments.partition.stage import Stage
 from edgelab.runtimes.eager import Eager
@@ -522,7 +522,7 @@ def probabilities(draft, rows):
 
 
 def test_sampled_drafts_are_accepted_by_the_rule(client, twin):
-    from edgelab.deployments.hybrid.speculative import accept_sampled
+    from edgelab.deployments.hybrid.speculation.acceptance import accept_sampled
 
     generator, known = torch.Generator().manual_seed(11), list(PROMPT)
     for step, draft in enumerate(([3, 7], [9], [], [20, 21, 22])):

@@ -17,12 +17,12 @@ import pytest
 import uvicorn
 
 from edgelab import runtimes
-from edgelab.deployments.hybrid import serving
-from edgelab.deployments.hybrid.client import Cloud
-from edgelab.deployments.hybrid.connections import Guarded
-from edgelab.deployments.hybrid.failures import CloudBusy, CloudDown, CloudError
-from edgelab.deployments.hybrid.limits import Limits
-from edgelab.deployments.hybrid.serving import Running, ServingError, Settings, started
+from edgelab.deployments.hybrid.client.cloud import Cloud
+from edgelab.deployments.hybrid.client.failures import CloudBusy, CloudDown, CloudError
+from edgelab.deployments.hybrid.server import serving
+from edgelab.deployments.hybrid.server.connections import Guarded
+from edgelab.deployments.hybrid.server.limits import Limits
+from edgelab.deployments.hybrid.server.serving import Running, ServingError, Settings, started
 from edgelab.network import LOCAL
 from edgelab.recipes import RecipeError
 
@@ -244,7 +244,7 @@ def test_one_connection_too_many_is_asked_to_come_again():
 
 
 def test_whoever_does_not_take_the_answer_is_left(monkeypatch):
-    monkeypatch.setattr("edgelab.deployments.hybrid.connections.MARGIN_S", 0.1)
+    monkeypatch.setattr("edgelab.deployments.hybrid.server.connections.MARGIN_S", 0.1)
     with (
         InThread(answer_much, Limits(body_s=0.2, request_s=0.2)) as place,
         socket.create_connection(place) as one,
@@ -286,7 +286,7 @@ def crowd(running: Running, expected: dict[int, list[int]]) -> tuple[int, float]
 
 def test_two_hundred_clients_at_once_lose_nothing_and_mix_nothing_up(running, cloud, at_home, settings):
     at_home()
-    from edgelab.deployments.hybrid.service import Service
+    from edgelab.deployments.hybrid.server.service import Service
 
     session = Service.load("none", settings.model).session
     expected = {}
@@ -427,7 +427,7 @@ def test_a_server_that_does_not_start_says_why(at_home, settings):
 
 def test_a_cut_that_is_none(at_home, settings):
     at_home()
-    from edgelab.deployments.hybrid.service import CutError, Service
+    from edgelab.deployments.hybrid.server.service import CutError, Service
 
     with pytest.raises(CutError, match="cut=3 is none of a model of 2 layers"):
         Service.load("none", settings.model, cut=3)

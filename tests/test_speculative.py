@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from edgelab.deployments.hybrid import drafting, speculative
-from edgelab.deployments.hybrid.drafting import Drafting, Verifying, departure
-from edgelab.deployments.hybrid.rounds import Adaptive, Counts
-from edgelab.deployments.hybrid.speculative import (
+from edgelab.deployments.hybrid.speculation import acceptance as rules
+from edgelab.deployments.hybrid.speculation import drafting
+from edgelab.deployments.hybrid.speculation.acceptance import (
     SpeculationError,
     accept_greedy,
     accept_sampled,
@@ -29,6 +28,8 @@ from edgelab.deployments.hybrid.speculative import (
     time_per_token_ms,
     travel_ms,
 )
+from edgelab.deployments.hybrid.speculation.drafting import Drafting, Verifying, departure
+from edgelab.deployments.hybrid.speculation.rounds import Adaptive, Counts
 from edgelab.model.finite import NotFiniteError
 from edgelab.network import Link
 from edgelab.runtimes.eager import Eager
@@ -109,11 +110,11 @@ def test_what_is_written_is_distributed_as_the_target_and_accepted_as_the_overla
 def test_another_rule_is_told_apart(mutation, monkeypatch):
     """In place of the residual: plain sampling from p, or from q; and a rule that accepts whatever is drafted."""
     if mutation == "plain":
-        monkeypatch.setattr(speculative, "_residual", lambda p, q: p)
+        monkeypatch.setattr(rules, "_residual", lambda p, q: p)
     elif mutation == "drafter's own":
-        monkeypatch.setattr(speculative, "_residual", lambda p, q: q)
+        monkeypatch.setattr(rules, "_residual", lambda p, q: q)
     else:
-        monkeypatch.setattr(speculative.torch, "rand", lambda count, **_: torch.zeros(count))
+        monkeypatch.setattr(rules.torch, "rand", lambda count, **_: torch.zeros(count))
     assert chance(first_tokens()[0]) < 1e-9
 
 
@@ -556,7 +557,7 @@ def test_sampled_texts_are_distributed_as_the_target_s(asked, draft, monkeypatch
 def test_texts_of_another_distribution_are_told_apart(mutation, monkeypatch):
     """Plain p in place of the residual, and q of another temperature than was sampled from."""
     if mutation == "residual":
-        monkeypatch.setattr(speculative, "_residual", lambda p, q: p)
+        monkeypatch.setattr(rules, "_residual", lambda p, q: p)
     else:
         rule = drafting.accept_sampled
         monkeypatch.setattr(drafting, "accept_sampled", lambda p, q, *rest: rule(p, q.double() ** 0.5, *rest))

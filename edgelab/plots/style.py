@@ -217,7 +217,7 @@ def label(recipe: str, width: int = 48) -> str:
         name, _, settings = technique.partition(":")
         words = []
         for setting in filter(None, _split(settings, ",")):
-            key, _, value = setting.partition("=")
+            key, _, value = setting.removesuffix(".0").partition("=")
             words.append(SHORT_SETTINGS.get(setting, SHORT_SETTINGS.get(key, key + "={}").format(value)))
         name = name.rpartition(".")[2]
         short.append(" ".join([SHORT_NAMES.get(name, name), *filter(None, words)]))

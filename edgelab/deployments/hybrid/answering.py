@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgelab import runtimes
-from edgelab.deployments.hybrid.cascade import answer_scores
+from edgelab.deployments.hybrid.routing.scores import answer_scores
 from edgelab.tasks import Request, opening
 
 if TYPE_CHECKING:

@@ -16,10 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelab import runtimes
-from edgelab.deployments.hybrid import cascade, routing
 from edgelab.deployments.hybrid.answering import Answer, Answering, Edge
-from edgelab.deployments.hybrid.failures import CloudError
+from edgelab.deployments.hybrid.client.failures import CloudError
 from edgelab.deployments.hybrid.remote import Remote
+from edgelab.deployments.hybrid.routing.curves import threshold_for_accuracy, threshold_for_share
+from edgelab.deployments.hybrid.routing.scores import (
+    SCORES,
+    Calibration,
+    Router,
+    calibrate,
+    features,
+    learn_router,
+)
 from edgelab.tasks import Request
 
 if TYPE_CHECKING:
@@ -89,8 +97,8 @@ class Cascaded(WithCloud):
     def __init__(self, deployment: Cascade, *given: Any) -> None:
         super().__init__(deployment, *given)
         self.threshold = deployment.threshold
-        self.router: cascade.Router | None = None
-        self.calibration: cascade.Calibration | None = None
+        self.router: Router | None = None
+        self.calibration: Calibration | None = None
 
     def prepare(self, others: Sequence[Request], progress: Callable[[int, int], None]) -> None:
         """Learn the router, calibrate, and choose the threshold, on requests that are not measured."""
@@ -100,21 +108,21 @@ class Cascaded(WithCloud):
             progress(place, len(others))
         right = np.array([one.is_right(own.text) for one, own in zip(others, answers, strict=True)])
         if self.settings.score == "router":
-            self.router = cascade.learn_router(cascade.features([one.scores for one in answers]), right)
+            self.router = learn_router(features([one.scores for one in answers]), right)
         score = np.array([self._score(one.scores) for one in answers])
-        self.calibration = cascade.calibrate(score, right)
+        self.calibration = calibrate(score, right)
         if self.threshold is not None:
             return
         if self.settings.accuracy:
             asked = (self.remote.direct.complete(self.edge.ids(one.prompt), one.tokens) for one in others)
             theirs = np.array([one.is_right(found.text) for one, found in zip(others, asked, strict=True)])
-            self.threshold = routing.threshold_for_accuracy(right, theirs, score, self.settings.accuracy)
+            self.threshold = threshold_for_accuracy(right, theirs, score, self.settings.accuracy)
         else:
-            self.threshold = routing.threshold_for_share(score, self.settings.share)
+            self.threshold = threshold_for_share(score, self.settings.share)
 
     def _score(self, scores: dict[str, float]) -> float:
         if self.router is not None:
-            return float(self.router(cascade.features([scores]))[0])
+            return float(self.router(features([scores]))[0])
         return scores[self.settings.score]
 
     def answer(self, request: Request) -> Answer:
@@ -137,7 +145,7 @@ class Cascaded(WithCloud):
             "threshold": self.threshold if is_finite else str(self.threshold),
         }
         if self.router is not None:
-            weights = zip(cascade.SCORES, self.router.weights.tolist(), strict=True)
+            weights = zip(SCORES, self.router.weights.tolist(), strict=True)
             found["router"] = dict(weights) | {"offset": self.router.offset}
         if self.calibration is not None:
             found["calibration"] = {

@@ -9,10 +9,10 @@ from typing import TypeVar
 
 import torch
 
-from edgelab.deployments.hybrid.breaker import CircuitBreaker
-from edgelab.deployments.hybrid.client import Cloud
-from edgelab.deployments.hybrid.failures import CloudSlow
-from edgelab.deployments.hybrid.serving import Settings, started
+from edgelab.deployments.hybrid.client.breaker import CircuitBreaker
+from edgelab.deployments.hybrid.client.cloud import Cloud
+from edgelab.deployments.hybrid.client.failures import CloudSlow
+from edgelab.deployments.hybrid.server.serving import Settings, started
 from edgelab.network import LOCAL, Proxies, find
 from edgelab.recipes import Recipe
 

@@ -13,10 +13,10 @@ import torch
 
 from edgelab.deployments.hybrid.answering import Answer, Answering
 from edgelab.deployments.hybrid.cascading import WithCloud
-from edgelab.deployments.hybrid.client import Cloud
-from edgelab.deployments.hybrid.drafting import Adaptive, Counts, Drafting
-from edgelab.deployments.hybrid.failures import CloudError
+from edgelab.deployments.hybrid.client.cloud import Cloud
+from edgelab.deployments.hybrid.client.failures import CloudError
 from edgelab.deployments.hybrid.remote import Remote
+from edgelab.deployments.hybrid.speculation.drafting import Adaptive, Counts, Drafting
 from edgelab.deployments.partition.stage import Stage
 from edgelab.recipes import parse
 from edgelab.storage import variants

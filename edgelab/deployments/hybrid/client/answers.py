@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from edgelab.deployments.hybrid.failures import (
+from edgelab.deployments.hybrid.client.failures import (
     CloudBroken,
     CloudBusy,
     CloudDenied,

@@ -1,6 +1,6 @@
 """The edge's side of HTTP: asks the cloud within a deadline, and believes nothing that it has not checked.
 
-`Cloud` speaks to `server.py`, and for completions and chats to any server of OpenAI's kind, such as llama.cpp's own.
+`Cloud` speaks to our own server, and for completions and chats to any server of OpenAI's kind, such as llama.cpp's own.
 Whatever goes wrong is one CloudError with one sentence: no answer, none in time, half of one, something else.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpcore
 import httpx
 
-from edgelab.deployments.hybrid.answers import (
+from edgelab.deployments.hybrid.client.answers import (
     Completion,
     Cost,
     Next,
@@ -34,8 +34,8 @@ from edgelab.deployments.hybrid.answers import (
     refusal,
     verification_of,
 )
-from edgelab.deployments.hybrid.counting import CountingTransport, Meter
-from edgelab.deployments.hybrid.failures import (
+from edgelab.deployments.hybrid.client.counting import CountingTransport, Meter
+from edgelab.deployments.hybrid.client.failures import (
     CloudBusy,
     CloudDown,
     CloudError,
@@ -43,7 +43,7 @@ from edgelab.deployments.hybrid.failures import (
     CloudRefused,
     CloudSlow,
 )
-from edgelab.deployments.hybrid.serving import is_local
+from edgelab.deployments.hybrid.server.serving import is_local
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -213,8 +213,8 @@ class Cloud:
         probabilities: those that the draft was sampled from, (draft, vocabulary) float16, when sampling. A step whose
         answer was lost may be asked for again. Raises CloudError.
         """
-        from edgelab.deployments.hybrid.framing import packed, probabilities_bytes
-        from edgelab.deployments.hybrid.messages import VerifyRequest
+        from edgelab.deployments.hybrid.server.framing import packed, probabilities_bytes
+        from edgelab.deployments.hybrid.server.messages import VerifyRequest
 
         asked = _made(
             VerifyRequest,
@@ -246,9 +246,9 @@ class Cloud:
         self, conversation: str, step: int, states: Tensor, wire: str = "float32", top: int = 0
     ) -> Next:
         """The token behind hidden states (tokens, hidden) of the next tokens of a conversation. Raises CloudError."""
-        from edgelab.deployments.hybrid.framing import packed
-        from edgelab.deployments.hybrid.messages import HiddenRequest
-        from edgelab.deployments.partition.wire import encoded
+        from edgelab.deployments.hybrid.server.framing import packed
+        from edgelab.deployments.hybrid.server.messages import HiddenRequest
+        from edgelab.deployments.hybrid.split import encoded
 
         asked = _made(
             HiddenRequest, conversation=conversation, step=step, tokens=len(states), wire=wire, top=top
@@ -357,7 +357,7 @@ def _made(kind: type[Asked], **fields: Any) -> Asked:
     """A message to the server. Raises CloudRefused where the server would refuse it anyway."""
     from pydantic import ValidationError
 
-    from edgelab.deployments.hybrid.framing import sentence
+    from edgelab.deployments.hybrid.server.framing import sentence
 
     try:
         return kind(**fields)

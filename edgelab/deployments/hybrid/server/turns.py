@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from edgelab.deployments.hybrid.messages import Refusal
+from edgelab.deployments.hybrid.server.messages import Refusal
 
 T = TypeVar("T")
 LONGEST_RETRY_S = 30

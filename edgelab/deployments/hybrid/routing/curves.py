@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgelab.deployments.hybrid.gap import (
+from edgelab.deployments.hybrid.routing.gap import (
     RESAMPLES,
     Estimate,
     Gap,

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgelab import recipes
-from edgelab.deployments.hybrid.limits import Limits
+from edgelab.deployments.hybrid.server.limits import Limits
 from edgelab.errors import EdgeLabError
 from edgelab.network import LOCAL
 from edgelab.reference import EMBEDDED
@@ -106,9 +106,9 @@ def serve(
         import torch
         import uvicorn
 
-        from edgelab.deployments.hybrid.connections import Guarded
-        from edgelab.deployments.hybrid.server import create_app
-        from edgelab.deployments.hybrid.service import Service
+        from edgelab.deployments.hybrid.server.app import create_app
+        from edgelab.deployments.hybrid.server.connections import Guarded
+        from edgelab.deployments.hybrid.server.service import Service
 
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)

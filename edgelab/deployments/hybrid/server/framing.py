@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from edgelab.deployments.hybrid.messages import Refusal
+from edgelab.deployments.hybrid.server.messages import Refusal
 
 JSON, BINARY = "application/json", "application/octet-stream"
 

@@ -9,7 +9,7 @@ Scores are read off what the edge computed anyway, and higher is surer:
     margin     mean lead of the likeliest token over the second, in nats
 
 A mean over tokens hides the one that matters and a sum favours short answers; quantiles lie between (Gupta et al.
-2024, arXiv:2404.10136). `routing.py` says what a score is worth.
+2024, arXiv:2404.10136). `curves.py` says what a score is worth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, expit, log_softmax, softmax
 from scipy.stats import binomtest
 
-from edgelab.deployments.hybrid.gap import RESAMPLES, Estimate, RoutingError, estimate, weights_of
+from edgelab.deployments.hybrid.routing.gap import RESAMPLES, Estimate, RoutingError, estimate, weights_of
 from edgelab.errors import EdgeLabError, to_install
 
 SCORES = ("mean", "minimum", "quantile", "entropy", "margin")

@@ -19,9 +19,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from edgelab.deployments.hybrid.framing import probabilities_of
-from edgelab.deployments.hybrid.limits import Limits
-from edgelab.deployments.hybrid.messages import (
+from edgelab.deployments.hybrid.server.framing import probabilities_of
+from edgelab.deployments.hybrid.server.limits import Limits
+from edgelab.deployments.hybrid.server.messages import (
     HiddenAnswer,
     HiddenRequest,
     Ranked,
@@ -29,10 +29,11 @@ from edgelab.deployments.hybrid.messages import (
     Verified,
     VerifyRequest,
 )
-from edgelab.deployments.hybrid.service import Service
-from edgelab.deployments.hybrid.turns import busy
-from edgelab.deployments.hybrid.writing import GREEDY_BELOW, LEAST_LOGPROB, tempered
-from edgelab.deployments.partition import wire
+from edgelab.deployments.hybrid.server.service import Service
+from edgelab.deployments.hybrid.server.turns import busy
+from edgelab.deployments.hybrid.server.writing import GREEDY_BELOW, LEAST_LOGPROB, tempered
+from edgelab.deployments.hybrid.split import FORMATS, decoded
+from edgelab.deployments.partition.wire import WireError
 from edgelab.runtimes.session import Session, TwoGraphs
 
 SLICE = 256  # tokens that are read at once where the logits of all of them come back
@@ -170,7 +171,11 @@ class Verifying:
         self.service.check_room(len(asked.prompt or []), self.limits)
 
     def _verified(self, talk: Conversation[Verified], asked: VerifyRequest, numbers: bytes) -> Verified:
-        from edgelab.deployments.hybrid.speculative import SpeculationError, accept_greedy, accept_sampled
+        from edgelab.deployments.hybrid.speculation.acceptance import (
+            SpeculationError,
+            accept_greedy,
+            accept_sampled,
+        )
 
         session, draft = self.service.session, asked.draft
         self.service.check_context(len(talk.ids) + len(draft) + 1)
@@ -249,13 +254,13 @@ class SecondPart:
             raise Refusal(
                 404, "no_second_part", "No split model is served here; the server is started with a cut."
             )
-        if asked.wire not in wire.FORMATS:
-            raise Refusal(400, "unknown_wire", f"wire should be one of {', '.join(wire.FORMATS)}.")
+        if asked.wire not in FORMATS:
+            raise Refusal(400, "unknown_wire", f"wire should be one of {', '.join(FORMATS)}.")
         self.service.check_room(asked.tokens, self.limits)
         hidden = self.service.second.model.config.get_text_config().hidden_size
         try:
-            states = wire.decoded(numbers, asked.wire, asked.tokens)
-        except wire.WireError as error:
+            states = decoded(numbers, asked.wire, asked.tokens, hidden)
+        except WireError as error:
             raise Refusal(400, "invalid_states", str(error)) from None
         if states.shape != (asked.tokens, hidden) or not states.isfinite().all():
             raise Refusal(

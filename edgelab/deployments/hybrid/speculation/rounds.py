@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edgelab.deployments.hybrid.speculative import LONGEST, SpeculationError, best_draft
+from edgelab.deployments.hybrid.speculation.acceptance import LONGEST, SpeculationError, best_draft
 
 
 @dataclass

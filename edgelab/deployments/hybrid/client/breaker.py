@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-from edgelab.deployments.hybrid.failures import CircuitOpen, CloudError
+from edgelab.deployments.hybrid.client.failures import CircuitOpen, CloudError
 from edgelab.errors import EdgeLabError
 
 T = TypeVar("T")

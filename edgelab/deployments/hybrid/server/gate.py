@@ -12,8 +12,8 @@ import logging
 import secrets
 from typing import TYPE_CHECKING
 
-from edgelab.deployments.hybrid.limits import Limits
-from edgelab.deployments.hybrid.messages import Refusal
+from edgelab.deployments.hybrid.server.limits import Limits
+from edgelab.deployments.hybrid.server.messages import Refusal
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

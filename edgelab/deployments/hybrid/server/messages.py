@@ -239,7 +239,7 @@ class HiddenRequest(Strict):
     """One step of split inference: hidden states of the next tokens of a conversation follow.
 
     step: from 0; the last one may be sent again and is not done again. tokens: how many. wire: how they are written,
-    as `partition/wire.py` says. top: how many of the likeliest next tokens to tell with their log-probabilities.
+    as `split.py` says. top: how many of the likeliest next tokens to tell with their log-probabilities.
     """
 
     conversation: Name

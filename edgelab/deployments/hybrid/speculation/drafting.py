@@ -19,8 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edgelab.deployments.hybrid.rounds import Adaptive, Counts
-from edgelab.deployments.hybrid.speculative import SpeculationError, accept_greedy, accept_sampled
+from edgelab.deployments.hybrid.speculation.acceptance import SpeculationError, accept_greedy, accept_sampled
+from edgelab.deployments.hybrid.speculation.rounds import Adaptive, Counts
 from edgelab.model.finite import NotFiniteError
 from edgelab.runtimes.session import Session
 

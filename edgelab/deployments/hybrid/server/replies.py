@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgelab.deployments.hybrid.messages import (
+from edgelab.deployments.hybrid.server.messages import (
     Chat,
     ChatAnswer,
     ChatChoice,
@@ -20,7 +20,7 @@ from edgelab.deployments.hybrid.messages import (
     TopLogprob,
     Usage,
 )
-from edgelab.deployments.hybrid.writing import Token
+from edgelab.deployments.hybrid.server.writing import Token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,9 +15,9 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from edgelab.deployments.hybrid.limits import Limits
-from edgelab.deployments.hybrid.messages import Refusal
-from edgelab.deployments.hybrid.turns import busy
+from edgelab.deployments.hybrid.server.limits import Limits
+from edgelab.deployments.hybrid.server.messages import Refusal
+from edgelab.deployments.hybrid.server.turns import busy
 
 MARGIN_S = 5.0  # beyond the limits that the application keeps itself
 CLOSING_S = 1.0  # for a last sentence to be taken

@@ -29,11 +29,11 @@ from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from edgelab.deployments.hybrid import framing
-from edgelab.deployments.hybrid.conversations import SecondPart, Verifying
-from edgelab.deployments.hybrid.gate import EVENTS, ClientGone, Gate, event
-from edgelab.deployments.hybrid.limits import Limits
-from edgelab.deployments.hybrid.messages import (
+from edgelab.deployments.hybrid.server import framing
+from edgelab.deployments.hybrid.server.conversations import SecondPart, Verifying
+from edgelab.deployments.hybrid.server.gate import EVENTS, ClientGone, Gate, event
+from edgelab.deployments.hybrid.server.limits import Limits
+from edgelab.deployments.hybrid.server.messages import (
     Chat,
     ChatRequest,
     Completion,
@@ -48,10 +48,10 @@ from edgelab.deployments.hybrid.messages import (
     VerifyRequest,
     Writing,
 )
-from edgelab.deployments.hybrid.replies import Reply, Written
-from edgelab.deployments.hybrid.service import Service
-from edgelab.deployments.hybrid.turns import Turns
-from edgelab.deployments.hybrid.writing import TextSoFar, Writer
+from edgelab.deployments.hybrid.server.replies import Reply, Written
+from edgelab.deployments.hybrid.server.service import Service
+from edgelab.deployments.hybrid.server.turns import Turns
+from edgelab.deployments.hybrid.server.writing import TextSoFar, Writer
 from edgelab.errors import EdgeLabError
 from edgelab.runtimes.streaming import conversation_ids
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelab import recipes, runtimes
-from edgelab.deployments.hybrid.limits import Limits
-from edgelab.deployments.hybrid.messages import Refusal
+from edgelab.deployments.hybrid.server.limits import Limits
+from edgelab.deployments.hybrid.server.messages import Refusal
 from edgelab.deployments.partition.stage import Stage
 from edgelab.errors import EdgeLabError
 from edgelab.reference import EMBEDDED, load_tokenizer, resolve

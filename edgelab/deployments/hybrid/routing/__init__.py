@@ -1,0 +1,1 @@
+"""Which requests go to the cloud, and what that is worth."""

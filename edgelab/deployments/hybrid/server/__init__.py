@@ -1,0 +1,1 @@
+"""The cloud: any recipe behind HTTP, in a process of its own."""

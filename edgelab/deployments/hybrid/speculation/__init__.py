@@ -1,0 +1,1 @@
+"""Drafted at the edge, verified in the cloud."""
