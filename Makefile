@@ -216,7 +216,7 @@ distilling: fetch
 	$(BIN)/edgelab compare none $(HALF) $(LESSONS) $(OTHER_RATES) --only quality
 	for seed in 0 1; do $(BIN)/edgelab compare none "$(HALF) + $(TAUGHT)" "$(HALF) + $(UNTAUGHT)" --only quality --seed $$seed; done
 	$(BIN)/edgelab compare none "$(NAMED_HALF) + $(TAUGHT)" "$(NAMED_HALF) + $(UNTAUGHT)" --only quality --seed 2
-	$(BIN)/edgelab compare none "none @ llamacpp" "$(HALF) + $(TAUGHT)" "$(HALF) + $(TAUGHT) + $(INT4) @ llamacpp" \
+	$(BIN)/edgelab compare none "$(HALF) + $(TAUGHT)" "$(HALF) + $(TAUGHT) + $(INT4) @ llamacpp" \
 		"$(INT4) @ llamacpp" --seed 1
 	$(BIN)/edgelab compare none "$(HALF) + $(TAUGHT)" --only tasks --seed 1
 	$(BIN)/edgelab ledger export data/reference/distilling.jsonl
