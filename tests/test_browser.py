@@ -238,6 +238,41 @@ def test_an_adapter_is_trained_live_and_a_hotter_teacher_is_covered_by_more(
         expect(trials.get_by_role("button", name="Measure live")).to_be_enabled()
 
 
+@pytest.mark.browser
+@pytest.mark.embedded
+def test_a_fleet_is_planned_anew_and_a_device_killed_in_mid_sentence(
+    chromium: str, home: Path, tmp_path: Path
+) -> None:
+    cells = [
+        "from edgelab.widgets.fleet import fleet_editor",
+        "fleet_editor()",
+        "from edgelab.widgets.partition import live_partition",
+        "live_partition(tokens=60)",
+    ]
+    _write(tmp_path / "fleet.ipynb", cells)
+    with jupyterlab(tmp_path, home, "fleet.ipynb") as address, opened(chromium, address) as page:
+        editor = page.locator(".widget-vbox", has=page.locator(".edgelab-plan")).first
+        plan = editor.locator(".edgelab-plan")
+        before = float(plan.get_attribute("data-ms"))
+        handle = editor.locator(".widget-slider", has_text="Cloud").locator(".noUi-handle")
+        handle.focus()
+        for _ in range(6):
+            handle.press("ArrowRight")
+        expect(plan).not_to_have_attribute("data-ms", f"{before:.3f}", timeout=20_000)
+        assert float(plan.get_attribute("data-ms")) < before
+        assert editor.locator("img").get_attribute("alt")
+
+        running = page.locator(".widget-vbox", has=page.get_by_role("button", name="Write")).first
+        write, kill = (running.get_by_role("button", name=name) for name in ("Write", "Kill a device"))
+        expect(kill).to_be_disabled()
+        write.click()
+        expect(kill).to_be_enabled(timeout=240_000)
+        kill.click()
+        expect(running.get_by_text("was lost: noticed in")).to_be_visible(timeout=60_000)
+        expect(running.get_by_text("Done.")).to_be_visible(timeout=60_000)
+        expect(write).to_be_enabled()
+
+
 def _write(file: Path, cells: list[str]) -> None:
     """A notebook of some code cells."""
     kernel = {"name": "python3", "display_name": "Python 3"}  # without one JupyterLab asks for it
