@@ -45,7 +45,7 @@ def test_every_measurement_fills_declared_fields_and_no_two_the_same():
     filled = [name for one in known.values() for name in one.fields]
     assert len(filled) == len(set(filled)) and set(filled) <= set(FIELDS)
     assert {one.part for one in known.values()} == {
-        *("variant", "quality", "speed", "memory", "tasks", "extraction", "requests"),
+        *("variant", "quality", "speed", "memory", "tasks", "extraction", "requests", "privacy"),
     }
 
 
@@ -65,7 +65,8 @@ def test_only_names_parts(entropy):
     assert {one.part for one in chosen("entropy, quality")} == {"entropy", "quality", "variant"}
     assert "tasks" not in {one.part for one in chosen(None)}
     with pytest.raises(
-        UnknownMeasurement, match=r"only=size is none of entropy, extraction, memory, quality, requests, speed, tasks\."
+        UnknownMeasurement,
+        match=r"size is none of entropy, extraction, memory, privacy, quality, requests, speed, tasks\.",
     ):
         chosen("size")
 

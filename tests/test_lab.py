@@ -156,7 +156,7 @@ def test_a_candidate_that_dies_is_the_one_named(settings, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"only": "size"}, "none of extraction, memory, quality, requests, speed, tasks"),
+        ({"only": "size"}, "none of extraction, memory, privacy, quality, requests, speed, tasks"),
         ({"windows": 0}, "from 1 on"),
         ({"protocol": "gptq"}, "use one of edgelab-512"),
         ({"corpus": "nowhere"}, "There is no corpus"),

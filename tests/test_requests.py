@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgelab import recipes, tasks
-from edgelab.deployments.hybrid import Cascade, CloudAlone, Speculative, Split
+from edgelab.deployments.hybrid import Cascade, CloudAlone, Redact, Speculative, Split
 from edgelab.deployments.hybrid.answering import Answer, Edge, start
 from edgelab.deployments.hybrid.split import payload_bytes
 from edgelab.devices.prices import Prices, prices
@@ -172,6 +172,26 @@ def test_a_cloud_that_is_gone_costs_no_request_its_answer(made, deployment):
     assert [one.text for one in later] == texts
     assert all(one.by == "edge" and one.wanted_cloud and one.said for one in later)
     assert "is not asked" in later[-1].said  # the breaker is open
+
+
+def test_what_a_policy_lets_out(made, monkeypatch):
+    """Nothing, what is harmless, placeholders, or everything; the edge answers the rest."""
+    monkeypatch.setenv("EDGELAB_FAST", "1")
+    leaked, cloud = {}, {}
+    for policy in ("edge", "local", "redact", "cloud"):
+        service = made(Redact(link="ethernet", policy=policy))
+        items = service.items()
+        found = [service.private(item) for item in items]
+        leaked[policy] = service.leaked(found)
+        cloud[policy] = [one.answer.by == "cloud" for one in found]
+        assert all(one.sent is None for one in found) == (policy == "edge")
+        service.close()
+    holds = [bool(item.entities) for item in items]
+    assert any(holds) and not all(holds)
+    assert leaked == {"edge": 0, "local": 0, "redact": 0, "cloud": 1}
+    assert not any(cloud["edge"])
+    assert cloud["local"] == [not one for one in holds]
+    assert all(cloud["redact"]) and all(cloud["cloud"])
 
 
 def test_half_a_model_answers_nothing_without_the_other_half(made):

@@ -373,6 +373,28 @@ class Row:
         meaning="Of speculative decoding: accepted ones and one more.",
     )
     writing_sample: list[str] | None = declared("Longer answers", "requests")
+    leaked_share: float | None = declared(
+        "Personal data sent to the cloud", "requests", unit="share of entities", **LOWER, heading="leaked", form=".0%",
+        meaning="E-mail, telephone, card, IBAN and IP, in messages of our own: sent as they are ÷ present.",
+    )  # fmt: skip
+    private_right: float | None = declared(
+        "Questions about such messages answered rightly",
+        "requests",
+        unit="share of items",
+        **HIGHER,
+        form=".1%",
+    )
+    private_ms_p50: float | None = declared(
+        "Time of such a question, median", "requests", unit="ms", **LOWER, within="machine", form=",.0f"
+    )
+    private_cloud_share: float | None = declared(
+        "Such questions answered by the cloud", "requests", unit="share of requests", form=".0%"
+    )
+    private: str | None = declared(
+        "How such questions were answered",
+        "requests",
+        meaning="JSON: right answers by what is asked for, and samples.",
+    )
     served: str | None = declared(
         "How requests were served", "requests",
         meaning="JSON: threshold, scores and times of every request, what went wrong on the way.",

@@ -110,6 +110,23 @@ class Speculative(Shared):
             raise RecipeError(f"speculative:temperature={self.temperature} should be at least 0.")
 
 
+@deployment("redact", shown=("cloud", "link", "policy"))
+@dataclass(frozen=True, kw_only=True)
+class Redact(Shared):
+    """The cloud answers what a policy lets out; personal data is found by its form, and put back into the answer.
+
+    cloud: recipe in parentheses that the cloud runs. link: between them, of data/links.csv. edge: engine of the part
+    that the recipe describes. deadline_s: for a request. policy: edge, nothing leaves; local, what holds personal data
+    stays; redact, it leaves with placeholders in the place of personal data; cloud, all leaves as it is.
+    """
+
+    policy: Literal["edge", "local", "redact", "cloud"] = "redact"
+
+    service: ClassVar[str] = "edgelab.deployments.hybrid.redacting:Redacting"
+    packages: ClassVar[tuple[str, ...]] = (*Shared.packages, "presidio-analyzer")
+    parts: ClassVar[tuple[str, ...]] = ("privacy",)
+
+
 @deployment("split", shown=("link", "cut"))
 @dataclass(frozen=True, kw_only=True)
 class Split:
