@@ -185,7 +185,6 @@ def test_what_a_policy_lets_out(made, monkeypatch):
         leaked[policy] = service.leaked(found)
         cloud[policy] = [one.answer.by == "cloud" for one in found]
         assert all(one.sent is None for one in found) == (policy == "edge")
-        service.close()
     holds = [bool(item.entities) for item in items]
     assert any(holds) and not all(holds)
     assert leaked == {"edge": 0, "local": 0, "redact": 0, "cloud": 1}
