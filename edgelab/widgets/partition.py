@@ -96,6 +96,7 @@ class _Writer:
     def _offer(self) -> None:
         runs = stages(self.cluster.plan.placement)
         self.which.options = [self.cluster.problem.names[run.device] for run in runs if run.device != 0]
+        self.which.value = next(iter(self.which.options), None)  # a new list chooses nothing by itself
         self.which.disabled = self.button.disabled = not self.which.options
 
     def _say(self, seconds: float, first: str = "") -> None:
