@@ -93,7 +93,8 @@ def rows() -> Iterator[tuple[str, str, str]]:
             f"{cell.planned_ms:.1f} ({cell.error_percent:+.0f} %)" if cell.planned_ms > 0 else "does not fit"
         )
         yield f"{cell.model}, {cell.planner}: ms per token, published {cell.published_ms:.1f}", said, bound
-        said = f"{cell.planned_tok_s:.2f} ({cell.tok_s_error_percent:+.0f} %), always full {cell.full_pipeline_tok_s:.0f}"
+        said = f"{cell.planned_tok_s:.2f} ({cell.tok_s_error_percent:+.0f} %)"
+        said += f", always full {cell.full_pipeline_tok_s:.0f}"
         if cell.planned_ms > 0:
             yield f"{cell.model}, {cell.planner}: tokens/s, published {cell.published_tok_s:.2f}", said, bound
 

@@ -131,7 +131,9 @@ class Deployment(Protocol):
     packages: ClassVar[tuple[str, ...]]  # beside PyTorch, whose versions decide what it does
     in_torch: ClassVar[bool]  # it runs the stored variant itself, and needs no parity gate
     timed: ClassVar[bool]  # its time and memory mean something
-    parts: ClassVar[tuple[str, ...]]  # of a row, where it answers requests and nothing else can be asked of it
+    parts: ClassVar[
+        tuple[str, ...]
+    ]  # of a row, where it answers requests and nothing else can be asked of it
 
 
 TECHNIQUES: dict[str, type[Technique]] = {}
@@ -163,6 +165,7 @@ def deployment(name: str, version: int = 1, shown: tuple[str, ...] = ()) -> Call
     def enter(kind: type) -> type:
         _enter(DEPLOYMENTS, name, kind)
         kind.name, kind.version, kind.shown = name, version, shown
+        kind.parts = getattr(kind, "parts", ())
         return kind
 
     return enter

@@ -10,11 +10,12 @@ from edgelab.network import Link, LinkError, Proxy
 
 
 async def echo(reader, writer):
-    while piece := await reader.read(65536):
-        writer.write(piece)
-        await writer.drain()
-    writer.close()
-    await writer.wait_closed()
+    try:
+        while piece := await reader.read(65536):
+            writer.write(piece)
+            await writer.drain()
+    finally:  # a test may end before all that was said has come
+        writer.close()
 
 
 async def sent(link: Link, message: bytes, answer: int | None = None) -> tuple[float, bytes, Proxy]:

@@ -298,7 +298,7 @@ def _measured(
     recipe: Recipe | Plain, only: str | None, described: dict[str, Measurement]
 ) -> tuple[Measurement, ...]:
     """The measurements that `only` comes to for a recipe: a deployment that answers requests has parts of its own."""
-    parts, asked = getattr(recipe.deployment, "parts", ()), chosen(only, described)
+    parts, asked = recipe.deployment.parts, chosen(only, described)
     if not parts:
         return tuple(asked)
     if only is None:
