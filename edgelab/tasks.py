@@ -242,6 +242,11 @@ def _words(sentence: str) -> set[str]:
     return set(re.findall(r"\w+", sentence.lower()))
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Tokens of a sequence that begins with a prompt."""
+    return opening(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What a sequence begins with: the BOS token where the tokenizer itself puts one, else nothing."""
     return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]

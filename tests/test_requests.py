@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -191,6 +192,21 @@ def test_what_a_policy_lets_out(made, monkeypatch):
     assert not any(cloud["edge"])
     assert cloud["local"] == [not one for one in holds]
     assert all(cloud["redact"]) and all(cloud["cloud"])
+
+
+def test_a_deadline_is_that_of_all_rounds_together(made, monkeypatch):
+    """Each round takes less than the deadline, and all of them more: the edge writes alone."""
+    service = made(Speculative(link="ethernet", draft=1, deadline_s=1.0))
+    ask = service.remote.cloud.verify
+
+    def slowly(*given, **settings):
+        time.sleep(0.4)
+        return ask(*given, **settings)
+
+    monkeypatch.setattr(service.remote.cloud, "verify", slowly)
+    answer = service.answer(dataclasses.replace(REQUESTS[0], tokens=30))
+    assert (answer.by, answer.wanted_cloud) == ("edge", True)
+    assert "too little to ask the cloud" in answer.said
 
 
 def test_half_a_model_answers_nothing_without_the_other_half(made):

@@ -12,12 +12,10 @@ import os
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgelab import corpora, recipes, reference, runtimes
 from edgelab.corpora import TokenizedText
-from edgelab.deployments.hybrid import answering
-from edgelab.deployments.hybrid.answering import Answering
 from edgelab.measure import (
     Asked,
     energy,
@@ -35,6 +33,9 @@ from edgelab.model.shapes import skeleton
 from edgelab.runtimes.session import Session
 from edgelab.storage import variants
 from edgelab.storage.description import Description
+
+if TYPE_CHECKING:
+    from edgelab.deployments.hybrid.answering import Answering
 
 
 class Bench:
@@ -91,6 +92,8 @@ class Bench:
 
     @cached_property
     def service(self) -> Answering:
+        from edgelab.deployments.hybrid import answering  # with statistics, which no other row needs
+
         return answering.start(self.recipe.deployment, self.folder, self.tokenizer, self.model, self.seed)
 
     @cached_property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -126,7 +126,7 @@ def prerequisites(question: Question) -> Iterable[Question]:
 def inside(recipe: Recipe | Plain) -> Iterable[Recipe]:
     """Recipes among the settings of a technique or of the deployment, made of the same model: a teacher, a cloud."""
     for made in (*recipe.techniques, recipe.deployment):
-        for setting in fields(made) if is_dataclass(made) else ():
+        for setting in fields(made):
             value = getattr(made, setting.name)
             if isinstance(value, Recipe) and not getattr(made, "model", ""):
                 yield value

@@ -271,7 +271,9 @@ def _may_read(recipe: Plain) -> bool:
     nested = any(_may_read(value) for _, value in values if isinstance(value, Plain))
     texts = [(name, value) for name, value in values if isinstance(value, str) and value]
     return nested or any(
-        name in ("model", "fleet") or corpora.EXTRACTION in value.split("/") or assets.find(value) is not None
+        name in ("model", "fleet", "link")
+        or corpora.EXTRACTION in value.split("/")
+        or assets.find(value) is not None
         for name, value in texts
     )
 

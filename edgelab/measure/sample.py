@@ -30,8 +30,7 @@ def write(
     session: Session, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = tasks.NEW_TOKENS
 ) -> str:
     """The text a session writes after a prompt, always the most likely token, up to the end-of-text token."""
-    ids = tasks.opening(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    written = [session.prefill(ids)]
+    written = [session.prefill(tasks.prompt_ids(tokenizer, prompt))]
     while len(written) < tokens and written[-1] != tokenizer.eos_token_id:
         written.append(session.decode(written[-1]))
     return tokenizer.decode(written, skip_special_tokens=True)

@@ -14,7 +14,7 @@ import torch
 
 from edgelab import runtimes
 from edgelab.deployments.hybrid.routing.scores import answer_scores
-from edgelab.tasks import Request, opening
+from edgelab.tasks import Request, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ class Edge(Answering):
 
     def ids(self, prompt: str) -> list[int]:
         """Tokens of a prompt, as a sequence begins with them."""
-        return opening(self.tokenizer) + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return prompt_ids(self.tokenizer, prompt)
 
     def text(self, ids: list[int]) -> str:
         """What tokens say."""

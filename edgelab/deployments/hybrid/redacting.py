@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgelab import assets
 from edgelab.deployments.hybrid.answering import Answer
-from edgelab.deployments.hybrid.cascading import WithCloud
+from edgelab.deployments.hybrid.cascading import AllInCloud
 from edgelab.deployments.hybrid.client.failures import CloudError
 from edgelab.deployments.hybrid.privacy import Redacted, leakage, outgoing
 from edgelab.deployments.hybrid.prompts import Prompt, is_right, load
@@ -35,7 +35,7 @@ class Private:
         return is_right(self.answer.text, self.item)
 
 
-class Redacting(WithCloud):
+class Redacting(AllInCloud):
     """A cloud that is asked as a policy allows, and the edge for everything else."""
 
     settings: Redact
@@ -45,14 +45,6 @@ class Redacting(WithCloud):
         found = load("held_out")
         count = PROMPTS_FAST if assets.fast() else PROMPTS
         return found[:: max(len(found) // count, 1)][:count]
-
-    def answer(self, request: Request) -> Answer:
-        """A request as it is, without any look at its text: what the policy "cloud" does."""
-        begun = time.perf_counter()
-        try:
-            return self.ask(request, begun, ())
-        except CloudError as error:
-            return self.edge.alone(request, begun, str(error))
 
     def private(self, item: Prompt) -> Private:
         """Ask about a message. Finding personal data is work of the edge, and its time counts."""

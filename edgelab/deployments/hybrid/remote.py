@@ -52,13 +52,18 @@ class Remote:
 
         Raises CloudError where it does not, or has failed several times in a row and is left alone for a while.
         """
+        self.cloud.deadline_s = self.left_s(deadline_s, begun)
+        return self.breaker.call(lambda: what(self.cloud))
+
+    @staticmethod
+    def left_s(deadline_s: float, begun: float) -> float:
+        """Seconds of a deadline that are left. Raises CloudSlow where they are too few to ask the cloud."""
         left = deadline_s - (time.perf_counter() - begun)
         if left < LEAST_S:
             raise CloudSlow(
-                f"Of {deadline_s:g} s for a request {left:.2f} are left, too little to ask the cloud."
+                f"Of {deadline_s:g} s for a request {max(left, 0):.2f} are left, too little to ask the cloud."
             )
-        self.cloud.deadline_s = left
-        return self.breaker.call(lambda: what(self.cloud))
+        return left
 
     def close(self) -> None:
         """End the server, the link and the connections."""

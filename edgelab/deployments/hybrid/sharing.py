@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from edgelab.deployments.hybrid.answering import Answer, Answering
 from edgelab.deployments.hybrid.cascading import WithCloud
@@ -20,7 +21,7 @@ from edgelab.deployments.hybrid.speculation.drafting import Adaptive, Counts, Dr
 from edgelab.deployments.partition.stage import Stage
 from edgelab.recipes import parse
 from edgelab.storage import variants
-from edgelab.tasks import Request, opening
+from edgelab.tasks import Request, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,14 @@ class Drafted(WithCloud):
         before = meter.sent, meter.received
 
         def verified(cloud: Cloud) -> tuple[list[int], Counts]:
-            verify = cloud.verifier(ids, self.settings.temperature)
+            ask = cloud.verifier(ids, self.settings.temperature)
+
+            def verify(step: int, draft: list[int], probabilities: Tensor | None) -> tuple[int, int]:
+                cloud.deadline_s = self.remote.left_s(
+                    self.settings.deadline_s, begun
+                )  # of all rounds together
+                return ask(step, draft, probabilities)
+
             loop = Drafting(
                 self.edge.session, verify, self.draft, pipelined=self.settings.pipelined,
                 temperature=self.settings.temperature, stop=[self.edge.tokenizer.eos_token_id],
@@ -88,7 +96,7 @@ class Halved(Answering):
 
     def answer(self, request: Request) -> Answer:
         begun = time.perf_counter()
-        ids = opening(self.tokenizer) + self.tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
+        ids = prompt_ids(self.tokenizer, request.prompt)
         name, written, spans = secrets.token_urlsafe(16), [], []
         sent = received = 0
         given, position = torch.tensor(ids), 0
