@@ -238,7 +238,11 @@ def test_a_fresh_export_that_llama_cpp_does_not_load_is_not_advised_to_be_writte
         assert "remove" not in str(refused.value)
 
 
-def test_nothing_is_said_on_the_way(new_model, tmp_path, capfd):
+@pytest.mark.parametrize("taken", [False, True])
+def test_nothing_is_said_on_the_way(taken, new_model, tmp_path, capfd):
+    """Also where somebody else, as llama.cpp's own server does, has taken the log of the process."""
+    if taken:
+        llama_c.library().llama_log_set(llama_c.Logger(), None)  # none of ours: llama.cpp writes to stderr itself
     engine = started(saved(INT4, new_model("llama"), tmp_path / "variant"))
     engine.prefill(IDS)
     engine.close()
@@ -262,7 +266,7 @@ def test_refusals(text, sentence, new_model, tmp_path):
 
 
 def test_without_the_package_one_sentence(new_model, monkeypatch):
-    llama_c.library.cache_clear()
+    llama_c.opened.cache_clear()
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(EngineMissing, match=r"pip install --editable '.\[runtimes\]'"):
         llama_c.library()
@@ -271,7 +275,7 @@ def test_without_the_package_one_sentence(new_model, monkeypatch):
 
 
 def test_another_layout_is_refused(monkeypatch):
-    llama_c.library.cache_clear()
+    llama_c.opened.cache_clear()
     monkeypatch.setitem(llama_c.DEFAULTS, "n_batch", 4096)
     with pytest.raises(LlamaError, match="another layout"):
         llama_c.library()

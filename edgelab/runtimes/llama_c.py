@@ -141,9 +141,18 @@ def _listen(level: int, text: bytes, data: int) -> None:
         said.append(text.decode(errors="replace").strip())
 
 
-@cache
 def library() -> ctypes.CDLL:
-    """llama.cpp, ready for use and silent. Raises EngineMissing without the package, LlamaError where it is foreign."""
+    """llama.cpp, ready for use and silent. Raises EngineMissing without the package, LlamaError where it is foreign.
+
+    The process has one log, and a server of llama.cpp started in it takes the log over: it is taken back at every call.
+    """
+    found = opened()
+    found.llama_log_set(_listen, None)
+    return found
+
+
+@cache
+def opened() -> ctypes.CDLL:
     try:
         from xllamacpp import xllamacpp as package
     except ImportError:
@@ -155,7 +164,7 @@ def library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except AttributeError as error:
         raise LlamaError(f"This build of xllamacpp hides llama.cpp's C functions ({error}).") from None
-    found.llama_log_set(_listen, None)
+    found.llama_log_set(_listen, None)  # before its first words
     found.llama_backend_init()
     defaults = found.llama_context_default_params()
     if any(getattr(defaults, name) != value for name, value in DEFAULTS.items()):
