@@ -10,7 +10,7 @@ TORCH := $(shell sed -n '/^torch==/p' requirements.lock)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup fetch lab compare test phone browser compiler docs notebooks reference removing distilling adapting partitioning lint format bench engines peers lock clean
+.PHONY: help setup fetch lab compare test phone browser compiler docs notebooks reference removing distilling adapting partitioning hybrid lint format bench engines peers lock clean
 
 help:
 	@echo "make compare    compare a first set of recipes on this machine, write results/report.html"
@@ -117,8 +117,8 @@ notebooks: fetch
 	$(BIN)/python notebooks/build.py check
 
 # The project's own rows, measured anew in a home of their own on the reference machine, and the picture of the README.
-# Twelve hours on two quiet cores: training, tasks, engines, removing, distilling and adapting take more than an hour
-# each. An interrupted call goes on at the next; remove the folders in results first to begin anew.
+# Twelve hours on two quiet cores: training, tasks, engines, removing, distilling, adapting and hybrid take more than an
+# hour each. An interrupted call goes on at the next; remove the folders in results first to begin anew.
 # Techniques are compared with the embedding in 8 bits: under a float one, half of the bytes are not theirs. That stage
 # costs nothing once the layers are made, so there are rows with and without it.
 SMALL := + quantize.embedding
@@ -177,7 +177,7 @@ RECOVERED := $(foreach recipe,prune.wanda:by_layer=measured prune.heads:groups=2
 ON_ENGINES := $(foreach engine,onnxruntime llamacpp,$(foreach recipe,none prune.layers:keep=20 prune.channels \
 	prune.heads:groups=2,"$(recipe) @ $(engine)"))
 reference: export EDGELAB_HOME := $(CURDIR)/results/reference
-reference: phone removing distilling adapting partitioning
+reference: phone removing distilling adapting partitioning hybrid
 	$(BIN)/edgelab compare $(MEASURED)
 	$(BIN)/edgelab compare $(SCORED) $(BARE) $(TRAINED) --only quality
 	$(BIN)/edgelab compare $(COMPILED) --only speed
@@ -210,6 +210,7 @@ LOSSES := loss=kl loss=ce loss=kl,hidden=1 loss=kl,temperature=2 loss=kl,learnin
 LESSONS := $(foreach lesson,$(LOSSES),"$(HALF) + distill:$(lesson),steps=61")
 TAUGHT := distill:loss=kl,minutes=10,learning_rate=0.001
 UNTAUGHT := distill:loss=ce,minutes=10
+TWO_THIRDS := prune.layers:drop=12/13/14/15/16/17/18/19/25/26 + $(TAUGHT)
 OTHER_RATES := "$(HALF) + distill:loss=kl,minutes=10" "$(HALF) + $(UNTAUGHT),learning_rate=0.001"
 distilling: export EDGELAB_HOME := $(CURDIR)/results/distilling
 distilling: fetch
@@ -219,6 +220,7 @@ distilling: fetch
 	$(BIN)/edgelab compare none "$(HALF) + $(TAUGHT)" "$(HALF) + $(TAUGHT) + $(INT4) @ llamacpp" \
 		"$(INT4) @ llamacpp" --seed 1
 	$(BIN)/edgelab compare none "$(HALF) + $(TAUGHT)" --only tasks --seed 1
+	$(BIN)/edgelab compare none "$(TWO_THIRDS)" "$(TWO_THIRDS) + $(INT4) @ llamacpp" --only quality,speed,memory
 	$(BIN)/edgelab ledger export data/reference/distilling.jsonl
 
 # Adapters for stories, code and orders: ranks, learning rates, all weights as the control, packed bases, merging. Each
@@ -235,7 +237,7 @@ ORDERS := lora:corpus=extraction,length=128,steps=120 "$(SPARE) + qlora:corpus=e
 	recover:loss=ce,corpus=extraction,length=128,steps=120,learning_rate=0.0001
 adapting: export EDGELAB_HOME := $(CURDIR)/results/adapting
 adapting: fetch
-	$(BIN)/edgelab compare none $(WAYS) $(BASES) lora:corpus=stories,minutes=3 --only quality --corpus stories
+	$(BIN)/edgelab compare none $(WAYS) $(BASES) --only quality --corpus stories
 	$(BIN)/edgelab compare none $(WAYS) $(BASES) --only quality
 	$(BIN)/edgelab compare none lora:corpus=code,steps=60 --only quality --corpus code
 	$(BIN)/edgelab compare none $(ORDERS) --only extraction
@@ -252,6 +254,24 @@ partitioning: fetch
 		"quantize.rtn:bits=4 @ partition:fleet=edgeshard" --only speed,memory
 	$(BIN)/edgelab compare none "$(SPLIT)" "$(SPLIT),wire=float16" "$(SPLIT),wire=int8" --only quality
 	$(BIN)/edgelab ledger export data/reference/partition.jsonl
+
+# Edge and cloud on this machine, which answer in turns, and the link between them. The edge is half a model, taught in
+# five minutes' tokens; 4 bits on llama.cpp are an edge that leaves little to route. An hour; nothing else may run.
+STUDENT := prune.layers:drop=3/4/5/6/7/12/13/14/15/16/17/18/19/25/26 + distill:loss=kl,steps=122,learning_rate=0.001
+BY_LTE := cloud=(none),link=lte
+comma := ,
+HYBRID := "$(STUDENT) @ cascade:$(BY_LTE),share=0" "$(STUDENT) @ cloud:$(BY_LTE)" \
+	"$(STUDENT) @ cascade:$(BY_LTE)" "$(STUDENT) @ cascade:$(BY_LTE),score=router" \
+	"$(STUDENT) @ speculative:cloud=(none),link=wifi,draft=4" \
+	$(foreach way,draft=4 draft=4$(comma)pipelined=true adaptive=true,"$(STUDENT) @ speculative:$(BY_LTE),$(way)") \
+	"none @ split:link=lte,cut=5" "$(INT4) @ cascade:$(BY_LTE),edge=llamacpp,share=0"
+PRIVATE := $(foreach policy,edge local redact cloud,"$(STUDENT) @ redact:$(BY_LTE),policy=$(policy)")
+hybrid: export EDGELAB_HOME := $(CURDIR)/results/hybrid
+hybrid: fetch
+	$(BIN)/edgelab compare none "$(STUDENT)" --only quality
+	$(BIN)/edgelab compare none $(HYBRID) --only requests
+	$(BIN)/edgelab compare none $(PRIVATE) --only privacy
+	$(BIN)/edgelab ledger export data/reference/hybrid.jsonl
 
 lint: setup
 	$(BIN)/ruff format --check

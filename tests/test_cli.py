@@ -179,8 +179,9 @@ def test_a_plan_is_made_saved_and_read(tiny, tmp_path):
     read = edgelab("plan", "--read", saved, "--json")
     assert [json.loads(line)["device"] for line in read.stdout.splitlines()] == ["edge", "cloud"]
     formats = json.loads((tmp_path / "plan.json").read_text())["formats"]
-    assert [one["wire"] for one in formats] == ["float32", "float16", "int8"]
-    assert formats[0]["delta_nll"] == 0 and formats[0]["bytes"] > formats[1]["bytes"] > formats[2]["bytes"]
+    assert [one["wire"] for one in formats] == ["float32", "float16", "int8", "int4"]
+    assert formats[0]["delta_nll"] == 0
+    assert formats[0]["bytes"] > formats[1]["bytes"] > formats[2]["bytes"] > formats[3]["bytes"]
 
 
 def test_a_plan_of_a_published_model():

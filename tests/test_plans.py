@@ -1,5 +1,6 @@
 """Plans by recipe: what every format of the wire costs, in bytes, milliseconds, and quality where it was measured."""
 
+import dataclasses
 import math
 
 from edgelab import ledger
@@ -35,6 +36,14 @@ def test_each_format_has_a_plan_of_its_own():
     found = plan_from_shape(RECIPE, "Llama-2-7B")
     own = {one["wire"]: one for one in formats(found, RECIPE)}
     assert own["float32"]["ms"] == found.predicted.tpot_ms
-    assert own["float32"]["ms"] >= own["float16"]["ms"] >= own["int8"]["ms"]
+    assert own["float32"]["ms"] >= own["float16"]["ms"] >= own["int8"]["ms"] >= own["int4"]["ms"]
     hops = own["float32"]["said"].count(">")
     assert own["float32"]["bytes"] == hops * 16_384 + 4
+
+
+def test_a_format_that_cannot_hold_the_states_says_why():
+    found = plan_from_shape(RECIPE, "Llama-2-7B")
+    odd = dataclasses.replace(found, profile=dataclasses.replace(found.profile, hidden_size=4095))
+    by_wire = {one["wire"]: one for one in formats(odd, RECIPE)}
+    assert math.isnan(by_wire["int4"]["bytes"]) and "4095 is odd" in by_wire["int4"]["said"]
+    assert by_wire["int8"]["bytes"] % (4095 + 4) == 4

@@ -1,16 +1,22 @@
 """Requests that a deployment answers: items by hand, edge alone, a cloud behind a link, and a cloud that is gone."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 import time
 
 import numpy as np
 import pytest
 
-from edgelab import recipes, tasks
-from edgelab.deployments.hybrid import Cascade, CloudAlone, Redact, Speculative, Split
+from edgelab import assets, recipes, tasks
+from edgelab.deployments import hybrid
+from edgelab.deployments.hybrid import Cascade, CloudAlone, Redact, Speculative, Split, prompts
 from edgelab.deployments.hybrid.answering import Answer, Edge, start
+from edgelab.deployments.hybrid.client.failures import CloudDown
+from edgelab.deployments.hybrid.redacting import TOKENS
 from edgelab.deployments.hybrid.split import payload_bytes
+from edgelab.devices import prices as price_table
 from edgelab.devices.prices import Prices, prices
 from edgelab.measure.requests import taken
 from edgelab.recipes import RecipeError, parse
@@ -96,14 +102,58 @@ def test_deployments_that_cannot_be(text, said):
 
 
 @pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder with copies of the prices and messages, which is read in place of data/."""
+    shutil.copy(assets.data_dir() / "prices.csv", tmp_path)
+    (tmp_path / "privacy").mkdir()
+    shutil.copy(assets.data_dir() / "privacy" / "prompts.jsonl", tmp_path / "privacy")
+    for module in (hybrid, price_table):
+        monkeypatch.setattr(module, "data_dir", lambda: tmp_path)
+    return tmp_path
+
+
+PRICED, PRIVATE = (CloudAlone(), Cascade(), Speculative(), Split()), Redact()
+
+
+def test_other_prices_ask_again_what_has_a_price(data):
+    file = data / "prices.csv"
+    before = [one.reads() for one in (*PRICED, PRIVATE)]
+    said = file.read_text()
+    file.write_text(said.replace("as listed by", "as told by"))  # a source is no price
+    assert [one.reads() for one in (*PRICED, PRIVATE)] == before
+    file.write_text(said.replace("cloud_output,0.22", "cloud_output,0.44"))
+    assert all(one.reads() != known for one, known in zip(PRICED, before, strict=False))
+    assert PRIVATE.reads() == before[-1]
+    assert recipes.reads(PRICED[0]) != before[0]  # as a question asks
+
+
+def test_other_messages_ask_again_what_is_asked_about_them(data):
+    file = data / "privacy" / "prompts.jsonl"
+    before = [one.reads() for one in (*PRICED, PRIVATE)]
+    file.write_text(file.read_text().partition("\n")[2])
+    assert [one.reads() for one in PRICED] == before[:-1]
+    assert PRIVATE.reads() != before[-1]
+
+
+@pytest.mark.embedded
+def test_an_answer_has_room_for_the_longest_entity():
+    tokenizer = load_tokenizer(resolve("embedded"))
+    lengths = [
+        len(tokenizer.encode(f" {item.answer}", add_special_tokens=False))
+        for item in prompts.load("held_out")
+    ]
+    assert max(lengths) + 4 <= TOKENS
+
+
+@pytest.fixture
 def made(tiny):
-    """`made(deployment)`: what answers, over the tiny model at the edge and in the cloud."""
+    """`made(deployment, seed)`: what answers, over the tiny model at the edge and in the cloud."""
     opened = []
 
-    def make(deployment):
+    def make(deployment, seed=0):
         source = resolve(str(tiny))
         folder = variants.build(parse("none"), source, 0, lambda done, total: None)
-        opened.append(start(deployment, folder, load_tokenizer(source), str(tiny), 0))
+        opened.append(start(deployment, folder, load_tokenizer(source), str(tiny), seed))
         return opened[-1]
 
     yield make
@@ -192,6 +242,58 @@ def test_what_a_policy_lets_out(made, monkeypatch):
     assert not any(cloud["edge"])
     assert cloud["local"] == [not one for one in holds]
     assert all(cloud["redact"]) and all(cloud["cloud"])
+
+
+def losing(monkeypatch, cloud, method, working):
+    """Let the answers to a method of the client be lost, all but the first few."""
+    ask, calls = getattr(cloud, method), itertools.count()
+
+    def lost(*given, **settings):
+        found = ask(*given, **settings)
+        if next(calls) >= working:
+            raise CloudDown("The answer was lost.")
+        return found
+
+    monkeypatch.setattr(cloud, method, lost)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "method", "working"),
+    [
+        (CloudAlone(link="ethernet"), "complete", 0),
+        (Cascade(link="ethernet", threshold=1e9), "complete", 0),
+        (Speculative(link="ethernet", draft=1), "verify", 2),
+        (Split(link="ethernet", cut=1), "hidden", 2),
+    ],
+)
+def test_what_travelled_in_vain_counts(made, monkeypatch, deployment, method, working):
+    service = made(deployment)
+    losing(monkeypatch, service.remote.cloud, method, working)
+    answer = service.answer(REQUESTS[0])
+    assert answer.by == ("nobody" if method == "hidden" else "edge")
+    assert answer.said == "The answer was lost."
+    assert answer.sent_bytes == service.remote.proxy.traffic.up > 0
+    assert answer.received_bytes == service.remote.proxy.traffic.down > 0
+
+
+def test_what_travelled_for_a_message_counts_answered_or_not(made, monkeypatch):
+    service = made(Redact(link="ethernet", policy="cloud"))
+    item, passed = service.items()[0], service.remote.proxy.traffic
+    found = service.private(item).answer
+    assert (found.by, found.sent_bytes, found.received_bytes) == ("cloud", passed.up, passed.down)
+    losing(monkeypatch, service.remote.cloud, "complete", 0)
+    lost = service.private(item).answer
+    assert lost.by == "edge"
+    assert found.sent_bytes + lost.sent_bytes == passed.up > found.sent_bytes
+    assert found.received_bytes + lost.received_bytes == passed.down > found.received_bytes
+
+
+def test_a_seed_fixes_what_is_sampled(made):
+    one, other = (made(Speculative(link="ethernet", draft=3, temperature=1.0), seed) for seed in (1, 2))
+    request = dataclasses.replace(REQUESTS[0], tokens=16)
+    first, again, different = (service.answer(request) for service in (one, one, other))
+    assert {first.by, again.by, different.by} == {"cloud"}
+    assert first.text == again.text != different.text
 
 
 def test_a_deadline_is_that_of_all_rounds_together(made, monkeypatch):

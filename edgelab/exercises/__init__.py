@@ -8,6 +8,7 @@ from edgelab.exercises import (
     calibration,
     distilling,
     engines,
+    hybrid,
     measuring,
     memory,
     one_bit,

@@ -15,6 +15,14 @@ from edgelab.plots.cache import context_reach
 from edgelab.plots.devices import device_rates, published_rates, step_operations
 from edgelab.plots.distilling import covering_and_seeking, even_students, learned_over_seconds
 from edgelab.plots.engines import engines
+from edgelab.plots.hybrid import (
+    deferral,
+    draft_break_even,
+    exposed,
+    outage,
+    reliability,
+    time_line,
+)
 from edgelab.plots.memory import NEED_PARTS, gigabytes, memory_bars, training_bars
 from edgelab.plots.methods import method_lines
 from edgelab.plots.partition import (
@@ -31,6 +39,7 @@ from edgelab.plots.roofline import decode_limit, limit_tok_s, roofline
 from edgelab.plots.rows import latency, protocols, size_bars, tradeoff, window_delta
 from edgelab.plots.style import BADGE_MARKERS, FAMILY_COLOURS, NothingToDraw, label
 from edgelab.plots.training import training_curve
+from edgelab.plots.ways import policies, ways
 from edgelab.plots.weights import weight_grid
 
 __all__ = [
@@ -46,10 +55,13 @@ __all__ = [
     "context_reach",
     "covering_and_seeking",
     "decode_limit",
+    "deferral",
     "device_rates",
+    "draft_break_even",
     "engines",
     "even_students",
     "every_cut",
+    "exposed",
     "gantt",
     "gigabytes",
     "held_by_rank",
@@ -62,8 +74,10 @@ __all__ = [
     "limit_tok_s",
     "memory_bars",
     "method_lines",
+    "outage",
     "over_bandwidth",
     "part_times",
+    "policies",
     "predicted_executed",
     "predicted_measured",
     "predictions",
@@ -75,15 +89,18 @@ __all__ = [
     "rank_lines",
     "rank_sweep",
     "rate_lines",
+    "reliability",
     "roofline",
     "size_bars",
     "sparsity_allocation",
     "sparsity_lines",
     "step_operations",
+    "time_line",
     "tradeoff",
     "training_bars",
     "training_curve",
     "truth_table",
+    "ways",
     "weight_grid",
     "what_zeros_buy",
     "width_times",

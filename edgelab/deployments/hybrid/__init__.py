@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
+from edgelab.assets import data_dir, fingerprint
+from edgelab.devices.prices import prices
+from edgelab.keys import key
 from edgelab.network import find
 from edgelab.recipes import Recipe, RecipeError, deployment
+
+
+def priced() -> str:
+    """The prices that requests are counted with, as data/prices.csv says now; where they are from does not count."""
+    return f"prices {key('prices', asdict(prices()))[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +43,12 @@ class Shared:
             raise RecipeError(f"cloud=({self.cloud}) runs on one device; leave out what follows its @.")
 
     def reads(self) -> list[str]:
-        """What the link is."""
-        link = find(self.link)
-        return [repr(link), *(f"{one.method}, version {one.version}" for one in self.cloud.techniques)]
+        """What the link is, the techniques of the cloud, and the prices."""
+        return [*self._between(), priced()]
+
+    def _between(self) -> list[str]:
+        techniques = (f"{one.method}, version {one.version}" for one in self.cloud.techniques)
+        return [repr(find(self.link)), *techniques]
 
 
 @deployment("cloud", shown=("cloud", "link"))
@@ -126,6 +137,11 @@ class Redact(Shared):
     packages: ClassVar[tuple[str, ...]] = (*Shared.packages, "presidio-analyzer")
     parts: ClassVar[tuple[str, ...]] = ("privacy",)
 
+    def reads(self) -> list[str]:
+        """What the link is, the techniques of the cloud, and the messages; no part of such a row has a price."""
+        messages = fingerprint(data_dir() / "privacy" / "prompts.jsonl")
+        return [*self._between(), f"privacy {messages[:8]}"]
+
 
 @deployment("split", shown=("link", "cut"))
 @dataclass(frozen=True, kw_only=True)
@@ -155,5 +171,5 @@ class Split:
             )
 
     def reads(self) -> list[str]:
-        """What the link is."""
-        return [repr(find(self.link))]
+        """What the link is, and the prices."""
+        return [repr(find(self.link)), priced()]

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelab import runtimes
-from edgelab.deployments.hybrid.answering import Answer, Answering, Edge
+from edgelab.deployments.hybrid.answering import Answer, Edge
 from edgelab.deployments.hybrid.client.failures import CloudError
-from edgelab.deployments.hybrid.remote import Remote
+from edgelab.deployments.hybrid.remote import Remote, ThroughRemote
 from edgelab.deployments.hybrid.routing.curves import threshold_for_accuracy, threshold_for_share
 from edgelab.deployments.hybrid.routing.scores import (
     SCORES,
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from edgelab.deployments.hybrid import Cascade, CloudAlone, Shared
 
 
-class WithCloud(Answering):
+class WithCloud(ThroughRemote):
     """An engine at the edge, a cloud, and the link between them."""
 
     def __init__(
         self, deployment: Shared, folder: Path, tokenizer: PreTrainedTokenizerBase, model: str, seed: int
     ) -> None:
-        self.settings, self.link = deployment, deployment.link
+        self.settings, self.link, self.seed = deployment, deployment.link, seed
         self.edge = Edge(runtimes.load(deployment.edge, folder), tokenizer)
         try:
             self.remote = Remote(deployment.cloud, deployment.link, model, seed)
@@ -64,15 +64,13 @@ class WithCloud(Answering):
             (*earlier, ("cloud", asked, time.perf_counter() - begun)),
             tokens=len(found.ids),
             wanted_cloud=True,
-            sent_bytes=found.sent_bytes,
-            received_bytes=found.received_bytes,
             read=len(ids),
             written=len(found.ids),
         )
 
     def close(self) -> None:
         """Stop the cloud and the link, and give back the edge."""
-        self.remote.close()
+        super().close()
         self.edge.close()
 
 
@@ -81,7 +79,7 @@ class AllInCloud(WithCloud):
 
     settings: CloudAlone
 
-    def answer(self, request: Request) -> Answer:
+    def shared(self, request: Request) -> Answer:
         begun = time.perf_counter()
         try:
             return self.ask(request, begun, ())
@@ -125,7 +123,7 @@ class Cascaded(WithCloud):
             return float(self.router(features([scores]))[0])
         return scores[self.settings.score]
 
-    def answer(self, request: Request) -> Answer:
+    def shared(self, request: Request) -> Answer:
         begun = time.perf_counter()
         own = self.edge.answer(request)
         if self._score(own.scores) >= self.threshold:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 
+from edgelab.deployments.hybrid.answering import Answer, Answering
 from edgelab.deployments.hybrid.client.breaker import CircuitBreaker
 from edgelab.deployments.hybrid.client.cloud import Cloud
 from edgelab.deployments.hybrid.client.failures import CloudSlow
 from edgelab.deployments.hybrid.server.serving import Settings, started
 from edgelab.network import LOCAL, Proxies, find
 from edgelab.recipes import Recipe
+from edgelab.tasks import Request
 
 T = TypeVar("T")
 LEAST_S = 0.05  # of a deadline, below which the cloud is not asked any more
@@ -68,3 +72,28 @@ class Remote:
     def close(self) -> None:
         """End the server, the link and the connections."""
         self._stack.close()
+
+
+class ThroughRemote(Answering):
+    """A deployment that asks a cloud. Whatever travels for a request counts, also where the cloud was asked in vain."""
+
+    remote: Remote
+
+    def answer(self, request: Request) -> Answer:
+        """The answer to one request, with the bytes of all that was sent and received for it."""
+        return self.counted(lambda: self.shared(request))
+
+    @abstractmethod
+    def shared(self, request: Request) -> Answer:
+        """The answer, by the edge and the cloud; its bytes are filled in afterwards."""
+
+    def counted(self, work: Callable[[], Answer]) -> Answer:
+        """The answer that comes of some work, with the bytes that travelled meanwhile, those of failed attempts too."""
+        meter = self.remote.cloud.meter
+        sent, received = meter.sent, meter.received
+        found = work()
+        return replace(found, sent_bytes=meter.sent - sent, received_bytes=meter.received - received)
+
+    def close(self) -> None:
+        """End the cloud and the link to it."""
+        self.remote.close()

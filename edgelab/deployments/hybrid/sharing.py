@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from edgelab.deployments.hybrid.answering import Answer, Answering
+from edgelab.deployments.hybrid.answering import Answer
 from edgelab.deployments.hybrid.cascading import WithCloud
 from edgelab.deployments.hybrid.client.cloud import Cloud
 from edgelab.deployments.hybrid.client.failures import CloudError
-from edgelab.deployments.hybrid.remote import Remote
+from edgelab.deployments.hybrid.remote import Remote, ThroughRemote
 from edgelab.deployments.hybrid.speculation.drafting import Adaptive, Counts, Drafting
 from edgelab.deployments.partition.stage import Stage
 from edgelab.recipes import parse
@@ -39,14 +39,12 @@ class Drafted(WithCloud):
         self.draft = Adaptive(start=deployment.draft) if deployment.adaptive else deployment.draft
         self.counts: list[Counts] = []
 
-    def answer(self, request: Request) -> Answer:
+    def shared(self, request: Request) -> Answer:
         begun = time.perf_counter()
         ids = self.edge.ids(request.prompt)
-        meter = self.remote.cloud.meter
-        before = meter.sent, meter.received
 
         def verified(cloud: Cloud) -> tuple[list[int], Counts]:
-            ask = cloud.verifier(ids, self.settings.temperature)
+            ask = cloud.verifier(ids, self.settings.temperature, self.seed)
 
             def verify(step: int, draft: list[int], probabilities: Tensor | None) -> tuple[int, int]:
                 cloud.deadline_s = self.remote.left_s(
@@ -56,7 +54,7 @@ class Drafted(WithCloud):
 
             loop = Drafting(
                 self.edge.session, verify, self.draft, pipelined=self.settings.pipelined,
-                temperature=self.settings.temperature, stop=[self.edge.tokenizer.eos_token_id],
+                temperature=self.settings.temperature, seed=self.seed, stop=[self.edge.tokenizer.eos_token_id],
             )  # fmt: skip
             return loop.write(ids, request.tokens), loop.counts
 
@@ -69,9 +67,8 @@ class Drafted(WithCloud):
         computing = min(counts.prompt_s + counts.drafting_s, whole)
         return Answer(
             self.edge.text(written), "cloud", (("edge", 0.0, computing), ("cloud", computing, whole)), len(written),
-            wanted_cloud=True, sent_bytes=meter.sent - before[0], received_bytes=meter.received - before[1],
-            read=len(ids) + counts.drafted, written=counts.rounds, rounds=counts.rounds, drafted=counts.drafted,
-            accepted=counts.accepted,
+            wanted_cloud=True, read=len(ids) + counts.drafted, written=counts.rounds, rounds=counts.rounds,
+            drafted=counts.drafted, accepted=counts.accepted,
         )  # fmt: skip
 
     def account(self) -> dict[str, Any]:
@@ -80,7 +77,7 @@ class Drafted(WithCloud):
         return {name: sum(getattr(one, name) for one in self.counts) for name in names}
 
 
-class Halved(Answering):
+class Halved(ThroughRemote):
     """The first layers of one model here, the rest in the cloud; hidden states travel. Nobody answers without both."""
 
     badge = "packed"
@@ -94,11 +91,10 @@ class Halved(Answering):
         self.remote = Remote(recipe, deployment.link, model, seed, cut=deployment.cut)
         self.kernel = f"{deployment.cut} layers here, {deployment.wire} states, the rest in the cloud"
 
-    def answer(self, request: Request) -> Answer:
+    def shared(self, request: Request) -> Answer:
         begun = time.perf_counter()
         ids = prompt_ids(self.tokenizer, request.prompt)
         name, written, spans = secrets.token_urlsafe(16), [], []
-        sent = received = 0
         given, position = torch.tensor(ids), 0
         try:
             while len(written) < request.tokens and written[-1:] != [self.tokenizer.eos_token_id]:
@@ -111,7 +107,6 @@ class Halved(Answering):
                     begun,
                 )
                 spans += [("edge", started, here), ("cloud", here, time.perf_counter() - begun)]
-                sent, received = sent + found.cost.sent_bytes, received + found.cost.received_bytes
                 position += len(given)
                 written.append(found.id)
                 given = torch.tensor([found.id])
@@ -124,7 +119,4 @@ class Halved(Answering):
             with suppress(CloudError):
                 self.remote.direct.forget(name)
         self.stage.forget()
-        return replace(found, sent_bytes=sent, received_bytes=received, read=len(ids), written=len(written))
-
-    def close(self) -> None:
-        self.remote.close()
+        return replace(found, read=len(ids), written=len(written))

@@ -1,14 +1,8 @@
 """Split inference: the first layers at the edge, the rest in the cloud, hidden states on the wire between them.
 
 Cut k leaves the embedding and the first k layers at the edge. What has to travel is one hidden state per token, as
-many bytes at every cut: what the cut decides is the work at the edge, and how much rounding does to the answer.
-
-float32, float16, int8   as between the stages of a partition: `edgelab.deployments.partition.wire`
-int4                     states = integers * scale, two integers from -7 to 7 in a byte, one bfloat16 scale =
-                         max |state| / 7 for every GROUP channels of a token
-
-A few channels of a hidden state are hundreds of times as large as the others (Sun et al. 2024, arXiv:2402.17762). One
-scale per token would round all others to zero at 4 bits, which is why int4 has groups.
+many bytes at every cut: what the cut decides is the work at the edge, and how much rounding does to the answer. The
+formats are those between the stages of a partition, `edgelab.deployments.partition.formats`. `sharing.Halved` runs it.
 """
 
 from __future__ import annotations
@@ -19,85 +13,24 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab.deployments.partition import wire as partition
-from edgelab.deployments.partition.profile import TOKEN_BYTES, hidden_bytes
+from edgelab.deployments.partition.formats import FORMATS, check_format, group_size
+from edgelab.deployments.partition.formats import hidden_bytes as payload_bytes
+from edgelab.deployments.partition.profile import TOKEN_BYTES
 from edgelab.deployments.partition.stage import Stage, StageError
-from edgelab.deployments.partition.wire import WireError
+from edgelab.deployments.partition.wire import through
 from edgelab.devices.shapes import ModelShape
 from edgelab.model.blocks import block_list
 from edgelab.model.logits import SLICE, prepacked
-from edgelab.runtimes.session import Can, Session
-from edgelab.storage.bits import pack_last, unpack_last
-from edgelab.storage.description import Description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMATS = (*partition.FORMATS, "int4")
-GROUP = 32  # channels that share a scale, or the most below it that divide the hidden size
-INT4_SCALE_BYTES = 2  # bfloat16 holds any size of state, in half a bit per channel less than float32
-_TINY = torch.finfo(torch.float32).tiny
-
 # The wire
-
-
-def group_size(hidden_size: int) -> int:
-    """Channels that share a scale in int4. Raises WireError for an odd hidden size, of which two make no byte."""
-    if hidden_size % 2:
-        raise WireError(
-            f"A hidden size of {hidden_size} is odd and cannot be packed two to a byte; use int8."
-        )
-    return max(size for size in range(2, GROUP + 1, 2) if hidden_size % size == 0)
-
-
-def quantize_int4(states: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Round hidden states (tokens, hidden) onto 15 steps, symmetric around zero, per group of channels.
-
-    Returns integers (tokens, hidden) int8 in [-7, 7] and scales (tokens, hidden / group) bfloat16. A number is off by
-    half a scale at most: the scale is rounded before the integers are.
-    """
-    groups = states.float().unflatten(-1, (-1, group))  # (tokens, groups, group)
-    scale = (groups.abs().amax(-1) / 7).clamp_min(_TINY).bfloat16()
-    integers = (groups / scale.float()[..., None]).round().clamp(-7, 7)
-    return integers.flatten(-2).to(torch.int8), scale
-
-
-def encoded(states: Tensor, wire: str) -> bytes:
-    """Bytes of hidden states (tokens, hidden). Raises WireError for an unknown format."""
-    _check(wire)
-    if wire != "int4":
-        return partition.encoded(states, wire)
-    integers, scale = quantize_int4(states, group_size(states.shape[-1]))
-    packed = pack_last((integers + 8).to(torch.uint8), 4)  # (tokens, hidden / 2)
-    return scale.view(torch.int16).numpy().tobytes() + packed.numpy().tobytes()
-
-
-def decoded(payload: bytes, wire: str, tokens: int, hidden_size: int) -> Tensor:
-    """Hidden states (tokens, hidden_size), float32, of what `encoded` made. Raises WireError for another number of
-    bytes."""
-    if len(payload) != (expected := tokens * payload_bytes(hidden_size, wire)):
-        raise WireError(
-            f"{len(payload)} bytes are no {tokens} states of {hidden_size} in {wire}, which take {expected:.0f}."
-        )
-    if wire != "int4":
-        return partition.decoded(payload, wire, tokens)
-    group = group_size(hidden_size)
-    split = INT4_SCALE_BYTES * tokens * (hidden_size // group)
-    scale = torch.from_numpy(np.frombuffer(payload[:split], np.int16).copy()).view(torch.bfloat16)
-    packed = torch.from_numpy(np.frombuffer(payload[split:], np.uint8).copy()).view(tokens, -1)
-    integers = unpack_last(packed, 4).float() - 8
-    return (integers.view(tokens, -1, group) * scale.float().view(tokens, -1, 1)).flatten(-2)
-
-
-def through(states: Tensor, wire: str) -> Tensor:
-    """Hidden states (tokens, hidden) as they arrive."""
-    return decoded(encoded(states, wire), wire, *states.shape)
 
 
 def rounding_bound(arrived: Tensor, wire: str) -> Tensor:
@@ -106,7 +39,7 @@ def rounding_bound(arrived: Tensor, wire: str) -> Tensor:
     Half a step, which is read off the states themselves: the largest of a token or group is a whole number of steps.
     Shape (tokens, hidden). float16: half the distance to the next number, and any for one that was cut at 65,504.
     """
-    _check(wire)
+    check_format(wire)
     states = arrived.float()
     if wire == "float32":
         return torch.zeros_like(states)
@@ -118,20 +51,7 @@ def rounding_bound(arrived: Tensor, wire: str) -> Tensor:
     return (largest / steps / 2).repeat_interleave(group, -1)
 
 
-def _check(wire: str) -> None:
-    if wire not in FORMATS:
-        raise WireError(f"wire={wire} is no format; there are {', '.join(FORMATS)}.")
-
-
 # Bytes
-
-
-def payload_bytes(hidden_size: int, wire: str) -> float:
-    """Bytes of one hidden state on the wire, its scales among them. Raises WireError for an unknown format."""
-    _check(wire)
-    if wire != "int4":
-        return hidden_bytes(hidden_size, wire)
-    return hidden_size / 2 + INT4_SCALE_BYTES * (hidden_size // group_size(hidden_size))
 
 
 @dataclass(frozen=True)
@@ -160,7 +80,7 @@ def traffic(shape: ModelShape, wire: str, prompt_tokens: int) -> list[Traffic]:
     ]
 
 
-# Running it
+# Cutting it
 
 
 def cut_behind(model: PreTrainedModel, layers: Sequence[int]) -> list[Stage]:
@@ -172,79 +92,6 @@ def cut_behind(model: PreTrainedModel, layers: Sequence[int]) -> list[Stage]:
     ends = [0, *(cut + 1 for cut in layers), count + 2]
     shared = {id(one): one for one in (*model.parameters(), *model.buffers())}
     return [Stage(copy.deepcopy(model, dict(shared)), first, last) for first, last in pairwise(ends)]
-
-
-class Rest(Protocol):
-    """The cloud's part of a model, wherever it runs."""
-
-    def read(self, payload: bytes, tokens: int, position: int, every: bool) -> Tensor:
-        """Go on by the states in a payload, so many and from this position on.
-
-        Logits, float32: behind each of them, (tokens, vocabulary), or behind the last, (vocabulary,).
-        """
-
-    def forget(self) -> None:
-        """Let go of the sequence: the next payload begins another."""
-
-
-class Here:
-    """The cloud's part in this process."""
-
-    def __init__(self, cloud: Stage, wire: str) -> None:
-        self.cloud, self.wire = cloud, wire
-        self.hidden_size = cloud.model.config.get_text_config().hidden_size
-
-    def read(self, payload: bytes, tokens: int, position: int, every: bool) -> Tensor:
-        states = decoded(payload, self.wire, tokens, self.hidden_size)
-        return self.cloud.read(states, position, every=every)
-
-    def forget(self) -> None:
-        self.cloud.forget()
-
-
-class Split(Session):
-    """A model whose first layers run here and whose other ones are asked for by payload.
-
-    edge: parts 0 to `cut` of the model. rest: the others. sent_bytes: of the payloads so far.
-    """
-
-    badge = "packed"
-    can = Can(rewind=False)
-    elsewhere = True
-    tolerance = 1e-4  # float32 sums in another order; what the wire rounds comes on top
-
-    @classmethod
-    def _refusal(cls, about: Description) -> str | None:
-        if about.marks.native is None:
-            return None
-        return f"native.{about.marks.native} is rounded by an engine itself, and stages are run by PyTorch."
-
-    def __init__(self, edge: Stage, rest: Rest, wire: str = "float32") -> None:
-        super().__init__()
-        _check(wire)
-        if edge.first != 0 or edge.last == edge.parts:
-            raise StageError(
-                f"Parts {edge.first} to {edge.last - 1} are no edge of a model of {edge.parts} parts: it begins with "
-                "part 0, the embedding, and leaves the head to the cloud."
-            )
-        self.edge, self.rest, self.wire, self.cut = edge, rest, wire, edge.last - 1
-        self.vocabulary = edge.model.config.get_text_config().vocab_size
-        self.kernel = f"{self.cut} layers here, {wire} states"
-        self.sent_bytes = 0
-
-    def _feed(self, ids: list[int], every: bool) -> Tensor:
-        states = self.edge.read(torch.tensor(ids), self.length, every=every)
-        payload = encoded(states, self.wire)
-        self.sent_bytes += len(payload)
-        found = self.rest.read(payload, len(states), self.length + len(ids) - len(states), every)
-        return found if every else found[None]
-
-    def _cut(self, length: int) -> bool:
-        if length > 0:  # a stage takes nothing back
-            return False
-        self.edge.forget()
-        self.rest.forget()
-        return True
 
 
 # What rounding does to the answer

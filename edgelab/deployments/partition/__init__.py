@@ -30,7 +30,7 @@ class Partition:
     planner: Literal["exact", "edgeshard", "edge_solo", "cloud_edge_even", "cloud_edge_opt", "greedy"] = (
         "exact"
     )
-    wire: Literal["float32", "float16", "int8"] = "float32"
+    wire: Literal["float32", "float16", "int8", "int4"] = "float32"
     first: int = 1
     last: int = 0
     avoid: str = ""

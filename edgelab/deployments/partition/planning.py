@@ -12,9 +12,10 @@ import numpy as np
 
 from edgelab.deployments.partition import Partition
 from edgelab.deployments.partition.fleet import Fleet, FleetError, load
+from edgelab.deployments.partition.formats import FORMATS, WireError
 from edgelab.deployments.partition.planners import PLANNERS, explained
 from edgelab.deployments.partition.problem import NoPlan, Plan, Problem, described, planned, stages
-from edgelab.deployments.partition.profile import WIRE_BYTES, Profile, Timings, problem_of, spread
+from edgelab.deployments.partition.profile import Profile, Timings, problem_of, spread
 from edgelab.deployments.partition.simulator import Predicted, chain, pipeline_tok_s, predict
 
 PROMPT = 128  # tokens that a measurement reads
@@ -106,14 +107,14 @@ def against(found: Planned) -> list[dict[str, Any]]:
 def over_formats(found: Planned) -> list[dict[str, Any]]:
     """A row for every format of the wire: its own best plan, bytes over links and milliseconds of a token.
 
-    NaN where none fits.
+    NaN where none fits, and where the format cannot hold the states.
     """
     rows = []
-    for wire in WIRE_BYTES:
+    for wire in FORMATS:
         settings = replace(found.settings, wire=wire)
         try:
             own = plan_of(settings, found.profile.in_format(wire), found.fleet)
-        except NoPlan as error:
+        except (NoPlan, WireError) as error:
             rows.append({"wire": wire, "bytes": np.nan, "ms": np.nan, "said": str(error)})
             continue
         predicted = own.predicted

@@ -19,15 +19,14 @@ from pathlib import Path
 import numpy as np
 
 from edgelab.deployments.partition.fleet import Fleet, FleetError
+from edgelab.deployments.partition.formats import hidden_bytes
 from edgelab.deployments.partition.problem import Problem
 from edgelab.devices.catalogue import HERE
 from edgelab.devices.memory import kv_cache_bytes
 from edgelab.devices.shapes import ModelShape
 from edgelab.errors import EdgeLabError
 
-WIRE_BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1.0}
 TOKEN_BYTES = 4  # an id
-SCALE_BYTES = 4  # int8 hands on one float32 scale with every state
 
 
 class ProfileError(EdgeLabError):
@@ -200,13 +199,6 @@ def scales(timings: Timings, fleet: Fleet) -> np.ndarray:
             )
         found.append(member.slow_down * timings.memory_bandwidth_gb_s / rate)
     return np.array(found)
-
-
-def hidden_bytes(hidden_size: int, wire: str = "float32") -> float:
-    """Bytes of one hidden state on the wire. Raises FleetError for an unknown format."""
-    if wire not in WIRE_BYTES:
-        raise FleetError(f"wire={wire} is no format; there are {', '.join(WIRE_BYTES)}.")
-    return hidden_size * WIRE_BYTES[wire] + SCALE_BYTES * (wire == "int8")
 
 
 def handed_bytes(hidden_size: int, parts: int, wire: str) -> np.ndarray:

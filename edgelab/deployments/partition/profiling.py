@@ -154,7 +154,7 @@ def sending(hidden_size: int, shaped: bool = True) -> float:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with connection:
             while (message := wire.receive(connection)) is not None:
-                states = wire.decoded(message.payload, message.wire, message.tokens)
+                states = wire.decoded(message.payload, message.wire, message.tokens, hidden_size)
                 wire.send(connection, message.with_states(states, message.wire))
 
     cold = torch.ones(COLD)
@@ -170,7 +170,7 @@ def sending(hidden_size: int, shaped: bool = True) -> float:
                 cold.sum()
                 started = time.perf_counter()
                 wire.send(connection, Message(Kind.STATES, tokens=1).with_states(there, "float32"))
-                wire.decoded(wire.receive(connection).payload, "float32", 1)
+                wire.decoded(wire.receive(connection).payload, "float32", 1, hidden_size)
                 times.append(time.perf_counter() - started)
     return 1e3 * statistics.median(times) / 2
 

@@ -48,6 +48,7 @@ class Stage:
         except ShapeError as error:
             raise StageError(f"This model is not cut into stages: {error}") from None
         self.first, self.last, self.parts, self.model = first, last, count + 2, model
+        self.hidden_size: int = model.config.get_text_config().hidden_size
         own = blocks_of(first, last, count + 2)
         self.blocks, self.dtype = len(own), model.dtype
         name, _ = block_list(model)

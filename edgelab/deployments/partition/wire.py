@@ -1,8 +1,4 @@
-"""What travels between stages: messages over TCP, each a header and a payload, and hidden states in three formats.
-
-float32  as they are
-float16  rounded; what is beyond 65,504 is cut there
-int8     states = integers * scale, one float32 scale = max |state| / 127 for every token
+"""What travels between stages: messages over TCP, each a header and a payload, and hidden states in four `formats`.
 
 Bytes of payloads are those of the formula that plans are made with. Headers are framing and counted apart.
 """
@@ -18,19 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgelab.errors import EdgeLabError
+from edgelab.deployments.partition.formats import (
+    FORMATS,
+    INT4_SCALE_BYTES,
+    WireError,
+    check_format,
+    group_size,
+    hidden_bytes,
+)
+from edgelab.storage.bits import pack_last, unpack_last
 
-FORMATS = ("float32", "float16", "int8")
 _HEADER = struct.Struct(
     "<BB2xIIIIII"
 )  # kind, wire, epoch, request, step, position, tokens, bytes of the payload
 FRAME_BYTES = _HEADER.size
 _LARGEST = 1 << 30  # bytes of a payload
 _FLOAT16 = torch.finfo(torch.float16).max
-
-
-class WireError(EdgeLabError):
-    """Bytes that are no message of a stage."""
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Kind(IntEnum):
@@ -77,8 +77,21 @@ class Message:
         return replace(self, kind=Kind.TOKEN, payload=ids_bytes([int(logits.argmax())]), tokens=1)
 
 
+def quantize_int4(states: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Round hidden states (tokens, hidden) onto 15 steps, symmetric around zero, per group of channels.
+
+    Returns integers (tokens, hidden) int8 in [-7, 7] and scales (tokens, hidden / group) bfloat16. A number is off by
+    half a scale at most: the scale is rounded before the integers are.
+    """
+    groups = states.float().unflatten(-1, (-1, group))  # (tokens, groups, group)
+    scale = (groups.abs().amax(-1) / 7).clamp_min(_TINY).bfloat16()
+    integers = (groups / scale.float()[..., None]).round().clamp(-7, 7)
+    return integers.flatten(-2).to(torch.int8), scale
+
+
 def encoded(states: Tensor, wire: str) -> bytes:
     """Bytes of hidden states (tokens, hidden). Raises WireError for an unknown format."""
+    check_format(wire)
     states = states.float()
     if wire == "float32":
         return states.numpy().tobytes()
@@ -86,28 +99,44 @@ def encoded(states: Tensor, wire: str) -> bytes:
         return states.clamp(-_FLOAT16, _FLOAT16).half().numpy().tobytes()
     if wire == "int8":
         scale = states.abs().amax(-1, keepdim=True) / 127  # (tokens, 1)
-        integers = (states / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+        integers = (states / scale.clamp_min(_TINY)).round().to(torch.int8)
         return scale.numpy().tobytes() + integers.numpy().tobytes()
-    raise WireError(f"wire={wire} is no format; there are {', '.join(FORMATS)}.")
+    integers, scale = quantize_int4(states, group_size(states.shape[-1]))
+    packed = pack_last((integers + 8).to(torch.uint8), 4)  # (tokens, hidden / 2)
+    return scale.view(torch.int16).numpy().tobytes() + packed.numpy().tobytes()
 
 
-def decoded(payload: bytes, wire: str, tokens: int) -> Tensor:
-    """Hidden states (tokens, hidden), float32, of what `encoded` made. Raises WireError where bytes are missing."""
-    try:
-        if wire == "int8":
-            scale = np.frombuffer(payload, np.float32, tokens).reshape(tokens, 1)
-            return torch.from_numpy(
-                np.frombuffer(payload, np.int8, offset=4 * tokens).reshape(tokens, -1) * scale
-            )
-        values = np.frombuffer(payload, np.float32 if wire == "float32" else np.float16)
-        return torch.from_numpy(values.reshape(tokens, -1).astype(np.float32))
-    except ValueError as error:
-        raise WireError(f"{len(payload)} bytes are no {tokens} states in {wire}: {error}.") from None
+def decoded(payload: bytes, wire: str, tokens: int, hidden_size: int) -> Tensor:
+    """Hidden states (tokens, hidden_size), float32, of what `encoded` made.
+
+    Raises WireError for an unknown format and for another number of bytes.
+    """
+    if len(payload) != (expected := tokens * hidden_bytes(hidden_size, wire)):
+        raise WireError(
+            f"{len(payload)} bytes are no {tokens} states of {hidden_size} in {wire}, which take {expected:.0f}."
+        )
+    if wire == "int8":
+        scale = np.frombuffer(payload, np.float32, tokens).reshape(tokens, 1)
+        integers = np.frombuffer(payload, np.int8, offset=4 * tokens).reshape(tokens, hidden_size)
+        return torch.from_numpy(integers * scale)
+    if wire == "int4":
+        return _decoded_int4(payload, tokens, hidden_size)
+    values = np.frombuffer(payload, np.float32 if wire == "float32" else np.float16)
+    return torch.from_numpy(values.reshape(tokens, hidden_size).astype(np.float32))
+
+
+def _decoded_int4(payload: bytes, tokens: int, hidden_size: int) -> Tensor:
+    group = group_size(hidden_size)
+    begin = INT4_SCALE_BYTES * tokens * (hidden_size // group)  # of the integers, behind the scales
+    scale = torch.from_numpy(np.frombuffer(payload[:begin], np.int16).copy()).view(torch.bfloat16)
+    packed = torch.from_numpy(np.frombuffer(payload[begin:], np.uint8).copy()).view(tokens, -1)
+    integers = unpack_last(packed, 4).float() - 8
+    return (integers.view(tokens, -1, group) * scale.float().view(tokens, -1, 1)).flatten(-2)
 
 
 def through(states: Tensor, wire: str) -> Tensor:
-    """Hidden states as they arrive."""
-    return states if wire == "float32" else decoded(encoded(states, wire), wire, len(states))
+    """Hidden states (tokens, hidden) as they arrive."""
+    return states if wire == "float32" else decoded(encoded(states, wire), wire, *states.shape)
 
 
 def ids_bytes(ids: list[int]) -> bytes:

@@ -200,7 +200,7 @@ class Worker:
             if message.kind is Kind.TOKENS:
                 given = torch.tensor(wire.ids_of(message.payload), dtype=torch.long)
             else:
-                given = wire.decoded(message.payload, message.wire, message.tokens)
+                given = wire.decoded(message.payload, message.wire, message.tokens, self._stage.hidden_size)
             found = self._stage.read(given, message.position, message.request)
             is_last = self._stage.last == self._stage.parts
             return message.answer(found) if is_last else message.with_states(found, self._wire)

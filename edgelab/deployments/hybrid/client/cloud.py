@@ -248,7 +248,7 @@ class Cloud:
         """The token behind hidden states (tokens, hidden) of the next tokens of a conversation. Raises CloudError."""
         from edgelab.deployments.hybrid.server.framing import packed
         from edgelab.deployments.hybrid.server.messages import HiddenRequest
-        from edgelab.deployments.hybrid.split import encoded
+        from edgelab.deployments.partition.wire import encoded
 
         asked = _made(
             HiddenRequest, conversation=conversation, step=step, tokens=len(states), wire=wire, top=top

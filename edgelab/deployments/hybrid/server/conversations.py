@@ -32,8 +32,8 @@ from edgelab.deployments.hybrid.server.messages import (
 from edgelab.deployments.hybrid.server.service import Service
 from edgelab.deployments.hybrid.server.turns import busy
 from edgelab.deployments.hybrid.server.writing import GREEDY_BELOW, LEAST_LOGPROB, tempered
-from edgelab.deployments.hybrid.split import FORMATS, decoded
-from edgelab.deployments.partition.wire import WireError
+from edgelab.deployments.partition.formats import FORMATS, WireError
+from edgelab.deployments.partition.wire import decoded
 from edgelab.runtimes.session import Session, TwoGraphs
 
 SLICE = 256  # tokens that are read at once where the logits of all of them come back
@@ -257,12 +257,12 @@ class SecondPart:
         if asked.wire not in FORMATS:
             raise Refusal(400, "unknown_wire", f"wire should be one of {', '.join(FORMATS)}.")
         self.service.check_room(asked.tokens, self.limits)
-        hidden = self.service.second.model.config.get_text_config().hidden_size
+        hidden = self.service.second.hidden_size
         try:
             states = decoded(numbers, asked.wire, asked.tokens, hidden)
         except WireError as error:
             raise Refusal(400, "invalid_states", str(error)) from None
-        if states.shape != (asked.tokens, hidden) or not states.isfinite().all():
+        if not states.isfinite().all():
             raise Refusal(
                 400,
                 "invalid_states",

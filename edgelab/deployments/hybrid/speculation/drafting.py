@@ -91,9 +91,10 @@ class _Answer:
 class Drafting:
     """A drafter and who verifies it. `counts` says what all texts came to.
 
-    edge: a session that drafts; what it held is forgotten. draft: tokens of a draft, or how they adapt; an adaptive
-    length follows measured times, so that a seed does not fix what is sampled, only its distribution. temperature: of
-    drafter and target alike, 0 for greedy. stop: tokens that end a text; they are written.
+    edge: a session that drafts; what it held is forgotten. draft: tokens of a draft, or how they adapt. temperature: of
+    drafter and target alike, 0 for greedy. seed: of what is sampled; where the length adapts or drafts are pipelined,
+    measured times decide how many numbers are drawn, and a seed fixes only the distribution. stop: tokens that end a
+    text; they are written.
     """
 
     def __init__(
