@@ -242,7 +242,9 @@ def test_a_fresh_export_that_llama_cpp_does_not_load_is_not_advised_to_be_writte
 def test_nothing_is_said_on_the_way(taken, new_model, tmp_path, capfd):
     """Also where somebody else, as llama.cpp's own server does, has taken the log of the process."""
     if taken:
-        llama_c.library().llama_log_set(llama_c.Logger(), None)  # none of ours: llama.cpp writes to stderr itself
+        llama_c.library().llama_log_set(
+            llama_c.Logger(), None
+        )  # none of ours: llama.cpp writes to stderr itself
     engine = started(saved(INT4, new_model("llama"), tmp_path / "variant"))
     engine.prefill(IDS)
     engine.close()

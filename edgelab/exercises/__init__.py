@@ -37,6 +37,7 @@ __all__ = [
     "distilling",
     "engines",
     "exercise",
+    "hybrid",
     "measuring",
     "memory",
     "one_bit",

@@ -33,7 +33,7 @@ def written_in_a_round() -> CodeExercise:
             (without_its_own, "the cloud adds one token of its own in every round."),
             (lambda d, t: d[: int(np.cumprod(d == t[:-1]).sum()) + 1],
              "behind the tokens that stay comes the cloud's token, not the rejected one of the draft."),
-            (lambda d, t: t, "the cloud's tokens behind a rejected one were computed after a text that is not written."),
+            (lambda d, t: t, "what the cloud says behind a rejected token follows a text that is not written."),
         ],
     )  # fmt: skip
 
@@ -61,8 +61,8 @@ def prompt_as_states() -> Exercise:
     travelling = 200 * 576 * 2 * 8 / 12e6 * 1e3
     return Exercise(
         answer=travelling + 70,
-        why="As text the prompt has some 800 bytes and takes half a millisecond besides the round trip. States take two "
-        "hundred times as many bytes, and keep nothing secret.",
+        why="As text the prompt has some 800 bytes and takes half a millisecond besides the round trip. States take "
+        "two hundred times as many bytes, and keep nothing secret.",
         hint="200 tokens × 576 numbers × 2 bytes × 8 bits, over 12,000,000 bits per second, and the round trip.",
         mistakes=[
             (travelling, "the round trip comes on top."),
