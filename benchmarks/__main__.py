@@ -1,4 +1,4 @@
-"""`make bench`: measure the measuring, about twenty minutes on two cores. Writes results/bench.md and prints it."""
+"""`make bench`: measure the measuring, about an hour and a half on two cores. Writes results/bench.md and prints it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime
 import json
 from pathlib import Path
 
-from benchmarks import adapters, evaluation, partition, processes, removing, road, sessions, training
+from benchmarks import adapters, evaluation, hybrid, partition, processes, removing, road, sessions, training
 from edgelab import ledger
 
 
@@ -19,6 +19,7 @@ def main() -> None:
         *removing.rows(),
         *adapters.rows(),
         *partition.rows(),
+        *hybrid.rows(),
         *road.rows(),
     ]
     machine = ledger.provenance(threads=2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -271,6 +272,57 @@ def test_a_fleet_is_planned_anew_and_a_device_killed_in_mid_sentence(
         expect(running.get_by_text("was lost: noticed in")).to_be_visible(timeout=60_000)
         expect(running.get_by_text("Done.")).to_be_visible(timeout=60_000)
         expect(write).to_be_enabled()
+
+
+@pytest.mark.browser
+@pytest.mark.embedded
+def test_a_threshold_is_moved_and_the_cloud_unplugged(chromium: str, home: Path, tmp_path: Path) -> None:
+    each = {
+        "sent": "0000",
+        "ms": [90.0] * 4,
+        "edge_ms": [90.0] * 4,
+        "scores": {"margin": [0.1, 0.3, 0.5, 0.7]},
+    }
+    there = each | {"sent": "1111", "ms": [60.0] * 4, "edge_ms": [0.0] * 4, "scores": {}}
+    cells = [
+        "import json\nimport edgelab as el\nfrom edgelab.ledger import Row\n"
+        "from edgelab.widgets.hybrid import cloud_trip, live_request",
+        f"edge, cloud = {each}, {there}",
+        "known = dict(host='here', threads=1, link='wifi')\n"
+        "one = Row('none @ torch', served=json.dumps(edge), requests_right='0101', **known)\n"
+        "two = Row('none @ cloud:cloud=(none),link=wifi', runtime='cloud', served=json.dumps(cloud),\n"
+        "          requests_right='1111', sent_bytes_per_request=900.0, received_bytes_per_request=400.0, **known)\n"
+        "cloud_trip(el.ledger.frame([one, two]))",
+        "live_request('none @ cloud:cloud=(none),link=wifi,deadline_s=20', tokens=8)",
+    ]
+    _write(tmp_path / "hybrid.ipynb", cells)
+    with jupyterlab(tmp_path, home, "hybrid.ipynb") as address, opened(chromium, address) as page:
+        trip = page.locator(".widget-vbox", has=page.locator(".edgelab-trip")).first
+        figures, handle = trip.locator(".edgelab-trip"), trip.locator(".noUi-handle")
+        handle.focus()
+        handle.press("Home")
+        expect(figures).to_have_attribute("data-share", "0.000000", timeout=20_000)
+        expect(figures).to_have_attribute("data-right", "0.500000")
+        handle.press("End")
+        expect(figures).to_have_attribute("data-right", "1.000000", timeout=20_000)
+        expect(trip.locator("img")).to_have_attribute(
+            "alt", re.compile("^100 % go to the cloud"), timeout=20_000
+        )
+
+        live = page.locator(".widget-vbox", has=page.get_by_role("button", name="Ask")).first
+        ask, stop = (live.get_by_role("button", name=name) for name in ("Ask", "Stop"))
+        answer = live.locator(".edgelab-answer")
+        expect(stop).to_be_disabled()
+        ask.click()
+        expect(answer).to_have_attribute("data-by", "cloud", timeout=240_000)
+        live.get_by_role("button", name="Unplug the cloud").click()
+        expect(ask).to_be_enabled()
+        ask.click()
+        expect(answer).to_have_attribute("data-by", "edge", timeout=60_000)
+        expect(live.locator("img")).to_have_attribute("alt", re.compile("1: cloud, 2: edge"), timeout=20_000)
+        stop.click()
+        expect(live.get_by_text("Edge, cloud and link have ended")).to_be_visible(timeout=60_000)
+        expect(ask).to_be_enabled()
 
 
 def _write(file: Path, cells: list[str]) -> None:

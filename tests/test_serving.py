@@ -487,3 +487,10 @@ def test_the_embedded_model_on_another_engine():
         assert "Paris" in said.text
         assert len(said.ids) == len(said.logprobs) == len(said.top)
         assert cloud.complete(said.text, 4).ids is not None
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    with serving.listening(LOCAL, 0) as place, socket.create_connection(place.getsockname()):
+        taken, _ = place.accept()
+        with taken:
+            assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

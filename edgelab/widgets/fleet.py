@@ -10,6 +10,7 @@ from functools import cache
 import ipywidgets
 
 from edgelab.deployments.partition import Partition, fleet
+from edgelab.deployments.partition.formats import FORMATS
 from edgelab.deployments.partition.planners import explained
 from edgelab.deployments.partition.planning import Planned, against, plan_of, profile_for
 from edgelab.deployments.partition.profile import Profile, Timings, from_shape
@@ -46,7 +47,7 @@ def fleet_editor(timings: Timings | None = None, name: str = "edgeshard") -> ipy
     objective = ipywidgets.ToggleButtons(
         options=["latency", "throughput", "energy", "slow_bytes"], description="Least"
     )
-    wire = ipywidgets.ToggleButtons(options=["float32", "float16", "int8"], description="Wire")
+    wire = ipywidgets.ToggleButtons(options=FORMATS, description="Wire")
     requests = ipywidgets.IntSlider(min=1, max=6, value=2, description="In flight", **WIDE)
     answer, picture = ipywidgets.HTML(), Picture(900)
 
