@@ -126,12 +126,14 @@ REQUEST_TOKENS = 6  # of an answer
 class Request:
     """A beginning of a sentence, to be gone on with, and the word that comes next: the last of the sentence.
 
-    tokens: of the answer, at most.
+    tokens: of the answer, at most. stop: a text that ends an answer of the edge or the cloud alone
+    and is no part of it; empty for none.
     """
 
     prompt: str
     word: str
     tokens: int = REQUEST_TOKENS
+    stop: str = ""
 
     def is_right(self, written: str) -> bool:
         """Whether what was written begins with the word."""

@@ -185,6 +185,16 @@ def test_the_cloud_says_what_the_edge_says_where_both_have_the_same_weights(made
         assert passed.up == sum(one.sent_bytes for one in answers)
 
 
+@pytest.mark.parametrize("deployment", [parse("none").deployment, CloudAlone(link="ethernet")])
+def test_an_answer_ends_where_its_request_stops_it(made, deployment):
+    service = made(deployment)
+    whole = service.answer(REQUESTS[0])
+    stop = whole.text[3]
+    ended = service.answer(dataclasses.replace(REQUESTS[0], stop=stop))
+    assert ended.text == whole.text.partition(stop)[0]
+    assert ended.tokens < whole.tokens
+
+
 @pytest.mark.parametrize("wire", ["float16", "int8", "int4"])
 def test_states_travel_in_fewer_bytes(made, wire):
     service = made(Split(link="ethernet", cut=1, wire=wire))

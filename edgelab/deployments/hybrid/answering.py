@@ -99,18 +99,23 @@ class Edge(Answering):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def answer(self, request: Request) -> Answer:
-        """The greedy continuation of a prompt up to the end of the text."""
+        """The greedy continuation of a prompt up to the end of the text, or to where the request stops it."""
         started = time.perf_counter()
         token, written, logits = self.session.prefill(self.ids(request.prompt)), [], []
         while True:
             logits.append(self.session.next_logits())
             written.append(token)
-            if len(written) == request.tokens or token == self.tokenizer.eos_token_id:
+            stopped = (
+                token == self.tokenizer.eos_token_id or request.stop and request.stop in self.text(written)
+            )
+            if stopped or len(written) == request.tokens:
                 break
             token = self.session.decode(token)
         scores = answer_scores(torch.cat(logits).numpy(), written)
         spans = (("edge", 0.0, time.perf_counter() - started),)
-        return Answer(self.text(written), "edge", spans, len(written), scores)
+        text = self.text(written)
+        text = text.partition(request.stop)[0] if request.stop else text
+        return Answer(text, "edge", spans, len(written), scores)
 
     def alone(self, request: Request, begun: float, said: str) -> Answer:
         """The answer for want of the cloud, which was asked in vain since `begun`, by time.perf_counter."""

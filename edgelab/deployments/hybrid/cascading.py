@@ -56,7 +56,9 @@ class WithCloud(ThroughRemote):
         asked = time.perf_counter() - begun
         ids = self.edge.ids(request.prompt)
         found = self.remote.ask(
-            lambda cloud: cloud.complete(ids, request.tokens), self.settings.deadline_s, begun
+            lambda cloud: cloud.complete(ids, request.tokens, stop=[request.stop] if request.stop else None),
+            self.settings.deadline_s,
+            begun,
         )
         return Answer(
             found.text,

@@ -51,7 +51,7 @@ class Redacting(AllInCloud):
         begun = time.perf_counter()
         allowed = self._allowed(item.text)
         looked = time.perf_counter() - begun
-        whole = Request(item.asked(), "", TOKENS)
+        whole = Request(item.asked(), "", TOKENS, stop="\n")  # only the first line counts
         if allowed is None:
             own = self.edge.answer(whole)
             spans = tuple((who, looked + first, looked + last) for who, first, last in own.spans)
