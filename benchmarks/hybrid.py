@@ -37,7 +37,7 @@ SIZE, RATES, TRANSFERS = 1_000_000, (1, 10, 50), 3  # bytes, Mbps, times each
 ROUND_TRIPS = 20
 SLOW_MS = 1000  # a link whose round trip is as long is left out
 CUTS, WINDOWS = (1, 5, 15, 25), 8
-EXPOSED_CUTS, EXPOSED, PROMPT = (1, 5, 15), 3, 32  # prompts of each kind, and their tokens
+EXPOSED_CUTS, EXPOSED, PROMPT = (1, 5, 15), 2, 32  # prompts of each kind, and their tokens
 KNOWN = "<|im_start|>user\n"  # what the attacker need not guess
 TABLE = Path("data/reference/exposure.csv")
 
