@@ -259,13 +259,11 @@ partitioning: fetch
 # five minutes' tokens; 4 bits on llama.cpp are an edge that leaves little to route. An hour; nothing else may run.
 STUDENT := prune.layers:drop=3/4/5/6/7/12/13/14/15/16/17/18/19/25/26 + distill:loss=kl,steps=122,learning_rate=0.001
 BY_LTE := cloud=(none),link=lte
-comma := ,
-HYBRID := "$(STUDENT) @ cascade:$(BY_LTE),share=0" "$(STUDENT) @ cloud:$(BY_LTE)" \
-	"$(STUDENT) @ cascade:$(BY_LTE)" "$(STUDENT) @ cascade:$(BY_LTE),score=router" \
-	"$(STUDENT) @ speculative:cloud=(none),link=wifi,draft=4" \
-	$(foreach way,draft=4 draft=4$(comma)pipelined=true adaptive=true,"$(STUDENT) @ speculative:$(BY_LTE),$(way)") \
+HYBRID := "$(STUDENT) @ cascade:$(BY_LTE),share=0" "$(STUDENT) @ cascade:$(BY_LTE),share=0,score=router" \
+	"$(STUDENT) @ cascade:$(BY_LTE)" "$(STUDENT) @ cloud:$(BY_LTE)" "$(STUDENT) @ speculative:$(BY_LTE)" \
 	"none @ split:link=lte,cut=5" "$(INT4) @ cascade:$(BY_LTE),edge=llamacpp,share=0"
-PRIVATE := $(foreach policy,edge local redact cloud,"$(STUDENT) @ redact:$(BY_LTE),policy=$(policy)")
+PRIVATE := $(foreach policy,edge local redact cloud,"$(STUDENT) @ redact:$(BY_LTE),policy=$(policy)") \
+	"$(INT4) @ redact:$(BY_LTE),edge=llamacpp,policy=edge"
 hybrid: export EDGELAB_HOME := $(CURDIR)/results/hybrid
 hybrid: fetch
 	$(BIN)/edgelab compare none "$(STUDENT)" --only quality

@@ -92,7 +92,10 @@ def ways(rows: Rows) -> Chart:
     row beats in both. Raises NothingToDraw where no row has requests and request_ms_p50.
     """
     drawn, notes, frame = _measured(rows, ["requests", "request_ms_p50"], "requests", "@ cascade")
-    kinds = [_deployed(recipe)[1] for recipe in drawn["recipe"]]
+    kinds = [
+        "edge" if row["cloud_share"] == 0 else _deployed(row["recipe"])[1]  # a cascade that sends nothing
+        for _, row in drawn.iterrows()
+    ]
     drawn = drawn.assign(kind=[kind if kind in WAY_COLOURS else "edge" for kind in kinds])
     names = _apart(drawn, drawn.apply(_way, axis=1))
     p50, p95 = drawn["request_ms_p50"], drawn["request_ms_p95"]
@@ -144,6 +147,8 @@ def ways(rows: Rows) -> Chart:
 def _way(row: pd.Series) -> str:
     """A way of answering in few words: edge only, cloud only, cascade with 30 % sent, drafts of 4, split behind 5."""
     _, kind, settings = _deployed(row["recipe"])
+    if row["cloud_share"] == 0:
+        return "edge only"
     if kind == "cloud":
         return "cloud only"
     if kind == "cascade":
