@@ -62,7 +62,7 @@ def prompt_as_states() -> Exercise:
     return Exercise(
         answer=travelling + 70,
         why="As text the prompt has some 800 bytes and takes half a millisecond besides the round trip. States take "
-        "two hundred times as many bytes, and keep nothing secret.",
+        "nearly three hundred times as many bytes, and keep nothing secret.",
         hint="200 tokens × 576 numbers × 2 bytes × 8 bits, over 12,000,000 bits per second, and the round trip.",
         mistakes=[
             (travelling, "the round trip comes on top."),
