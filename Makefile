@@ -233,16 +233,14 @@ WAYS := $(foreach rank,1 4 8 16 64,lora:rank=$(rank),$(TOLD)) lora:rank=8,$(TOLD
 SPARE := quantize.rtn:bits=4,group_size=64
 BASES := "$(SPARE) + qlora:$(TOLD)" "lora:$(TOLD) + merge" "lora:$(TOLD) + merge + $(SPARE)" $(SPARE) \
 	"quantize.rtn:bits=2,group_size=64 + qlora:$(TOLD)" "quantize.loftq:bits=2,group_size=64 + qlora:$(TOLD),start=residual"
-ORDERS := lora:corpus=extraction,length=128,steps=120 "$(SPARE) + qlora:corpus=extraction,length=128,steps=120" \
-	recover:loss=ce,corpus=extraction,length=128,steps=120,learning_rate=0.0001
+ORDERS := lora:corpus=extraction,length=128,steps=120 "$(SPARE) + qlora:corpus=extraction,length=128,steps=120"
 adapting: export EDGELAB_HOME := $(CURDIR)/results/adapting
 adapting: fetch
 	$(BIN)/edgelab compare none $(WAYS) $(BASES) --only quality --corpus stories
 	$(BIN)/edgelab compare none $(WAYS) $(BASES) --only quality
-	$(BIN)/edgelab compare none lora:corpus=code,steps=60 --only quality --corpus code
+	for corpus in code wiki; do $(BIN)/edgelab compare none lora:corpus=code,steps=60 --only quality --corpus $$corpus; done
 	$(BIN)/edgelab compare none $(ORDERS) --only extraction
 	$(BIN)/edgelab compare none "lora:$(TOLD)" "lora:$(TOLD) @ llamacpp" "lora:$(TOLD) + merge" "$(SPARE) + qlora:$(TOLD)"
-	$(BIN)/edgelab compare none "lora:$(TOLD)" "lora:$(TOLD) + merge" lora:corpus=code,steps=60 --only tasks
 	$(BIN)/edgelab ledger export data/reference/adapting.jsonl
 
 # Two stages on this machine, cut where they take the same time, in three wire formats; a packed model; a published
