@@ -105,8 +105,8 @@ class Edge(Answering):
         while True:
             logits.append(self.session.next_logits())
             written.append(token)
-            stopped = (
-                token == self.tokenizer.eos_token_id or request.stop and request.stop in self.text(written)
+            stopped = token == self.tokenizer.eos_token_id or (
+                request.stop and request.stop in self.text(written)
             )
             if stopped or len(written) == request.tokens:
                 break
