@@ -268,6 +268,7 @@ hybrid: fetch
 	$(BIN)/edgelab compare none $(HYBRID) --only requests
 	$(BIN)/edgelab compare none $(PRIVATE) --only privacy
 	$(BIN)/edgelab ledger export data/reference/hybrid.jsonl
+	$(BIN)/python -m benchmarks.hybrid exposure --write
 
 lint: setup
 	$(BIN)/ruff format --check

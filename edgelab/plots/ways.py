@@ -51,7 +51,7 @@ def policies(rows: Rows) -> Chart:
     were. Raises NothingToDraw where no row has leaked_share and private_right.
     """
     drawn, notes, frame = _measured(rows, ["leaked_share", "private_right"], "privacy", "@ redact")
-    drawn = drawn.assign(policy=[_deployed(recipe)[2].get("policy", "redact") for recipe in drawn["recipe"]])
+    drawn = drawn.assign(policy=[deployed(recipe)[2].get("policy", "redact") for recipe in drawn["recipe"]])
     figure = new_chart(7.5, 5.0)
     axes = figure.subplots()
     marks, lines = [], []
@@ -93,7 +93,7 @@ def ways(rows: Rows) -> Chart:
     """
     drawn, notes, frame = _measured(rows, ["requests", "request_ms_p50"], "requests", "@ cascade")
     kinds = [
-        "edge" if row["cloud_share"] == 0 else _deployed(row["recipe"])[1]  # a cascade that sends nothing
+        "edge" if row["cloud_share"] == 0 else deployed(row["recipe"])[1]  # a cascade that sends nothing
         for _, row in drawn.iterrows()
     ]
     drawn = drawn.assign(kind=[kind if kind in WAY_COLOURS else "edge" for kind in kinds])
@@ -146,7 +146,7 @@ def ways(rows: Rows) -> Chart:
 
 def _way(row: pd.Series) -> str:
     """A way of answering in few words: edge only, cloud only, cascade with 30 % sent, drafts of 4, split behind 5."""
-    _, kind, settings = _deployed(row["recipe"])
+    _, kind, settings = deployed(row["recipe"])
     if row["cloud_share"] == 0:
         return "edge only"
     if kind == "cloud":
@@ -178,7 +178,7 @@ def _measured(
     return *drawable(frame, metrics, only, [*SAME_SPEED, "seed"]), frame
 
 
-def _deployed(recipe: str) -> tuple[str, str, dict[str, str]]:
+def deployed(recipe: str) -> tuple[str, str, dict[str, str]]:
     """The techniques of a recipe, the name of its deployment, "torch" where none is given, and its settings as text."""
     techniques, at = [*split(recipe, "@"), "torch"][:2]
     name, _, settings = at.partition(":")
@@ -188,7 +188,7 @@ def _deployed(recipe: str) -> tuple[str, str, dict[str, str]]:
 
 def _apart(drawn: pd.DataFrame, names: pd.Series) -> list[str]:
     """The names of rows; those that are equal get what tells them apart: link, techniques, score, wire, machine."""
-    parts = [_deployed(recipe) for recipe in drawn["recipe"]]
+    parts = [deployed(recipe) for recipe in drawn["recipe"]]
     columns = {
         "link": [settings.get("link", "") for *_, settings in parts],
         "techniques": [label(techniques) for techniques, *_ in parts],

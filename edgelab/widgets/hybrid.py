@@ -19,7 +19,6 @@ from edgelab.deployments.hybrid.routing.gap import RoutingError
 from edgelab.deployments.hybrid.routing.replay import Served, cascade, over, served
 from edgelab.errors import EdgeLabError
 from edgelab.network import links
-from edgelab.notation import split
 from edgelab.plots.hybrid import CLOUD as IN_THE_CLOUD
 from edgelab.plots.hybrid import EDGE, time_line
 from edgelab.plots.style import (
@@ -32,6 +31,7 @@ from edgelab.plots.style import (
     stamp,
     style_axes,
 )
+from edgelab.plots.ways import deployed
 from edgelab.reference import EMBEDDED
 from edgelab.rows import NotMeasured, newest
 from edgelab.widgets import WIDE, Picture
@@ -69,9 +69,7 @@ class _Saved:
 
     @classmethod
     def of(cls, row: pd.Series) -> _Saved:
-        weights, *at = split(row["recipe"], "@")
-        kind, _, text = (at or ["torch"])[0].partition(":")
-        settings = dict(pair.partition("=")[::2] for pair in split(text, ",") if pair)
+        weights, kind, settings = deployed(row["recipe"])
         try:
             requests = served(row)
         except RoutingError:
