@@ -103,11 +103,14 @@ compiler:
 			|| echo "g++ could not be installed with apt-get; the test of the compiled runtime will fail."; \
 	else echo "No C++ compiler here and no right to install it; the test of the compiled runtime will fail."; fi
 
-# Each phone engine in a process of its own, as in a measurement: after LiteRT's converter, ExecuTorch's fails at times.
+# Units in two processes of one thread each, most of which wait for Python; a file stays in one process, because its tests
+# share what they trained. Notebooks time things and have the machine to themselves. Each phone engine in a process of its
+# own, as in a measurement: after LiteRT's converter, ExecuTorch's fails at times.
 test: phone browser compiler
-	$(BIN)/python -m pytest
-	$(PHONE)/bin/python -m pytest tests/test_executorch.py tests/test_sessions.py tests/test_uneven.py -k executorch
-	$(PHONE)/bin/python -m pytest tests/test_litert.py tests/test_sessions.py tests/test_uneven.py -k litert
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest notebooks
+	$(PHONE)/bin/python -m pytest tests/test_executorch.py tests/test_phone_layouts.py tests/test_sessions.py tests/test_uneven.py -k executorch
+	$(PHONE)/bin/python -m pytest tests/test_litert.py tests/test_phone_layouts.py tests/test_exporting.py tests/test_sessions.py tests/test_uneven.py -k "litert or bundle"
 
 docs: setup
 	$(BIN)/python docs/build.py

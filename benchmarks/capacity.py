@@ -96,7 +96,7 @@ def loaded(server: Running, work: Sequence[Callable[[Cloud], int]], at_once: int
 
 
 def capacity(quick: bool = False) -> Rows:
-    """Eight clients at one server: it writes for them, or they draft.
+    """Eight clients at one server: it writes for them, or they draft, and it keeps what it has read of each.
 
     Eight edges do not fit on two cores: clients send drafts that an edge made before, after as long as it took then.
     They are not behind a link, which would leave the server more time for others.

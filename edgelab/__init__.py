@@ -13,6 +13,7 @@ _PUBLIC = {
     "Reference": "edgelab.reference",
     "compare": "edgelab.lab",
     "sample": "edgelab.lab",
+    "export": "edgelab.lab",
     "profile": "edgelab.lab",
     "parse": "edgelab.recipes",
     "predict": "edgelab.exercises",

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from edgelab import gguf_reader
 from edgelab.errors import EdgeLabError
+from edgelab.gguf_files import reader
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +313,7 @@ def _decode(assets: Path) -> None:
         tokenizer.save_pretrained(folder)
         stages.update()
         with quiet_loading():
-            model = gguf_reader.read(assets / "gguf" / GGUF_FILE)
+            model = reader.read(assets / "gguf" / GGUF_FILE)
         stages.update()
         model.save_pretrained(folder)
         stages.update()

@@ -1,8 +1,9 @@
-"""The command line: fetch, doctor, list, measure, compare, plan, serve, report, ledger, cache, lab."""
+"""The command line: fetch, doctor, list, devices, measure, compare, export, plan, serve, report, ledger, cache, lab."""
 
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,6 +145,47 @@ def compare(
     _stream(rows, as_json, (lambda done: _report(done, report, model)) if report else None)
 
 
+@app.command(epilog="Example: `edgelab export quantize.rtn:bits=4,group_size=32 model.gguf --to gguf`")
+def export(
+    recipe: Annotated[str, typer.Argument(help="A recipe; where it runs is what --to says.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Where to write; for onnx a folder, which has several files."),
+    ],
+    to: Annotated[
+        Literal["gguf", "onnx", "litertlm"],
+        typer.Option(
+            help="gguf for llama.cpp and what is built on it, onnx for ONNX Runtime GenAI, litertlm for LiteRT-LM."
+        ),
+    ],
+    model: Model = "embedded",
+    seed: Seed = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier file at this place.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a recipe as a file that other programs open, with the integers that our techniques chose."""
+    from dataclasses import asdict
+
+    from edgelab.lab import export as write
+
+    before = signal.signal(signal.SIGTERM, _end)  # so that what is half-written goes
+    try:
+        done = write(recipe, to, path, model=model, seed=seed, force=force)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if as_json:
+        _print([asdict(done)], True)
+        return
+    predicted = "" if done.predicted_mb is None else f" (predicted {done.predicted_mb:,.1f} MB)"
+    fast = " EDGELAB_FAST had its recipe calibrate on less and train shorter." if done.fast else ""
+    said = f"{done.path}: {done.file_mb:,.1f} MB{predicted}, {done.recipe} of {done.model}.{fast}"
+    _say([said, done.then, *filter(None, [done.notes])])
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(143)
+
+
 @app.command(
     epilog="Example: `edgelab plan 'quantize.rtn:bits=4 @ partition:fleet=laptop_and_pis' --save plan.json`"
 )
@@ -235,12 +277,18 @@ def report(
 @app.command(name="list", epilog="Example: `edgelab list techniques`")
 def list_(
     what: Annotated[Listed, typer.Argument()],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="With runtimes: ask about this model, a folder, Hub id or .gguf file. Its configuration is read alone."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List what a recipe, an option or a plot can name; of runtimes, which recipe runs on which, and why not."""
     from edgelab.listing import listing
 
-    rows = listing(what)
+    rows = listing(what, model)
     if what == "runtimes" and not as_json:
         _print_support(rows)
     else:
@@ -261,6 +309,36 @@ def _print_support(rows: list[dict[str, Any]]) -> None:
     if absent := list(dict.fromkeys(row["runtime"] for row in rows if not row["installed"])):
         named = f"Not installed here: {', '.join(absent)}; `edgelab doctor` says how to get them."
         out.print(named, highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: `edgelab devices 'My phone' --memory-gb 8 --bandwidth-gb-s 51.2`")
+def devices(
+    name: Annotated[str, typer.Argument(help="A device of your own, to keep; without one, list all.")] = "",
+    memory_gb: Annotated[float | None, typer.Option(help="As sold.")] = None,
+    bandwidth_gb_s: Annotated[
+        float | None, typer.Option(help="Peak of its memory, in GB/s, from a data sheet.")
+    ] = None,
+    usable_gb: Annotated[float | None, typer.Option(help="What it leaves to a model.")] = None,
+    gflop_s: Annotated[float | None, typer.Option(help="Its arithmetic, in GFLOP/s.")] = None,
+    runs_on: Annotated[
+        str, typer.Option(help="phone, CPU or GPU: whose published rates it is expected to reach.")
+    ] = "phone",
+    as_json: AsJson = False,
+) -> None:
+    """List the devices that plans, the picker and notebooks know, or keep one of your own among them."""
+    from edgelab.devices import own
+    from edgelab.listing import listing
+
+    if not name:
+        shown = ("name", "memory_gb", "usable_gb", "memory_bandwidth_gb_s", "float32_gflop_s", "runs_on")
+        _print([{key: row[key] for key in shown} for row in listing("devices")], as_json)
+        return
+    if memory_gb is None or bandwidth_gb_s is None:
+        raise EdgeLabError(f"{name} needs --memory-gb and --bandwidth-gb-s; its data sheet has both.")
+    file = own.keep_device(
+        own.own_device(name, bandwidth_gb_s, memory_gb, gflop_s=gflop_s, usable_gb=usable_gb, runs_on=runs_on)
+    )
+    err.print(f"{name} is kept in {file}.", highlight=False, soft_wrap=True)
 
 
 @ledger_app.command("show", epilog="Example: `edgelab ledger show --last 5 --json`")
@@ -341,9 +419,10 @@ def serve(
         _say([url] if token_file is not None else [url, token])
 
     given = {"certificate": certificate, "key": key, "insecure": insecure, "cut": cut, "threads": threads}
-    serving.serve(
-        serving.Settings(recipe=recipe, model=model, seed=seed, host=host, port=port, **given), announce
-    )
+    settings = serving.Settings(recipe=recipe, model=model, seed=seed, host=host, port=port, **given)
+    if token_file is not None:
+        serving.check_token_file(token_file)
+    serving.serve(settings, announce)
 
 
 @app.command(epilog="Example: `edgelab lab`")

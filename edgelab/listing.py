@@ -5,9 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from edgelab.errors import EdgeLabError
 
-def listing(what: str) -> list[dict[str, Any]]:
-    """A row for each thing of a kind, such as techniques or devices: name, settings and what it is."""
+
+class ListingError(EdgeLabError):
+    """Something that cannot be listed."""
+
+
+def listing(what: str, model: str | None = None) -> list[dict[str, Any]]:
+    """A row for each thing of a kind, such as techniques or devices: name, settings and what it is.
+
+    model: as in `load`, with "runtimes" alone: which recipe runs where on this model, by its configuration. Raises
+    ListingError for a model beside another kind, ReferenceError where there is no such model.
+    """
+    if model is not None and what != "runtimes":
+        raise ListingError(f"{what} are the same for every model; leave the model out, or list runtimes.")
     if what == "runtimes":
         from edgelab.doctor import absent
         from edgelab.recipes import deployments
@@ -17,7 +29,7 @@ def listing(what: str) -> list[dict[str, Any]]:
         return [
             {"recipe": answer.recipe, "runtime": answer.runtime, "runs": answer.reason is None}
             | {"reason": answer.reason, "alike": answer.alike, "installed": here[answer.runtime]}
-            for answer in support.table()
+            for answer in support.table(model)
         ]
     if what == "protocols":
         from edgelab.measure import protocols

@@ -11,7 +11,6 @@ byte is half a round trip on its way.
 from __future__ import annotations
 
 import asyncio
-import csv
 import math
 import random
 import threading
@@ -22,6 +21,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from edgelab import csv_files
 from edgelab.assets import data_dir
 from edgelab.errors import EdgeLabError
 
@@ -57,15 +57,15 @@ class Link:
 
     def __post_init__(self) -> None:
         for name in ("down_mbps", "up_mbps", "between_outages_s"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise LinkError(
-                    f"Link {self.name}: {name} is {getattr(self, name)} and should be above 0; leave the link out "
-                    "where there is none."
+                    f"Link {self.name}: {name} is {getattr(self, name)} and should be above 0 and finite; leave the "
+                    "link out where there is none."
                 )
         for name in ("round_trip_ms", "jitter_ms", "outage_s"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise LinkError(
-                    f"Link {self.name}: {name} is {getattr(self, name)} and should be at least 0."
+                    f"Link {self.name}: {name} is {getattr(self, name)} and should be at least 0 and finite."
                 )
         if not 0 <= self.loss < 1:
             raise LinkError(f"Link {self.name}: loss is {self.loss} and should be 0 to below 1.")
@@ -80,11 +80,22 @@ class Link:
 
 
 def links() -> dict[str, Link]:
-    """The links of `data/links.csv`, by name; each with its source."""
-    kinds = {one.name: float if one.type == "float" else str for one in fields(Link)}
-    with (data_dir() / "links.csv").open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    return {row["name"]: Link(**{name: kinds[name](text) for name, text in row.items()}) for row in rows}
+    """The links of `data/links.csv`, by name; each with its source. Raises LinkError with the line that is none."""
+    columns = [one.name for one in fields(Link)]
+    found = {}
+    for where, cells in csv_files.lines(
+        data_dir() / "links.csv", LinkError, columns, needed=("name", "down_mbps", "up_mbps"), unique="name"
+    ):
+        figures = {
+            name: csv_files.number(cells, name, where, LinkError)
+            for name in cells
+            if name not in ("name", "source")
+        }
+        try:
+            found[cells["name"]] = Link(**(cells | figures))
+        except LinkError as error:
+            raise LinkError(f"{where}: {error}") from None
+    return found
 
 
 def find(name: str) -> Link:
@@ -121,6 +132,23 @@ class _Outages:
         return max(moment, self.begins[last] + self.link.outage_s) if last >= 0 else moment
 
 
+class _Packets:
+    """How many packets the bytes of one direction of a connection begin."""
+
+    def __init__(self) -> None:
+        self.room = 0  # bytes that the packet in hand still takes
+
+    def end(self) -> None:
+        """A message is over: its last packet goes as it is, and the next byte begins another."""
+        self.room = 0
+
+    def begun(self, size: int) -> int:
+        """Packets that the next `size` bytes begin, the first of which may go into the packet in hand."""
+        count = -(-max(size - self.room, 0) // PACKET)
+        self.room += count * PACKET - size
+        return count
+
+
 class _Shaper:
     """When the bytes of one direction may arrive: behind those before them, at the rate, half a round trip later."""
 
@@ -131,12 +159,13 @@ class _Shaper:
         self.free = 0.0  # until then the link is busy with earlier bytes
         self.last = 0.0
 
-    def arrival(self, size: int, now: float) -> float:
+    def arrival(self, size: int, now: float, packets: int) -> float:
+        """Of `size` bytes that begin so many packets, each of which may be lost."""
         self.free = self.outages.over(max(self.free, now)) + size / self.bytes_per_s
         late = self.link.round_trip_ms / 2e3
         if self.link.jitter_ms:
             late += abs(self.random.gauss(0, self.link.jitter_ms / 1e3))
-        if self.link.loss and self.random.random() < 1 - (1 - self.link.loss) ** max(1, size / PACKET):
+        if self.link.loss and sum(self.random.random() < self.link.loss for _ in range(packets)):
             late += STALL_ROUND_TRIPS * self.link.round_trip_ms / 1e3
         self.last = max(self.last, self.free + late)  # TCP keeps the order
         return self.last
@@ -213,6 +242,7 @@ class Proxy:
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         """One direction: read as fast as bytes come, up to what the link holds, and hand on when they are due."""
         waiting: asyncio.Queue[tuple[float, bytes] | None] = asyncio.Queue(maxsize=256)
+        packets, sent = _Packets(), 0.0
 
         async def hand_on() -> None:
             while (due := await waiting.get()) is not None:
@@ -230,9 +260,13 @@ class Proxy:
                 setattr(self.traffic, way, getattr(self.traffic, way) + len(piece))
                 shaper = self._up if way == "up" else self._down
                 step = shaper.step()
+                if time.monotonic() >= sent:  # all before this has left: another message
+                    packets.end()
                 for first in range(0, len(piece), step):
                     part = piece[first : first + step]
-                    await waiting.put((shaper.arrival(len(part), time.monotonic()), part))
+                    due = shaper.arrival(len(part), time.monotonic(), packets.begun(len(part)))
+                    sent = shaper.free
+                    await waiting.put((due, part))
             await waiting.put(None)
 
 
@@ -242,6 +276,7 @@ class Proxies:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._open = AsyncExitStack()
+        self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
@@ -258,12 +293,13 @@ class Proxies:
         self._loop.call_soon_threadsafe(proxy.interrupt, seconds)
 
     def close(self) -> None:
-        """End all of them, and the thread."""
-        if self._thread.is_alive():
-            self._run(self._open.aclose())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        """End all of them, and the thread. Any thread may, also while another one does."""
+        with self._closing:
+            if self._thread.is_alive():
+                self._run(self._open.aclose())
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edgelab import assets, gguf_reader
+from edgelab import assets
 from edgelab.errors import EdgeLabError, few
+from edgelab.gguf_files import reader, tokenizer_reader
 from edgelab.keys import key
 
 if TYPE_CHECKING:  # naming a model and fingerprinting it need neither
@@ -21,6 +26,15 @@ log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # what a model is read from
+CONFIGURATION = ("*.json",)
+LEFT_OUT = ("consolidated*", "*/*.safetensors")  # the weights once more, as Mistral's repositories have them
+WHOLE = "model.safetensors"  # a checkpoint in one file
+INDEX = "model.safetensors.index.json"  # which file holds which tensor
+# Names of a checkpoint that reads more than text -> those of its text part as a model of its own
+TEXT_PART = {
+    r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "model.",
+}
 EMBEDDED_NOTES = (
     "The embedded weights are SmolLM2-135M-Instruct decoded from a 4-bit GGUF file (Q4_1 linear layers, Q8_0 "
     "embedding). They are the baseline that everything is compared with, not the original full-precision "
@@ -73,21 +87,42 @@ def load(name: str = EMBEDDED, dtype: torch.dtype | None = None) -> Reference:
 
 def resolve(name: str = EMBEDDED) -> Source:
     """Find out what a name stands for and compute its fingerprint, without reading the weights into memory."""
-    if name == EMBEDDED:
-        folder = assets.model_folder()
-        return Source(assets.EMBEDDED_NAME, folder, fingerprint(folder), EMBEDDED_NOTES)
-    path = assets.find(name)
+    with _reading(name):
+        source = _find(name)
+        path = Path(source.folder)
+        return replace(source, sha=fingerprint(path) if path.is_dir() else key(assets.fingerprint(path))[:16])
+
+
+def config_of(name: str = EMBEDDED) -> PretrainedConfig:
+    """The configuration of a named model, and nothing of its weights: from the Hub they are not even fetched."""
+    with _reading(name):
+        return load_config(_find(name, weights=False))
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
     try:
-        if path is not None and path.is_dir():
-            return _resolve_folder(path)
-        if path is not None and _is_gguf(path):
-            return Source(path.stem, path.resolve(), key(assets.fingerprint(path))[:16])
+        yield
     except OSError as error:
         raise ReferenceError(
             f"{assets.shown(name)} cannot be read ({error.strerror or error}); check its permissions."
         ) from None
+
+
+def _find(name: str, weights: bool = True) -> Source:
+    """Where a name leads, without a fingerprint. weights: whether they are wanted as well as the configuration."""
+    if name == EMBEDDED:
+        return Source(assets.EMBEDDED_NAME, assets.model_folder(), "", EMBEDDED_NOTES)
+    path = assets.find(name)
+    if path is not None and path.is_dir():
+        _check_folder(path, str(path), weights)
+        return Source(path.resolve().name, path.resolve(), "")
+    if path is not None and _is_gguf(path):
+        return Source(path.stem, path.resolve(), "")
     if path is None and HUB_ID.fullmatch(name) and not _is_gguf(Path(name)):
-        return _resolve_hub(name)
+        folder = _fetched(name, PATTERNS if weights else CONFIGURATION)
+        _check_folder(folder, name, weights)
+        return Source(name, folder, "")
     raise ReferenceError(
         f"There is no model at {assets.shown(name)}; give a folder, a .gguf file, a Hub id, or '{EMBEDDED}'."
     )
@@ -97,13 +132,49 @@ def _is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-def _resolve_folder(path: Path) -> Source:
-    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+def _check_folder(folder: Path, shown: str, weights: bool) -> None:
+    """Whether all files of a model are there. shown: what a sentence calls it."""
+    if not (folder / "config.json").is_file() or (weights and not any(folder.glob("*.safetensors"))):
         raise ReferenceError(
-            f"{path} holds no model: a folder needs config.json, tokenizer files and *.safetensors "
+            f"{shown} holds no model: a folder needs config.json, tokenizer files and *.safetensors "
             "(pickled weights are not loaded)."
         )
-    return Source(path.resolve().name, path.resolve(), fingerprint(path))
+    if weights and not (folder / WHOLE).is_file():
+        _check_parts(folder, shown)
+
+
+def _check_parts(folder: Path, shown: str) -> None:
+    """Whether every tensor that the index of a checkpoint names lies in the shard that it names."""
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / INDEX).is_file():
+        raise ReferenceError(
+            f"{shown} has neither {WHOLE} nor {INDEX}, which says in which of its files each tensor lies; give the "
+            "whole checkpoint."
+        )
+    try:
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        shards = {shard: [] for shard in sorted(places.values())}
+        for name, shard in places.items():
+            shards[shard].append(name)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ReferenceError(
+            f"{INDEX} of {shown} does not say in which file each tensor lies; fetch it again."
+        ) from None
+    if lost := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise ReferenceError(f"{shown} lacks {few(lost)}, which {INDEX} names; give the whole checkpoint.")
+    for shard, names in shards.items():
+        try:
+            with safe_open(folder / shard, "np") as file:
+                lost = sorted(set(names) - set(file.keys()))
+        except SafetensorError as error:
+            raise ReferenceError(
+                f"{shard} of {shown} is damaged ({_reason(error)}); fetch it again."
+            ) from None
+        if lost:
+            raise ReferenceError(
+                f"{shard} of {shown} lacks {few(lost)}, for which {INDEX} names it; give the whole checkpoint."
+            )
 
 
 def fingerprint(folder: Path) -> str:
@@ -111,36 +182,44 @@ def fingerprint(folder: Path) -> str:
 
     Every file that transformers may read counts, so that a changed rope_theta or merge is another model.
     """
-    files = sorted(file for pattern in PATTERNS for file in folder.glob(pattern))
+    found = [file for pattern in PATTERNS for file in folder.glob(pattern)]
+    files = sorted(file for file in found if not file.match(LEFT_OUT[0]))
     return key([(file.name, assets.fingerprint(file)) for file in files])[:16]
 
 
-def _resolve_hub(name: str) -> Source:
+def _fetched(name: str, patterns: tuple[str, ...]) -> Path:
+    """The folder of a model of the Hub, fetched or as it was fetched before."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
+    fetch = partial(snapshot_download, name, allow_patterns=list(patterns), ignore_patterns=list(LEFT_OUT))
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
+        return Path(fetch())
     except Exception as error:
         try:
-            folder = Path(snapshot_download(name, allow_patterns=list(PATTERNS), local_files_only=True))
+            return Path(fetch(local_files_only=True))
         except (LocalEntryNotFoundError, OSError, ValueError):
             log.debug("hub said: %s", error)
+            if isinstance(error, GatedRepoError):
+                raise ReferenceError(
+                    f"'{name}' is gated: accept its licence on its page, https://huggingface.co/{name}, and log in "
+                    "with `hf auth login`."
+                ) from None
             raise ReferenceError(
                 f"'{name}' is neither a local folder nor can it be had from the Hub now; check the spelling and "
                 f"the network, or use '{EMBEDDED}', which works offline."
             ) from None
-    return Source(name, folder, resolve(str(folder)).sha)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of a reference. Raises ReferenceError where it has none, or one that is not the model's."""
     from transformers import AutoTokenizer
 
-    folder, options = _transformers_place(source)
-    config = None if options else load_config(source)
+    if (file := _gguf_file(source)) is not None:
+        return tokenizer_reader.read(file)
+    config = load_config(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
         # Where a class knows how it splits text and the folder no tokens, transformers makes one that knows none.
         known = set(tokenizer("a b", add_special_tokens=False)["input_ids"]) - set(tokenizer.all_special_ids)
     except Exception as error:  # transformers, tokenizers and sentencepiece raise what they like
@@ -148,16 +227,15 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise _without_tokenizer(source, _reason(error)) from None
     if not known:
         raise _without_tokenizer(source, "it has no tokens")
-    if config is not None:
-        _check_vocabulary(source, tokenizer, config)
+    _check_vocabulary(source, tokenizer, config)
     return tokenizer
 
 
 def _without_tokenizer(source: Source, reason: str) -> ReferenceError:
-    mend = "put tokenizer.json and tokenizer_config.json of the model into its folder"
-    if _is_gguf(Path(source.folder)):
-        mend = "give a whole GGUF file that holds one"
-    return ReferenceError(f"No tokenizer can be loaded for {source.name} ({reason}); {mend}.")
+    return ReferenceError(
+        f"No tokenizer can be loaded for {source.name} ({reason}); put tokenizer.json and tokenizer_config.json of the "
+        "model into its folder."
+    )
 
 
 def _check_vocabulary(source: Source, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
@@ -173,23 +251,100 @@ def _check_vocabulary(source: Source, tokenizer: PreTrainedTokenizerBase, config
 
 
 def load_config(source: Source) -> PretrainedConfig:
-    """The model configuration of a reference. Raises ReferenceError for what is no decoder of plain float weights."""
+    """The model configuration of a reference, of its text part where it reads more than text.
+
+    Raises ReferenceError for what is no decoder of plain float weights.
+    """
+    return _text_part(_stated_config(source))
+
+
+def _stated_config(source: Source) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    folder, options = _transformers_place(source)
+    if (file := _gguf_file(source)) is not None:
+        return reader.read_config(file)
+    _check_layout(source)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # of JSON, of transformers, of huggingface_hub's checks of types
         log.debug("the configuration cannot be loaded", exc_info=True)
         raise _unloadable(source, error) from None
-    if not options and (how := getattr(config, "quantization_config", None)):
+    if how := getattr(config, "quantization_config", None):
         method = how.get("quant_method", "unknown") if isinstance(how, dict) else type(how).__name__
         raise _quantized(source, f"by '{method}'")
     if config.is_encoder_decoder:
         raise ReferenceError(
             f"{source.name} is an encoder-decoder model ({config.model_type}); give a model that has a decoder only."
         )
+    _put_ends(source, config)
     return config
+
+
+def _put_ends(source: Source, config: PretrainedConfig) -> None:
+    """Name the tokens that end an answer in a configuration as generation_config.json does, in place.
+
+    transformers generates by that file, and a chat model may name the end of its turns only there.
+    """
+    try:
+        stated = json.loads((Path(source.folder) / "generation_config.json").read_text(encoding="utf-8"))
+        ends = stated.get("eos_token_id")
+    except (OSError, ValueError, AttributeError):  # transformers goes by the configuration then, too
+        return
+    if isinstance(ends, int) or (isinstance(ends, list) and ends):
+        for one in (config, config.get_text_config(decoder=True)):
+            one.eos_token_id = ends
+
+
+def _check_layout(source: Source) -> None:
+    """Whether transformers has the layout, and one of the classes, that a configuration names."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        stated = json.loads((Path(source.folder) / "config.json").read_text(encoding="utf-8"))
+        layout, classes = stated.get("model_type"), stated.get("architectures") or []
+    except (OSError, ValueError, AttributeError):  # transformers says what is wrong
+        return
+    its = f"transformers {transformers.__version__}"
+    if layout and layout not in CONFIG_MAPPING:
+        own = " comes with code of its own, which is not run here, and" if "auto_map" in stated else ""
+        raise ReferenceError(
+            f"{source.name}{own} has the layout '{layout}', which {its} does not know; give a model of another layout, "
+            "such as llama, qwen3 or gemma3_text."
+        )
+    _check_scaling(source, stated)
+    if classes and not set(classes) & set(dir(transformers)):
+        raise ReferenceError(
+            f"The config.json of {source.name} names {few(classes)}, and {its} has no such class; give a model that "
+            "is loaded by one of its classes, such as LlamaForCausalLM."
+        )
+
+
+def _check_scaling(source: Source, stated: dict[str, Any]) -> None:
+    """Whether transformers has the scaling of rotary frequencies that a configuration names."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = stated.get("rope_scaling") or stated.get("rope_parameters")
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    if kind in (None, "default", *ROPE_INIT_FUNCTIONS):
+        return
+    mend = "an older name of 'longrope'; write that in its place" if kind == "su" else None
+    known = ", ".join(sorted(ROPE_INIT_FUNCTIONS))
+    raise ReferenceError(
+        f"The config.json of {source.name} scales rotary frequencies by '{kind}', "
+        + (f"{mend}." if mend else f"which transformers does not know; give one of {known}.")
+    )
+
+
+def _text_part(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the text part, where transformers has a class for that part alone; else the whole one."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = config.get_text_config(decoder=True)
+    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
+    return text
 
 
 def load_model(
@@ -197,28 +352,40 @@ def load_model(
 ) -> PreTrainedModel:
     """The weights of a reference as a causal language model in evaluation mode, in float32 unless told otherwise.
 
-    notes: takes what a reader has to know, such as tensors of the checkpoint that the model has no place for.
-    Raises ReferenceError where tensors are missing or of another shape, naming them: nothing is initialised at random.
+    notes: takes what a reader has to know, such as tensors of the checkpoint that the model has no place for, or parts
+    that read images. Raises ReferenceError where tensors are missing, of another shape or not finite, naming them:
+    nothing is initialised at random.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     dtype = dtype or torch.float32
-    folder, options = _transformers_place(source)
     try:
         with assets.quiet_loading():
-            if options:
-                return gguf_reader.read(Path(source.folder)).to(dtype)
+            if (file := _gguf_file(source)) is not None:
+                model = reader.read(file)
+                for parameter in model.parameters():  # but no buffers: rotary frequencies stay exact
+                    parameter.data = parameter.data.to(dtype)
+                _check_finite(source, model)
+                return model
+            stated = _stated_config(source)
+            config = _text_part(stated)
             model, found = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=load_config(source),
+                source.folder,
+                config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
+                key_mapping=None if config is stated else TEXT_PART,
             )
-        _check_tensors(source, found, [] if notes is None else notes)
+        notes = [] if notes is None else notes
+        if config is not stated:
+            vars(model).pop("_weight_conversions", None)  # saved again it is a model of text
+            notes += _leave_out_other_parts(model, found)
+        _check_tensors(source, found, notes)
+        _check_finite(source, model)
         _check_direction(source, model)
     except EdgeLabError:
         raise
@@ -226,6 +393,20 @@ def load_model(
         log.debug("the model cannot be loaded", exc_info=True)
         raise _unloadable(source, error) from None
     return model.eval()
+
+
+def _leave_out_other_parts(model: PreTrainedModel, found: dict) -> list[str]:
+    """A note that names the parts of a checkpoint beside that of text, whose tensors are then expected no more."""
+
+    def part(name: str) -> str:
+        return name.removeprefix("model.").partition(".")[0]
+
+    own = {part(name) for name in model.state_dict()}
+    others = {name for name in found["unexpected_keys"] if part(name) not in own}
+    found["unexpected_keys"] = set(found["unexpected_keys"]) - others
+    if not others:
+        return []
+    return [f"The text part alone, without {', '.join(sorted({part(name) for name in others}))}."]
 
 
 def _check_tensors(source: Source, found: dict, notes: list[str]) -> None:
@@ -243,6 +424,16 @@ def _check_tensors(source: Source, found: dict, notes: list[str]) -> None:
         )
     if unexpected:
         notes.append(f"Not read, because the model has no place for it: {few(unexpected)}.")
+
+
+def _check_finite(source: Source, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not all(end.isfinite() for end in parameter.detach().aminmax()):
+            found = "NaN" if parameter.isnan().any() else "infinity"
+            raise ReferenceError(
+                f"{name} of {source.name} holds {found}; give finite weights, in a number format that reaches as far "
+                "as they do."
+            )
 
 
 def _check_direction(source: Source, model: PreTrainedModel) -> None:
@@ -278,9 +469,10 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _transformers_place(source: Source) -> tuple[Path | str, dict[str, str]]:
+def _gguf_file(source: Source) -> Path | None:
+    """The file of a reference that is one; None for a folder."""
     path = Path(source.folder)
-    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (source.folder, {})
+    return path if path.is_file() else None
 
 
 def _reason(error: Exception) -> str:

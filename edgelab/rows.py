@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import combinations
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from edgelab.ledger import FIELDS, Field, every_field
 from edgelab.measure import Asked, intervals
 from edgelab.measure.intervals import Interval, PairingError
 from edgelab.measure.protocols import PROTOCOLS
+from edgelab.recipes import parse
 
 log = logging.getLogger(__name__)
 
@@ -390,6 +391,16 @@ def of_recipes(rows: pd.DataFrame, recipes: Sequence[str]) -> pd.DataFrame:
     if missing := [recipe for recipe in recipes if recipe not in there]:
         log.warning("Not measured yet, and left out here: %s.", "; ".join(missing))
     return known.sort_values("recipe", key=lambda texts: texts.map(list(recipes).index), kind="stable")
+
+
+def by_name(rows: pd.DataFrame, recipes: Mapping[str, str]) -> pd.DataFrame:
+    """The newest row of each recipe, with the name that it has in `recipes` as index; the others as in `of_recipes`.
+
+    Raises RecipeError for what is no recipe.
+    """
+    names = {str(parse(recipe)): name for name, recipe in recipes.items()}
+    found = of_recipes(rows, list(names))
+    return found.set_index(found["recipe"].map(names))
 
 
 def without_recovery(recipes: pd.Series) -> pd.Series:

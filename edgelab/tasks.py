@@ -5,6 +5,8 @@ Both are read off a text by rules, so that they need no download, and every reci
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
@@ -120,14 +122,14 @@ def last_words(text: TokenizedText, cut: list[Window]) -> list[LastWord]:
 REQUESTS, REQUESTS_FAST = 480, 36
 REQUEST_CHARACTERS = 300  # of a text before the word
 REQUEST_TOKENS = 6  # of an answer
+_OF_A_WORD = r"\w’'-"  # characters that a word may go on with
 
 
 @dataclass(frozen=True)
 class Request:
     """A beginning of a sentence, to be gone on with, and the word that comes next: the last of the sentence.
 
-    tokens: of the answer, at most. stop: a text that ends an answer of the edge or the cloud alone
-    and is no part of it; empty for none.
+    tokens: of the answer, at most. stop: a text that ends an answer and is no part of it; empty for none.
     """
 
     prompt: str
@@ -137,7 +139,15 @@ class Request:
 
     def is_right(self, written: str) -> bool:
         """Whether what was written begins with the word."""
-        return re.match(rf"\s*{re.escape(self.word)}(?![\w’'-])", written) is not None
+        return re.match(rf"\s*{re.escape(self.word)}(?![{_OF_A_WORD}])", written) is not None
+
+    def is_decided(self, written: str) -> bool:
+        """Whether the first word has ended, so that what is written from here on changes nothing; never without a word.
+
+        A text that begins with no word is wrong already.
+        """
+        ended = rf"\s*(?:[{_OF_A_WORD}]+[^{_OF_A_WORD}]|[^\s{_OF_A_WORD}])"
+        return bool(self.word) and re.match(ended, written.rstrip("\ufffd")) is not None
 
 
 def requests(text: str, limit: int | None = None) -> list[Request]:
@@ -249,6 +259,29 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return opening(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
+TURN_ENDS = ("<end_of_turn>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<turn|>")
+
+
+def endings(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer: the one of the tokenizer, and those that end a turn of a conversation.
+
+    A model that was taught to talk ends its turn with one of these (Gemma, Qwen, Phi-3, Llama 3), and its tokenizer may
+    call another one its end. llama.cpp knows them by their texts, too.
+    """
+    added = tokenizer.added_tokens_encoder
+    ends = {tokenizer.eos_token_id, *(added.get(text) for text in TURN_ENDS)}
+    return frozenset(ends - {None})
+
+
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What a sequence begins with: the BOS token where the tokenizer itself puts one, else nothing."""
     return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hexadecimal digits that two tokenizers share where they give the same ids to the same tokens.
+
+    The beginning of the SHA-256 of the sorted pairs (token, id) in JSON. Every call reads the whole vocabulary.
+    """
+    pairs = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(pairs.encode()).hexdigest()[:16]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,3 +217,26 @@ def variant(
 def smaller(request: pytest.FixtureRequest) -> dict[str, int]:
     """What pruning leaves of a tiny model: fewer layers, heads, MLP channels or hidden sizes."""
     return request.param
+
+
+@pytest.fixture
+def cloud_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clouds of deployments answer in threads of this process, for tests that neither end nor count processes."""
+    from edgelab.deployments.hybrid import remote
+    from edgelab.deployments.hybrid.server import serving
+
+    @contextmanager
+    def started(settings: serving.Settings) -> Iterator[SimpleNamespace]:
+        told, over = queue.Queue(), threading.Event()
+        thread = threading.Thread(
+            target=serving.serve, args=(settings, lambda *said: told.put(said), over.wait)
+        )
+        thread.start()
+        try:
+            url, token = told.get(timeout=60)
+            yield SimpleNamespace(url=url, token=token)
+        finally:
+            over.set()
+            thread.join()
+
+    monkeypatch.setattr(remote, "started", started)

@@ -286,7 +286,7 @@ def test_a_threshold_is_moved_and_the_cloud_unplugged(chromium: str, home: Path,
     there = each | {"sent": "1111", "ms": [60.0] * 4, "edge_ms": [0.0] * 4, "scores": {}}
     cells = [
         "import json\nimport edgelab as el\nfrom edgelab.ledger import Row\n"
-        "from edgelab.widgets.hybrid import cloud_trip, live_request",
+        "from edgelab.widgets.hybrid import cloud_trip\nfrom edgelab.widgets.live_request import live_request",
         f"edge, cloud = {each}, {there}",
         "known = dict(host='here', threads=1, link='wifi')\n"
         "one = Row('none @ torch', served=json.dumps(edge), requests_right='0101', **known)\n"

@@ -1,6 +1,7 @@
 """Cascades: scores by hand, curves of small tables, what routing recovers, calibration of known probabilities."""
 
 import builtins
+import dataclasses
 import math
 
 import numpy as np
@@ -15,6 +16,7 @@ from edgelab.deployments.hybrid.routing.curves import (
     Recovery,
     apgr,
     at_random,
+    compare,
     cpt,
     curve,
     held_out,
@@ -425,15 +427,37 @@ def test_items_that_do_not_belong_together():
             curve([1, 0], [1, 0], score)
 
 
+def test_a_table_of_scores_says_what_each_knows_and_what_it_recovers():
+    """40 items, the edge right on the surer half: margin tells them apart, backwards does it the wrong way round."""
+    edge, cloud, margin = np.arange(40) >= 20, np.arange(40) % 4 > 0, np.arange(40.0)
+    found = compare(edge, cloud, {"backwards": -margin, "same": margin * 0, "margin": margin})
+    assert found.index.tolist() == ["margin", "same", "backwards"]
+    assert found["AUC"].tolist() == [1, 0.5, 0] and found.loc["same", ["APGR", "half_at"]].tolist() == [
+        0.5,
+        0.5,
+    ]
+    own = Recovery(edge, cloud, margin)
+    assert found.loc["margin", ["APGR", "low", "high"]].tolist() == [*dataclasses.astuple(own.apgr())]
+    assert found.loc["margin", "half_at"] == own.cpt(0.5).value < 0.25
+    assert math.isnan(compare(np.zeros(40), cloud, {"margin": margin})["AUC"].item())
+
+
 # Calibration
 
 
 def test_isotonic_regression_by_hand():
-    """1 0 is pooled to a half, 0 1 is kept; ties count together."""
+    """1 0 is pooled to a half, 0 1 is kept; ties count together, and each end has a right and a wrong item more."""
     found = calibrate([1, 2, 3, 4, 5, 5], [0, 1, 0, 1, 1, 0])
-    assert found([1, 2, 3]).tolist() == [0, 0.5, 0.5]
-    assert found([4, 5]) == pytest.approx([2 / 3, 2 / 3])
-    assert found([-10, 10]) == pytest.approx([0, 2 / 3]) and found(1.5) == 0.25
+    assert found([1, 2, 3]) == pytest.approx([1 / 3, 0.5, 0.5])
+    assert found([4, 5]) == pytest.approx([3 / 5, 3 / 5])
+    assert found([-10, 10]) == pytest.approx([1 / 3, 3 / 5]) and found(1.5) == pytest.approx(5 / 12)
+
+
+def test_a_few_items_at_an_end_are_not_called_always_wrong_or_always_right():
+    """Laplace's rule: (right + 1) / (items + 2)."""
+    found = calibrate(range(8), [0, 0, 0, 0, 1, 1, 1, 1])
+    assert found(range(8)) == pytest.approx([1 / 6] * 4 + [5 / 6] * 4)
+    assert calibrate([2.0], [1])(2.0) == pytest.approx(3 / 5)
 
 
 def test_calibration_of_known_probabilities():
@@ -458,8 +482,9 @@ def test_calibrated_values_are_those_of_scikit_learn():
     from sklearn.isotonic import IsotonicRegression
 
     random = np.random.default_rng(1)
-    score, right = random.normal(size=300).round(1), random.random(300) < 0.6
-    other = np.linspace(-4, 4, 333)
+    score = random.normal(size=300).round(1)
+    right = random.random(300) < 1 / (1 + np.exp(-score))
+    other = np.linspace(-1, 1, 333)  # away from the ends
     theirs = IsotonicRegression(out_of_bounds="clip").fit(score, right.astype(float)).predict(other)
     np.testing.assert_allclose(calibrate(score, right)(other), theirs, atol=1e-12)
 

@@ -11,9 +11,10 @@ import time
 import pytest
 
 import edgelab as el
-from edgelab import ledger
+from edgelab import cli, ledger
 from edgelab.deployments.hybrid.client.cloud import Cloud
 from edgelab.deployments.hybrid.client.failures import CloudDenied
+from edgelab.deployments.hybrid.server import serving
 
 
 def edgelab(*arguments, **environment):
@@ -24,6 +25,23 @@ def edgelab(*arguments, **environment):
         env=os.environ | {"TQDM_DISABLE": "1", "EDGELAB_FAST": "1", "COLUMNS": "200"} | environment,
         timeout=300,
     )
+
+
+@pytest.fixture
+def inside(monkeypatch, capsys):
+    """As `edgelab`, in this process, which has imported everything already."""
+
+    def run(*arguments, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["edgelab", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, ended.value.code or 0, said.out, said.err)
+
+    return run
 
 
 @pytest.fixture
@@ -39,9 +57,11 @@ def place(tiny, tmp_path, story):
         "fetch",
         "doctor",
         "list",
+        "devices",
         "measure",
         "serve",
         "compare",
+        "export",
         "plan",
         "report",
         "ledger show",
@@ -74,10 +94,6 @@ def test_a_comparison_prints_a_table_and_writes_a_report(place, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["measure", "quantise.rtn"], "did you mean quantize.rtn"),
-        (["measure", "quantize.rtn:bit=4"], "did you mean bits"),
-        (["measure", "quantize.rtn:bits=9"], "outside 2 to 8"),
-        (["measure", "none", "--model", "."], "holds no model"),
         (
             ["measure", "none", "--model", "nobody/nothing"],
             "neither a local folder nor can it be had from the Hub",
@@ -91,15 +107,35 @@ def test_bad_input_is_one_sentence_and_a_failure(arguments, sentence):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        ("quantise.rtn", "did you mean quantize.rtn"),
+        ("quantize.rtn:bit=4", "did you mean bits"),
+        ("quantize.rtn:bits=9", "outside 2 to 8"),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_sentence(inside, recipe, sentence, place):
+    done = inside("measure", recipe, *place)
+    assert done.returncode == 1 and sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_without_a_model_is_one_sentence(inside):
+    done = inside("measure", "none", "--model", ".")
+    assert done.returncode == 1 and "holds no model" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_a_group_size_that_does_not_divide_is_answered_with_those_that_do(place):
     done = edgelab("measure", "quantize.rtn:group_size=128", "--only", "quality", *place)
     assert done.returncode == 1 and "use 32, 64, 0 (one group per row)" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_home_that_cannot_be_written_is_one_sentence(place, tmp_path):
+def test_a_home_that_cannot_be_written_is_one_sentence(inside, place, tmp_path):
     (tmp_path / "file").write_text("")
-    done = edgelab("measure", "none", "--only", "quality", *place, EDGELAB_HOME=str(tmp_path / "file"))
+    done = inside("measure", "none", "--only", "quality", *place, EDGELAB_HOME=str(tmp_path / "file"))
     assert done.returncode == 1 and "EDGELAB_HOME" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -205,8 +241,8 @@ def test_a_plan_of_a_published_model():
         (["--read", "nothing.json"], "cannot be read"),
     ],
 )
-def test_plans_that_cannot_be(arguments, said):
-    done = edgelab("plan", *arguments)
+def test_plans_that_cannot_be(inside, arguments, said):
+    done = inside("plan", *arguments)
     assert done.returncode != 0
     assert said in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -236,3 +272,30 @@ def test_a_recipe_is_served_until_ctrl_c(tiny, tmp_path):
         assert token.stat().st_mode & 0o077 == 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["none @ cascade:cloud=(none)"], "a server runs one engine"),
+        (["none", "--token-file", "nofolder/token"], "There is no folder nofolder"),
+        (["none", "--token-file", "/"], "/ is there and no file"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence_before_anything_is_loaded(
+    inside, monkeypatch, arguments, sentence
+):
+    monkeypatch.setattr(serving, "serve", lambda *given: pytest.fail("It was to be served all the same."))
+    done = inside("serve", *arguments)
+    assert done.returncode == 1 and sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_device_of_ones_own_is_kept_and_listed(inside):
+    kept = inside("devices", "My phone", "--memory-gb", "8", "--bandwidth-gb-s", "51.2")
+    assert kept.returncode == 0 and "My phone is kept in" in kept.stderr
+    rows = [json.loads(line) for line in inside("devices", "--json").stdout.splitlines()]
+    (own,) = [row for row in rows if row["name"] == "My phone"]
+    assert own["memory_gb"] == 8 and own["memory_bandwidth_gb_s"] == 51.2 and len(rows) > 10
+    lacking = inside("devices", "Another", "--memory-gb", "8")
+    assert lacking.returncode == 1 and "--bandwidth-gb-s" in lacking.stderr

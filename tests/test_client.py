@@ -1,18 +1,17 @@
-"""The edge's client: servers that do everything wrong, the bytes of a request, a breaker on a clock of the test."""
+"""The edge's client: servers that do everything wrong, and the bytes of a request."""
 
 import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from edgelab import runtimes
-from edgelab.deployments.hybrid.client.breaker import CircuitBreaker
 from edgelab.deployments.hybrid.client.cloud import Cloud
 from edgelab.deployments.hybrid.client.failures import (
-    CircuitOpen,
     CloudBroken,
     CloudBusy,
     CloudDenied,
@@ -22,75 +21,8 @@ from edgelab.deployments.hybrid.client.failures import (
     CloudRefused,
     CloudSlow,
 )
-from edgelab.errors import EdgeLabError
 from edgelab.network import LOCAL
-
-DEADLINE_S = 1.0
-GRACE_S = 4.0  # of a busy machine, beyond the deadline
-
-CHOICE = {"index": 0, "text": " ships", "token_ids": [5, 6], "finish_reason": "length", "logprobs": {
-    "tokens": [" sh", "ips"], "token_logprobs": [-0.5, -1.0], "text_offset": [0, 3],
-    "top_logprobs": [{" sh": -0.5, "a": -2.0}, {"ips": -1.0}]}}  # fmt: skip
-
-
-def http(body: bytes | str | dict, status: int = 200, **headers: str) -> bytes:
-    """A whole answer."""
-    body = json.dumps(body) if isinstance(body, dict) else body
-    body = body.encode() if isinstance(body, str) else body
-    lines = [f"HTTP/1.1 {status} Said", f"content-length: {len(body)}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-class Server:
-    """Answers one request after another, each as the next of `answers` says: bytes, or a function of the connection."""
-
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        self.requests: list[bytes] = []
-        self.connections = 0
-        self.sent = 0
-        self.place = socket.create_server((LOCAL, 0))
-        self.url = f"http://{LOCAL}:{self.place.getsockname()[1]}"
-        self.thread = threading.Thread(target=self._accept, daemon=True)
-        self.thread.start()
-
-    def _accept(self):
-        while self.answers:
-            try:
-                connection, _ = self.place.accept()
-            except OSError:
-                return
-            self.connections += 1
-            with connection:
-                while self.answers and (request := self._read(connection)):
-                    self.requests.append(request)
-                    answer = self.answers.pop(0)
-                    try:
-                        if callable(answer):
-                            answer(connection)
-                            break
-                        connection.sendall(answer)
-                        self.sent += len(answer)
-                    except OSError:
-                        break
-
-    def _read(self, connection) -> bytes:
-        found = b""
-        while b"\r\n\r\n" not in found:
-            if not (more := connection.recv(65_536)):
-                return b""
-            found += more
-        head, _, body = found.partition(b"\r\n\r\n")
-        length = next(
-            (int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-length" in line), 0
-        )
-        while len(body) < length:
-            body += connection.recv(65_536)
-        return head + b"\r\n\r\n" + body
-
-    def close(self):
-        self.place.close()
+from tests.wrong_servers import CHOICE, DEADLINE_S, GOOD, GRACE_S, HEAD, WRONG, Server, http
 
 
 @pytest.fixture
@@ -169,6 +101,28 @@ def test_no_logprobs_and_no_ids_where_none_are_told(server):
     assert (found.ids, found.logprobs, found.top) == (None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (http({"status": "ok", "tokenizer": "0123456789abcdef"}), "0123456789abcdef"),
+        (http({"status": "ok"}), None),
+        (http({"status": "ok", "tokenizer": 5}), None),
+        (http(""), None),
+        (http({"detail": "Not Found"}, 404), None),
+        (http({"error": {"message": "No."}}, 401), CloudDenied),
+        (http("", 500), CloudBroken),
+    ],
+)
+def test_which_tokens_there_are(server, answer, told):
+    """None where a server says none; one that does not answer, or not us, has said nothing about them."""
+    with cloud_of(server(answer)) as cloud:
+        if isinstance(told, type):
+            with pytest.raises(told):
+                cloud.vocabulary()
+        else:
+            assert cloud.vocabulary() == told
+
+
 def events(*data: str) -> str:
     return "".join(f"data: {one}\n\n" for one in data)
 
@@ -219,69 +173,6 @@ def test_a_connection_that_was_closed_while_it_was_idle_costs_no_request(server)
 # What goes wrong
 
 
-def slowly(head: bytes):
-    """One byte after the other, for much longer than the deadline."""
-
-    def send(connection):
-        for place in range(400):
-            connection.sendall(head[place : place + 1] or b" ")
-            time.sleep(0.05)
-
-    return send
-
-
-def silence(connection):
-    connection.settimeout(20)
-    while connection.recv(1000):
-        pass
-
-
-HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n"
-GOOD = {"choices": [CHOICE]}
-
-
-def without(name: str, value: object = None) -> dict:
-    choice = {**CHOICE, name: value}
-    return {"choices": [choice]}
-
-
-WRONG = {
-    "nothing": (lambda connection: None, CloudDown),
-    "half a head": (lambda connection: connection.sendall(b"HTTP/1.1 200 O"), CloudGarbled),
-    "half a body": (lambda connection: connection.sendall(HEAD + b'{"choices": ['), CloudGarbled),
-    "half a chunk": (
-        lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\n{"),
-        CloudGarbled,
-    ),
-    "another protocol": (b"220 mail.example.org ESMTP\r\n", CloudGarbled),
-    "no JSON": (http("<html>"), CloudGarbled),
-    "no UTF-8": (http(b'{"choices": "\xff\xfe"}'), CloudGarbled),
-    "deep": (http("[" * 100_000), CloudGarbled),
-    "a list": (http("[1]"), CloudGarbled),
-    "an empty object": (http({}), CloudGarbled),
-    "no choice": (http({"choices": []}), CloudGarbled),
-    "choices of another kind": (http({"choices": "none"}), CloudGarbled),
-    "a text that is none": (http(without("text", 5)), CloudGarbled),
-    "tokens that are none": (http(without("token_ids", [1, "2"])), CloudGarbled),
-    "negative tokens": (http(without("token_ids", [-1, 2])), CloudGarbled),
-    "too few tokens": (http(without("token_ids", [1])), CloudGarbled),
-    "no reason to end": (http(without("finish_reason")), CloudGarbled),
-    "NaN": (http(json.dumps(GOOD).replace("-0.5", "NaN")), CloudGarbled),
-    "compressed": (http(b"\x1f\x8b" + bytes(50), content_encoding="gzip"), CloudGarbled),
-    "a wrong token": (
-        http({"error": {"message": "No.", "type": "a", "code": "invalid_token"}}, 401),
-        CloudDenied,
-    ),
-    "a redirect": (http("", 307, location="http://other.example/"), CloudRefused),
-    "a refusal": (http({"error": {"message": "Too long.", "type": "a", "code": "b"}}, 400), CloudRefused),
-    "a fault": (http("Internal Server Error", 500), CloudBroken),
-    "busy for long": (http({"error": {"message": "Later."}}, 429, retry_after="60"), CloudBusy),
-    "silence": (silence, CloudSlow),
-    "a slow head": (slowly(HEAD), CloudSlow),
-    "a slow body": (lambda connection: (connection.sendall(HEAD), slowly(b"{")(connection)), CloudSlow),
-}
-
-
 @pytest.mark.parametrize("case", WRONG)
 def test_whatever_goes_wrong_is_one_sentence_within_the_deadline(server, case):
     answer, kind = WRONG[case]
@@ -294,6 +185,7 @@ def test_whatever_goes_wrong_is_one_sentence_within_the_deadline(server, case):
     assert str(raised.value).endswith(".")
     assert "\n" not in str(raised.value)
     assert "secret" not in str(raised.value)
+    str(raised.value).encode()
     assert len(one.requests) == 1  # whatever it is, nothing is asked twice
 
 
@@ -345,6 +237,50 @@ def test_an_answer_without_end_is_not_kept(server, monkeypatch):
         pytest.raises(CloudGarbled, match="more than 100000 bytes"),
     ):
         cloud.complete("a")
+
+
+@pytest.mark.parametrize("begun", [0, 30, 120])
+def test_a_connection_that_is_cut_ends_the_request(server, begun):
+    """Before the answer, in its head, and in its body; whoever asks then is told so until it is mended."""
+    whole, reached = http({"choices": [CHOICE]}), threading.Event()
+
+    def hang(connection):
+        connection.sendall(whole[:begun])
+        reached.set()
+        connection.recv(1)
+
+    one = server(hang, whole)
+    with cloud_of(one, deadline_s=60) as cloud, ThreadPoolExecutor(1) as other:
+        asked = other.submit(cloud.complete, "a")
+        reached.wait()
+        cloud.cut()
+        for ask in (asked.result, lambda: cloud.complete("a")):
+            with pytest.raises(CloudDown, match="the connection was cut"):
+                ask()
+        assert len(one.requests) == 1
+        cloud.mend()
+        assert cloud.complete("a").text == " ships"
+
+
+def test_a_connection_that_is_cut_while_nobody_asks_costs_no_request(server):
+    one = server(*[http({"choices": [CHOICE]})] * 2)
+    with cloud_of(one) as cloud:
+        cloud.complete("a")
+        cloud.cut()
+        cloud.mend()
+        assert cloud.complete("a").text == " ships"
+    assert one.connections == 2
+
+
+def test_whoever_waits_for_a_busy_server_is_cut_off_too(server):
+    one = server(http({"error": {"message": "Later."}}, 429, retry_after="50"))
+    with cloud_of(one, deadline_s=100) as cloud, ThreadPoolExecutor(1) as other:
+        asked = other.submit(cloud.complete, "a")
+        while not one.sent:
+            time.sleep(0.01)
+        cloud.cut()
+        with pytest.raises(CloudDown, match="the connection was cut"):
+            asked.result()
 
 
 def test_nobody_there():
@@ -438,6 +374,11 @@ def test_what_the_server_would_refuse_is_not_sent(server):
         (f"http://{LOCAL}", {"token": "a\nb"}, "no header may"),
         (f"http://{LOCAL}", {"deadline_s": 0}, "above 0"),
         (f"http://{LOCAL}", {"deadline_s": float("inf")}, "above 0"),
+        (
+            f"http://{LOCAL}",
+            {"deadline_s": 1e10},
+            "deadline_s=10000000000.0 should be above 0 and at most 86400",
+        ),
         (f"https://{LOCAL}", {"certificate": "nowhere.pem"}, "no certificate"),
     ],
 )
@@ -445,130 +386,6 @@ def test_a_client_that_cannot_be(url, settings, sentence):
     with pytest.raises(CloudError, match=sentence):
         Cloud(url, **{"token": "secret"} | settings)
     assert "secret" not in repr(Cloud(f"http://{LOCAL}", "secret"))
-
-
-# The breaker
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def fails(error=CloudDown):
-    def ask():
-        raise error("It failed.")
-
-    return ask
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def breaker(clock):
-    return CircuitBreaker(failures=3, cool_down_s=10, clock=clock)
-
-
-def trip(breaker, times=3):
-    for _ in range(times):
-        with pytest.raises(CloudDown):
-            breaker.call(fails())
-
-
-def test_it_opens_after_failures_in_a_row(breaker):
-    trip(breaker, 2)
-    assert breaker.call(lambda: 5) == 5  # which begins a new row
-    trip(breaker, 2)
-    assert breaker.state == "closed"
-    trip(breaker, 1)
-    assert breaker.state == "open"
-    with pytest.raises(
-        CircuitOpen, match=r"failed 3 times in a row and is not asked; it is again in 10\.0 s"
-    ):
-        breaker.call(lambda: pytest.fail("nothing goes through"))
-
-
-def test_one_trial_after_the_cool_down(breaker, clock):
-    trip(breaker)
-    clock.now += 9.9
-    with pytest.raises(CircuitOpen):
-        breaker.enter()
-    clock.now += 0.2
-    assert breaker.state == "trial"
-    breaker.enter()
-    with pytest.raises(CircuitOpen, match="under way"):  # a second one is none
-        breaker.enter()
-    breaker.worked()
-    assert breaker.state == "closed"
-    trip(breaker, 2)
-    assert breaker.state == "closed"
-
-
-def test_a_trial_that_fails_opens_it_for_as_long_again(breaker, clock):
-    trip(breaker)
-    clock.now += 11
-    trip(breaker, 1)
-    assert breaker.state == "open"
-    clock.now += 9
-    with pytest.raises(CircuitOpen):
-        breaker.enter()
-    clock.now += 2
-    assert breaker.call(lambda: "again") == "again"
-
-
-def test_a_refusal_is_an_answer(breaker, clock):
-    trip(breaker, 2)
-    with pytest.raises(CloudRefused):
-        breaker.call(lambda: (_ for _ in ()).throw(CloudRefused("Too long.", 400)))
-    trip(breaker, 2)
-    assert breaker.state == "closed"
-    for error in (CloudSlow, CloudGarbled):
-        breaker.worked()
-        for _ in range(3):
-            with pytest.raises(error):
-                breaker.call(fails(error))
-        assert breaker.state == "open"
-
-
-def test_an_interrupted_trial_ends_it(breaker, clock):
-    trip(breaker)
-    clock.now += 11
-    with pytest.raises(KeyboardInterrupt):
-        breaker.call(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    clock.now += 11
-    assert breaker.call(lambda: 1) == 1
-
-
-def test_a_breaker_that_would_never_close():
-    for change in ({"failures": 0}, {"cool_down_s": -1}, {"cool_down_s": float("nan")}):
-        with pytest.raises(EdgeLabError, match=next(iter(change))):
-            CircuitBreaker(**change)
-
-
-def test_a_lone_trial_among_many_threads(breaker, clock):
-    trip(breaker)
-    clock.now += 11
-    start, entered = threading.Barrier(20), []
-
-    def enter():
-        start.wait()
-        try:
-            breaker.enter()
-            entered.append(1)
-        except CircuitOpen:
-            pass
-
-    threads = [threading.Thread(target=enter) for _ in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(entered) == 1
 
 
 # With a server that somebody else wrote
@@ -586,7 +403,9 @@ def test_it_speaks_to_the_server_of_llama_cpp(variant, byte_tokenizer):
     server, session = xllamacpp.Server(params), runtimes.load("llamacpp", folder)
     prompt = [5, 100, 42, 7]
     with Cloud(server.listening_address, deadline_s=60) as cloud:
+        assert cloud.vocabulary() is None
         found = cloud.complete(prompt, 4, logprobs=3)
+        assert (found.read, found.written) == (4, 4)
         ids = [session.prefill(prompt)]
         while len(ids) < 6:
             ids.append(session.decode(ids[-1]))

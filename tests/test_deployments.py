@@ -6,7 +6,8 @@ from importlib import import_module
 
 import pytest
 
-from edgelab import recipes
+from edgelab import recipes, runtimes
+from edgelab.deployments.hybrid import MOST_TEMPERATURE
 from edgelab.deployments.one_device import OneDevice
 
 ENGINES = {name: kind for name, kind in recipes.deployments().items() if issubclass(kind, OneDevice)}
@@ -33,6 +34,43 @@ def test_an_engine_is_a_recipe(name):
     assert (
         bool(recipe.deployment.packages) == bool(recipe.deployment.extra) == (not recipe.deployment.in_torch)
     )
+
+
+@pytest.mark.parametrize("temperature", ["-0.5", "0.0009", "2.5"])
+def test_a_temperature_that_the_server_would_refuse_is_none(temperature):
+    with pytest.raises(recipes.RecipeError, match=r"should be 0\.001 to 2, or 0 for the likeliest token\."):
+        recipes.parse(f"none @ speculative:temperature={temperature}")
+
+
+@pytest.mark.parametrize("way", ["cloud", "cascade", "speculative", "redact", "split"])
+def test_a_way_of_sharing_requests_is_no_engine(way, tmp_path):
+    with pytest.raises(
+        runtimes.RuntimeRefused, match=f"^@ {way} shares .* is no engine; give one, such as @ torch"
+    ):
+        runtimes.load(way, tmp_path)
+
+
+@pytest.mark.parametrize("way", ["cloud", "cascade", "speculative", "redact", "split"])
+def test_a_deadline_that_no_clock_counts_to_is_none(way):
+    assert recipes.parse(f"none @ {way}:deadline_s=86400").deployment.deadline_s == 86_400
+    for seconds in ("0", "-1", "86401", "1e10"):
+        with pytest.raises(recipes.RecipeError, match=r"should be above 0 and at most 86400, a day\.$"):
+            recipes.parse(f"none @ {way}:deadline_s={seconds}")
+
+
+@pytest.mark.parametrize("temperature", [0, 0.001, 1.0, 2.0])
+def test_a_temperature_that_the_server_takes(temperature):
+    from pydantic import ValidationError
+
+    from edgelab.deployments.hybrid.server.messages import VerifyRequest
+
+    assert (
+        recipes.parse(f"none @ speculative:temperature={temperature}").deployment.temperature == temperature
+    )
+    asked = {"conversation": "conversation", "step": 0, "draft": [], "prompt": [1]}
+    assert VerifyRequest(**asked, temperature=float(temperature)).temperature == temperature
+    with pytest.raises(ValidationError):
+        VerifyRequest(**asked, temperature=MOST_TEMPERATURE + 0.001)
 
 
 def test_describing_them_imports_no_torch():

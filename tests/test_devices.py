@@ -18,6 +18,7 @@ from edgelab.devices import (
     context_table,
     fits_and_speed,
     inference_memory,
+    kv_cache_bytes,
     kv_cache_mb_per_1k,
     longest_context,
     models,
@@ -43,6 +44,10 @@ PUBLISHED = {
     "Qwen2.5-7B": 7_615_616_512,
     "Gemma-2-2B": 2_614_341_888,
     "Gemma-2-9B": 9_241_705_984,
+    "Gemma-3-270M": 268_098_176,
+    "Gemma-3-1B": 999_885_952,
+    "Gemma-3-4B": 3_880_263_168,
+    "Phi-3-mini": 3_821_079_552,
     "SmolLM2-1.7B": 1_711_376_384,
     "SmolLM2-135M": 134_515_008,
 }
@@ -60,9 +65,11 @@ TINY_LAYOUTS = [
     ("mistral", {"num_key_value_heads": 2}),
     ("qwen2", {"num_key_value_heads": 2}),
     ("qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
+    ("gemma3_text", {"num_key_value_heads": 2, "head_dim": 8}),
     ("gemma", {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True}),
     ("gemma2", {"num_key_value_heads": 2, "head_dim": 16}),
     ("phi", {}),
+    ("phi3", {"num_key_value_heads": 2, "pad_token_id": 0}),
     ("stablelm", {"num_key_value_heads": 6}),
     ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
     ("stablelm", {"num_key_value_heads": 6, "use_parallel_residual": True}),
@@ -82,6 +89,7 @@ def config_of(shape: ModelShape) -> AutoConfig:
         tie_word_embeddings=shape.tied_embeddings,
         max_position_embeddings=shape.context_length,
         **({"head_dim": shape.head_dim} if shape.model_type in ("llama", "gemma", "gemma2") else {}),
+        **({"sliding_window": shape.window} if shape.window else {}),
     )
 
 
@@ -332,6 +340,30 @@ def test_context_by_hand():
     assert longest_context(shape, 3.8, dataclasses.replace(device, memory_gb=None)) is None
     with pytest.raises(ShapeError, match="kv_bits is 0"):
         longest_context(shape, 3.8, device, kv_bits=0)
+
+
+def test_a_layer_with_a_window_keeps_no_more():
+    shape = models()["Gemma-3-4B"]  # 4 heads of 256: 4,096 bytes of a token in a layer, of which 5 see all
+    assert kv_cache_bytes(shape, 1024) == 34 * 1024 * 4096
+    assert kv_cache_bytes(shape, 32768) == (5 * 32768 + 29 * 1024) * 4096
+    room = 5 * 32768 * 4096 + 29 * 1024 * 4096
+    assert longest_context(shape, 3, Device("board", "test", 3 + room / 1e9 + 1e-7)) == 32768
+    assert longest_context(shape, 3, Device("board", "test", 3 + 34 * 4096 * 1000 / 1e9 + 1e-7)) == 1000
+    for bits in (8, 4):
+        tokens = longest_context(shape, 3, Device("board", "test", 5), bits)
+        assert (
+            kv_cache_bytes(shape, tokens // 32 * 32, bits) <= 2e9 < kv_cache_bytes(shape, tokens + 64, bits)
+        )
+
+
+def test_a_window_in_every_layer_is_not_counted_on():
+    """Engines keep all tokens of such a model, and a cache that did not would take any text."""
+    for layout in ("mistral", "phi3"):
+        shape = ModelShape.from_config(AutoConfig.for_model(layout, **TINY, pad_token_id=0, sliding_window=8))
+        assert (shape.window, shape.windowed_layers) == (0, 0)
+    every = dataclasses.replace(SMALL, window=8, windowed_layers=2)
+    board = Device("board", "test", 1)
+    assert longest_context(every, 0.1, board) == longest_context(SMALL, 0.1, board)
 
 
 def test_context_table():

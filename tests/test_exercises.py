@@ -86,6 +86,7 @@ CODE = [
     "straight_through",
     "pack_five",
     "roofline_bound",
+    "effective_bandwidth",
     "wanda_mask",
     "remove_one_weight",
     "block_influence",

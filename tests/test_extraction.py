@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -60,6 +61,7 @@ class Parrot:
 
     eos_token_id = bos_token_id = 0
     add_bos_token = False
+    added_tokens_encoder: ClassVar[dict[str, int]] = {}
 
     def __init__(self):
         self.asked = 0

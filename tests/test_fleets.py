@@ -30,6 +30,16 @@ def test_every_fleet_of_the_project_can_be_read():
         assert (fleet.delay >= 0).all()
 
 
+def test_what_is_free_just_now_is_no_part_of_a_fleet(tmp_path, monkeypatch):
+    here = fleets.this_machine()
+    free, stated = "device,a,,This machine,,,,\n", "device,a,,This machine,,2,,\n"
+    before = fleets.identity(written(tmp_path, free))
+    monkeypatch.setattr(fleets, "this_machine", lambda: dataclasses.replace(here, usable_gb=1.5))
+    assert fleets.identity(written(tmp_path, free)) == before
+    assert fleets.load(tmp_path / "mine.csv").members[0].room_gb == 1.5
+    assert fleets.identity(written(tmp_path, stated)) != before
+
+
 def test_testbed_as_published():
     fleet = fleets.load("edgeshard")
     assert len(fleet.members) == 15
@@ -71,6 +81,13 @@ def test_links_have_two_directions_and_later_lines_win(tmp_path):
         ("device,a,,Raspberry Pi 5,,,,\ndevise,b,,Raspberry Pi 5,,,,\n", "line 3, column kind: 'devise'"),
         ("device,a,,Raspberry Pi 5,,,,\ndevice,a,,Raspberry Pi 5,,,,\n", "two devices are called 'a'"),
         ("link,*,*,wifi,,,,\n", "has no device"),
+        ("device,,,Raspberry Pi 5,,,,\n", "line 2, column name: '' should be a name"),
+        ("device,a,,Raspberry Pi 5,1,,,a source, and more\n", "line 2: there are 9 cells for 8 columns"),
+        ("device,a,,Raspberry Pi 5\nlink,a\n", "line 3, column what: '' should be a link"),
+        (
+            "device,a,,Raspberry Pi 5,,,,\nlink,a,a,inf,,,,\n",
+            "line 3, column what: Link inf: down_mbps is inf",
+        ),
     ],
 )
 def test_typos_are_named_with_line_and_column(tmp_path, lines, said):
@@ -81,7 +98,7 @@ def test_typos_are_named_with_line_and_column(tmp_path, lines, said):
 def test_unknown_columns_and_fleets(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("kind,name,to,what,memory\n")
-    with pytest.raises(FleetError, match="line 1: unknown column memory"):
+    with pytest.raises(FleetError, match="line 1: no column is called 'memory'; there are kind"):
         fleets.load(path)
     with pytest.raises(FleetError, match="there are edge_and_cloud, edgeshard"):
         fleets.load("nothing")

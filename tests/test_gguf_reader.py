@@ -9,9 +9,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel
 
-from edgelab import gguf_reader, reference, tasks
+from edgelab import reference, tasks
 from edgelab.errors import EdgeLabError
-from edgelab.gguf_reader import GGUFError
+from edgelab.gguf_files import reader
+from edgelab.gguf_files.reader import GGUFError
 from edgelab.runtimes import gguf as export
 
 IDS = torch.randint(2, 300, (1, 200), generator=torch.Generator().manual_seed(0))
@@ -47,7 +48,7 @@ def write(
     export.add_shape(writer, model)
     writer.add_tokenizer_model("none")
     state(writer)
-    for name, values, stored in export.tensors(model, export.find_architecture(model)):
+    for name, values, stored in export.tensors(model):
         if left_out not in name:
             writer.add_tensor(name, values, raw_dtype=stored)
     writer.write_header_to_file()
@@ -77,7 +78,7 @@ def write(
 def test_our_export_reads_back(layout, config, new_model, tmp_path):
     model = new_model(layout, **config)
     export.write_model(model, tmp_path, tmp_path / "model.gguf", "tiny", "none")
-    read = gguf_reader.read(tmp_path / "model.gguf")
+    read = reader.read(tmp_path / "model.gguf")
     right = logits(model)
     assert (logits(read) - right).abs().max() < 1e-4 * right.abs().max()
 
@@ -85,7 +86,7 @@ def test_our_export_reads_back(layout, config, new_model, tmp_path):
 def test_llama3_scaling_is_found_in_its_factors(new_model, tmp_path):
     """So that engines, which know the rule and not the factors, run what was read."""
     model = new_model("llama", rope_parameters=LLAMA3)
-    assert gguf_reader.read(write(model, tmp_path / "model.gguf")).config.rope_parameters == LLAMA3
+    assert reader.read(write(model, tmp_path / "model.gguf")).config.rope_parameters == LLAMA3
 
 
 @pytest.mark.parametrize("factor", [None, 1.25])
@@ -101,7 +102,7 @@ def test_yarn_as_metadata_state_it(factor, new_model, tmp_path):
 
     magnitude = {"attention_factor": factor * 1.138629436} if factor else {}
     model = new_model("llama", rope_parameters=YARN | magnitude)
-    read = gguf_reader.read(write(model, tmp_path / "model.gguf", state, "rope_freqs"))
+    read = reader.read(write(model, tmp_path / "model.gguf", state, "rope_freqs"))
     right = logits(model)
     assert (logits(read) - right).abs().max() < 1e-4 * right.abs().max()
 
@@ -112,7 +113,7 @@ def test_linear_as_metadata_state_it(new_model, tmp_path):
         writer.add_rope_scaling_factor(4.0)
 
     model = new_model("llama", rope_parameters=YARN | {"rope_type": "linear"})
-    read = gguf_reader.read(write(model, tmp_path / "model.gguf", state, "rope_freqs"))
+    read = reader.read(write(model, tmp_path / "model.gguf", state, "rope_freqs"))
     assert torch.equal(logits(read), logits(model))
 
 
@@ -145,20 +146,17 @@ def test_linear_as_metadata_state_it(new_model, tmp_path):
 )
 def test_what_would_compute_something_else_is_refused(state, left_out, sentence, new_model, tmp_path):
     with pytest.raises(GGUFError, match=sentence):
-        gguf_reader.read(write(new_model("llama"), tmp_path / "model.gguf", state, left_out))
+        reader.read(write(new_model("llama"), tmp_path / "model.gguf", state, left_out))
 
 
 def test_a_file_that_rotates_a_part_of_each_head(new_model, tmp_path, monkeypatch):
     model = new_model("llama")
-    monkeypatch.setattr(
-        gguf.GGUFWriter,
-        "add_rope_dimension_count",
-        lambda writer, _: writer.add_uint32("llama.rope.dimension_count", 8),
-    )
+    stated = export.stated
+    monkeypatch.setattr(export, "stated", lambda *about: stated(*about) | {"rope.dimension_count": 8})
     with pytest.raises(
-        GGUFError, match="rotates 8 numbers of each head, and the model that is read 16; give"
+        GGUFError, match="rotates 8 of the 16 numbers of each head, which is not read here; give"
     ):
-        gguf_reader.read(write(model, tmp_path / "model.gguf"))
+        reader.read(write(model, tmp_path / "model.gguf"))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(range(256)), bytes(range(256))])
@@ -172,7 +170,7 @@ def test_a_file_that_is_cut(new_model, tmp_path):
     file = write(new_model("llama"), tmp_path / "model.gguf")
     file.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(GGUFError, match=r"model.gguf is no whole GGUF file"):
-        gguf_reader.read(file)
+        reader.read(file)
 
 
 @pytest.mark.parametrize("adds", [True, False])

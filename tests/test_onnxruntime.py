@@ -1,5 +1,8 @@
 """ONNX Runtime on tiny models: our integers in the graph to the bit, PyTorch's logits, and what it refuses."""
 
+import json
+import shutil
+
 import numpy as np
 import onnx
 import pytest
@@ -7,8 +10,8 @@ import torch
 from onnx import numpy_helper
 
 from edgelab import recipes, runtimes
+from edgelab.reference import resolve
 from edgelab.runtimes import RuntimeRefused, onnx_export
-from edgelab.runtimes.onnxruntime import LAYOUTS
 from edgelab.storage import variants
 from edgelab.storage.layers import PackedLinear
 from edgelab.storage.uniform import QuantizedTensor
@@ -29,7 +32,9 @@ def initializers(folder):
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["llama", "mistral", "qwen2", "qwen3"]
+)  # the rest in test_phone_layouts.py
 def test_float_logits_are_those_of_pytorch(variant, layout):
     folder = variant("none", layout)
     assert apart(runtimes.load("onnxruntime", folder), folder) < 1e-5
@@ -160,8 +165,8 @@ def test_what_it_cannot_run_is_refused_in_one_sentence(variant, text, words):
 
 
 def test_an_unknown_layout_is_refused(variant):
-    with pytest.raises(RuntimeRefused, match="not phi; use 'torch'"):
-        runtimes.load("onnxruntime", variant("none", "phi"))
+    with pytest.raises(RuntimeRefused, match="not stablelm; use 'torch'"):
+        runtimes.load("onnxruntime", variant("none", "stablelm"))
 
 
 def test_a_damaged_graph_is_refused(variant):
@@ -208,6 +213,26 @@ def test_the_engines_own_rounding_is_another_one(variant):
     folder = variant("native.int4")
     runtime = runtimes.load("onnxruntime", folder)
     assert "4 bits" in runtime.kernel and 0.05 < apart(runtime, folder) < 1
+
+
+def test_the_tokens_that_end_an_answer_go_along(tiny, tmp_path):
+    """A chat model may name the end of its turns in its generation_config.json only."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    folder = variants.build(recipes.parse("none"), resolve(str(model)), 0, lambda *_: None)
+    about = json.loads((runtimes.exported("onnxruntime", folder).folder / "genai_config.json").read_text())
+    assert about["model"]["eos_token_id"] == [1, 9]
+
+
+def test_what_stays_in_a_graph_is_not_copied(new_model):
+    """protobuf copies no tensor of 2 GiB or more."""
+    stays, goes = (numpy_helper.from_array(np.ones((2, 2), np.float32), name) for name in ("stays", "goes"))
+    node = onnx.helper.make_node("MatMul", ["x", "stays"], ["y"])
+    graph = onnx.helper.make_model(onnx.helper.make_graph([node], "tiny", [], [], [goes, stays]))
+    before = graph.graph.initializer[1]
+    onnx_export.put_integers(graph, new_model("llama"))
+    [after] = graph.graph.initializer
+    assert after is before and after.name == "stays"
 
 
 def test_an_export_is_made_once(variant):

@@ -408,6 +408,11 @@ def test_window_delta_pairs_only_rows_of_the_same_protocol(rows):
         ("quantize.gptq:bits=4,group_size=0,symmetric=true", "gptq 4-bit per row sym"),
         ("quantize.rtn:bits=8,group_size=0 + quantize.embedding:bits=8", "rtn 8-bit per row + emb 8-bit"),
         ("prune.layers:keep=0,drop=15/16", "layers without 15/16"),
+        ("prune.layers:keep=0,drop=13/14/15/16/17", "layers without 13/14/15/16/17"),
+        (
+            "prune.layers:keep=0,drop=3/4/5/6/7/12/13/14/15/16/17/18/19/25/26 + distill:loss=kl,steps=122",
+            "without 15 layers + distill loss=kl steps=122",
+        ),
         ("prune.vocab:keep=0 @ llamacpp", "vocab @ llamacpp"),
         ("prune.layers:keep=20", "layers keep=20"),
     ],

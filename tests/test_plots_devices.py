@@ -6,6 +6,7 @@ import pytest
 
 from edgelab import plots
 from edgelab.devices import PRECISIONS, Engine, catalogue, fits_and_speed, models, published_check, step
+from edgelab.plots.devices import BAND, seconds
 from edgelab.plots.style import NothingToDraw
 
 
@@ -13,23 +14,39 @@ def texts(figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_every_published_rate_is_a_point_with_its_error():
+@pytest.mark.parametrize(
+    "value_s, text", [(0.214, "0.21 s"), (3.44, "3.4 s"), (9.96, "10 s"), (99.6, "100 s"), (1112, "1,112 s")]
+)
+def test_seconds_are_written_without_a_power_of_ten(value_s, text):
+    assert seconds(value_s) == text
+
+
+def test_every_published_rate_is_a_point_and_those_outside_the_band_have_their_error():
     check = published_check()
     figure = plots.published_rates(check)
     assert len(figure.axes[0].collections) == len(check) + 1  # and the band
-    assert len(texts(figure)) == len(check)
+    outside = check[check["error"].abs() > BAND]
+    assert 0 < len(outside) < 12 and len(texts(figure)) == len(outside)
     row = check[check["device"] == "Raspberry Pi 4"].iloc[0]
     assert any(text.startswith("Pi 4") and f"{row['error']:+.0%}" in text for text in texts(figure))
     assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
     figure.savefig(io.BytesIO(), format="png")
 
 
-def test_bars_show_each_precision_and_say_what_does_not_fit():
+def test_the_rates_of_a_device_are_named_and_never_more_than_a_dozen():
+    check = published_check()
+    phone = "Phone, Snapdragon 778G"
+    named = texts(plots.published_rates(check, [phone]))
+    assert sum("778G" in text for text in named) == (check["device"] == phone).sum() == 2
+    assert len(texts(plots.published_rates(check, check["device"]))) == 12
+
+
+def test_points_show_each_precision_and_say_what_does_not_fit():
     table = fits_and_speed(["Phi-2"], ("float16", "Q4_0"))
     figure = plots.device_rates(table)
     # 5.56 GB and a cache of 0.67: a phone of 6 GB leaves 3.6 to a model, an iPhone 15 Pro 6
     assert texts(figure).count("does not fit") == 2
-    assert len(figure.axes[0].patches) == table["decode_tok_s"].notna().sum()
+    assert len(figure.axes[0].collections) == table["decode_tok_s"].notna().sum()
     with pytest.raises(NothingToDraw, match="one model"):
         plots.device_rates(fits_and_speed(["Phi-2", "Gemma-2B"]))
     with pytest.raises(NothingToDraw, match="no device"):

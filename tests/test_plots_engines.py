@@ -52,6 +52,11 @@ def test_points_stand_at_rate_and_quality_and_the_baseline_at_one():
     ]
 
 
+def test_what_an_engine_rounds_itself_is_called_native():
+    figure = plots.engines([ROWS[0], row("native.int4 @ openvino", 5.0, 24.0, 92, family="native")])
+    assert "native.int4, 92 MB" in [text.get_text() for text in figure.axes[0].texts]
+
+
 def test_a_failed_gate_is_hollow_and_said():
     figure = plots.engines(ROWS)
     filled = [len(one.get_facecolor()) for one in drawn(figure)]

@@ -307,7 +307,10 @@ def test_policies_are_points_with_their_time_and_interval():
     ]
     np.testing.assert_allclose(drawn, [(0, 40), (5, 60), (100, 70)])
     assert set(texts(figure)) == {"edge, 300 ms", "redact, 500 ms", "cloud, 500 ms"}
-    assert title(figure) == "Redacted, 5 % leaves and 60 % is right; unredacted, 100 % and 70 %"
+    assert title(figure) == (
+        "Redacted, 5 % of data with a form leaves and 60 % is right;\nunredacted, 100 % and 70 %"
+    )
+    assert "e-mail, phone, card, IBAN, IP" in figure.axes[0].get_xlabel()
     assert figure.get_supxlabel() == ""
 
 
@@ -317,6 +320,7 @@ def test_a_policy_without_a_value_is_left_out_and_one_of_two_links_says_which():
     figure = plots.policies([redacted("edge", 0, 0.4, math.nan), wifi, redacted("cloud", None, 0.7)])
     assert set(texts(figure)) == {"edge, lte", "edge, wifi, 500 ms"}
     assert "not measured: 1" in figure.get_supxlabel()
+    assert plots.policies([redacted("edge", 0, 0), redacted("cloud", 1, 0.5)]).axes[0].get_ylim()[0] == 0
     assert title(figure) == "What leaves the device, and what that buys"
     assert texts(plots.policies([redacted("local", 0.1, 0.5)])) == ["local, 500 ms"]
     for empty in ([], [redacted("cloud", None, 0.7)], [redacted("cloud", 1, 0.7, status="failed")]):
@@ -352,8 +356,10 @@ def test_each_way_to_answer_is_named_by_what_it_does():
     assert sorted(places(figure)) == [(200, 31), (210, 37), (380, 40), (400, 42), (700, 42), (900, 42)]
     tails = [line.get_xydata().tolist() for line in figure.axes[0].lines]
     assert [[200, 31], [300, 31]] in tails and len(tails) == 5  # the split has no 95 % time
-    assert title(figure) == "Most often right: cloud only, 42.0 % in 400 ms"  # of three, the fastest
-    assert figure.axes[0].get_xscale() == "linear"
+    assert title(figure) == "Most often right: cloud only, 42.0 % in 400 ms, the quickest of 3"
+    assert title(plots.ways(rows[:2])) == "Most often right: cloud only, 42.0 % in 400 ms"
+    assert figure.axes[0].get_xscale() == "linear" and figure.axes[0].get_ylim()[0] > 20
+    assert plots.ways([answered(TECHNIQUES, 0, 200), rows[1]]).axes[0].get_ylim()[0] == 0
 
 
 def test_equal_names_get_what_tells_them_apart():

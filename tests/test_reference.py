@@ -3,17 +3,20 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from edgelab import assets, measure, reference
 from edgelab.errors import EdgeLabError
-from edgelab.reference import ReferenceError, load, resolve
+from edgelab.reference import ReferenceError, config_of, load, resolve
+from edgelab.runtimes import gguf
 
 
 @pytest.fixture
@@ -37,6 +40,39 @@ def test_a_folder(layout, folder_of, new_model):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_folder_in_sixteen_bits(dtype, tiny):
     assert load(str(tiny), dtype).model.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gguf_file_in_sixteen_bits(dtype, tiny, new_model, tmp_path):
+    """Weights are rounded; rotary frequencies are not, of which the far ones would turn otherwise."""
+    gguf.write_model(new_model("llama"), tiny, tmp_path / "tiny.gguf", "tiny", "none")
+    exact, rounded = (
+        reference.load_model(resolve(str(tmp_path / "tiny.gguf")), one) for one in (None, dtype)
+    )
+    assert rounded.dtype == dtype and rounded.lm_head.weight is rounded.model.embed_tokens.weight
+    assert torch.equal(rounded.model.rotary_emb.inv_freq, exact.model.rotary_emb.inv_freq)
+    up = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(rounded.get_parameter(up), exact.get_parameter(up).to(dtype))
+
+
+@pytest.mark.parametrize(("stated", "ends"), [('{"eos_token_id": [1, 9]}', [1, 9]), ("{}", 1), ('{"eos', 1)])
+def test_the_ends_of_an_answer_are_those_of_generating(stated, ends, folder):
+    (folder / "generation_config.json").write_text(stated)
+    assert reference.config_of(str(folder)).eos_token_id == ends
+    assert load(str(folder)).model.config.eos_token_id == ends
+
+
+def test_weights_that_are_there_twice_are_left_out(folder, monkeypatch):
+    before, asked = resolve(str(folder)), {}
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert resolve(str(folder)) == before
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **how: asked.update(how) or str(folder)
+    )
+    assert resolve("someone/model").sha == before.sha
+    files = ["model.safetensors", "consolidated.safetensors", "fp32/model.safetensors", "config.json"]
+    kept = filter_repo_objects(files, **{key: asked[key] for key in ("allow_patterns", "ignore_patterns")})
+    assert list(kept) == ["model.safetensors", "config.json"]
 
 
 def test_the_fingerprint_is_that_of_the_weights(folder):
@@ -240,25 +276,115 @@ def test_quantized_tensors_that_the_configuration_does_not_announce(folder):
         load(str(folder))
 
 
-@pytest.mark.parametrize("damage", ["no shard", "cut shard", "no index", "cut index"])
+def edit_index(folder, change):
+    file = folder / reference.INDEX
+    index = json.loads(file.read_text())
+    change(index)
+    file.write_text(json.dumps(index))
+
+
+PARTS = {
+    "no shard": r"model lacks model-00002-of-0000\d.safetensors, which model.safetensors.index.json names; give",
+    "cut shard": r"model-00002-of-0000\d.safetensors of .*model is damaged \(.*\); fetch it again\.$",
+    "no index": r"has neither model.safetensors nor model.safetensors.index.json, which says in which of its files",
+    "cut index": r"index.json of .*model does not say in which file each tensor lies; fetch it again\.$",
+    "an index of nothing": r"index.json of .*model does not say in which file each tensor lies; fetch it again\.$",
+    "a tensor too many": r"model-00002-of-0000\d.safetensors of .*model lacks model.extra.weight, for which",
+    "a shard too many": r"model lacks other.safetensors, which model.safetensors.index.json names; give the whole",
+}
+
+
+@pytest.mark.parametrize("damage", PARTS)
 def test_checkpoints_in_parts(damage, new_model, byte_tokenizer, tmp_path):
     folder = tmp_path / "model"
     new_model("llama").save_pretrained(folder, max_shard_size="100KB")
     byte_tokenizer.save_pretrained(folder)
     whole = load(str(folder)).model
     assert torch.equal(whole.lm_head.weight, new_model("llama").lm_head.weight)
-    index, shard = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))[1]
-    if damage.startswith("no"):
-        (shard if damage == "no shard" else index).unlink()
-    else:
-        cut(shard if damage == "cut shard" else index)
+    index, shard = folder / reference.INDEX, sorted(folder.glob("*.safetensors"))[1]
+    {
+        "no shard": shard.unlink,
+        "cut shard": lambda: cut(shard),
+        "no index": index.unlink,
+        "cut index": lambda: cut(index),
+        "an index of nothing": lambda: index.write_text('{"weight_map": ["model.safetensors"]}'),
+        "a tensor too many": lambda: edit_index(
+            folder, lambda found: found["weight_map"].update({"model.extra.weight": shard.name})
+        ),
+        "a shard too many": lambda: edit_index(
+            folder, lambda found: found["weight_map"].update({"model.norm.weight": "other.safetensors"})
+        ),
+    }[damage]()
+    with pytest.raises(ReferenceError, match=PARTS[damage]) as caught:
+        resolve(str(folder))  # before anything is made of it
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensor_that_neither_index_nor_shard_has(new_model, byte_tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    new_model("llama").save_pretrained(folder, max_shard_size="100KB")
+    byte_tokenizer.save_pretrained(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard = folder / json.loads((folder / reference.INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    edit_index(folder, lambda found: found["weight_map"].pop(name))
     with pytest.raises(
-        ReferenceError, match=r"^model cannot be loaded as a causal language model \(.*\); check"
+        ReferenceError, match=rf"^The weights of model lack {name}; give the whole checkpoint\.$"
     ):
         load(str(folder))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model_type": "nonsense"}'])
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "NaN"), (float("-inf"), "infinity")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_weights_that_are_no_numbers(value, words, name, folder):
+    tensor = load_file(folder / "model.safetensors")[name]
+    tensor.view(-1)[3] = value
+    change(folder, **{name: tensor})
+    with pytest.raises(ReferenceError, match=rf"^{name} of model holds {words}; give finite weights"):
+        load(str(folder))
+
+
+def test_weights_beyond_the_format_that_is_asked_for(folder):
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensor = load_file(folder / "model.safetensors")[name]
+    tensor[0, 0] = 1e5
+    change(folder, **{name: tensor})
+    load(str(folder), torch.bfloat16)
+    with pytest.raises(
+        ReferenceError, match=rf"^{name} of model holds infinity; .* a number format that reaches"
+    ):
+        load(str(folder), torch.float16)
+
+
+def test_a_layout_that_nobody_knows(folder):
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(
+        ReferenceError,
+        match=r"^model has the layout 'nonsense', which transformers [\d.]+\S* does not know; give",
+    ):
+        load(str(folder))
+    about = {"model_type": "nonsense", "auto_map": {"AutoModelForCausalLM": "modeling.Nonsense"}}
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(
+        ReferenceError, match=r"^model comes with code of its own, which is not run here, and has"
+    ):
+        load(str(folder))
+
+
+def test_a_class_that_transformers_does_not_have(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForDreaming"]}))
+    with pytest.raises(
+        ReferenceError,
+        match=r"^The config.json of model names LlamaForDreaming, and transformers [\d.]+\S* has no such class; give",
+    ):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
 def test_configurations_that_say_nothing(content, folder):
     (folder / "config.json").write_text(content)
     with pytest.raises(
@@ -352,6 +478,46 @@ def test_a_hub_name_that_is_cached(monkeypatch, tiny):
     assert (found.name, str(found.folder), found.sha) == ("someone/model", str(tiny), resolve(str(tiny)).sha)
 
 
+def gated(*_: object, local_files_only: bool = False, **__: object) -> None:
+    if local_files_only:
+        raise LocalEntryNotFoundError("not here")
+    raise GatedRepoError("403 Client Error.", response=SimpleNamespace(headers={}, request=None))
+
+
+def test_a_model_whose_licence_was_not_accepted(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    with pytest.raises(
+        ReferenceError,
+        match=r"^'google/gemma-3-1b-it' is gated: accept its licence on its page, "
+        r"https://huggingface.co/google/gemma-3-1b-it, and log in with `hf auth login`\.$",
+    ):
+        load("google/gemma-3-1b-it")
+
+
+def test_a_model_of_the_hub_with_pickled_weights_alone(folder, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(
+        ReferenceError, match=r"^someone/model holds no model: .* \(pickled weights are not loaded\)"
+    ):
+        resolve("someone/model")
+
+
+def test_a_configuration_is_had_without_the_weights(tiny, folder, monkeypatch):
+    asked = []
+
+    def fetched(name: str, allow_patterns: list[str], **_: object) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
+    assert reference.config_of("someone/model").hidden_size == 64
+    assert asked == ["*.json"]
+    assert reference.config_of(str(tiny)).to_dict() == load(str(tiny)).model.config.to_dict()
+
+
 @pytest.mark.embedded
 def test_the_embedded_model():
     source = resolve()
@@ -383,3 +549,21 @@ def test_embedded_weights_are_those_of_the_gguf_file():
     }.items():
         decoded = gguf.quants.dequantize(tensors[theirs].data, tensors[theirs].tensor_type)
         assert torch.equal(state[ours], torch.from_numpy(decoded.copy())), ours
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("foo", r"by 'foo', which transformers does not know; give one of dynamic, linear, llama3,"),
+        ("su", r"by 'su', an older name of 'longrope'; write that in its place\.$"),
+    ],
+)
+@pytest.mark.parametrize("read", [load, config_of])
+def test_a_scaling_that_nobody_knows_is_named(kind, sentence, read, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    stated = json.loads(file.read_text())
+    stated["rope_scaling"] = {"type": kind, "factor": 2.0}
+    file.write_text(json.dumps(stated))
+    with pytest.raises(ReferenceError, match=sentence):
+        read(str(tmp_path / "model"))

@@ -1,5 +1,6 @@
 """Saved answers routed anew: thresholds and links by hand, over four requests."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from edgelab.deployments.hybrid.routing.curves import curve
 from edgelab.deployments.hybrid.routing.gap import RoutingError
-from edgelab.deployments.hybrid.routing.replay import Served, cascade, over, served
+from edgelab.deployments.hybrid.routing.replay import Served, cascade, choices, over, quickest, served
 from edgelab.devices.prices import prices
 from edgelab.network import LinkError
 
@@ -46,6 +47,20 @@ def test_the_best_threshold_beats_both():
     found = cascade(EDGE, CLOUD, "margin", 0.2)
     assert (found.accuracy, found.share) == (0.75, 0.25)
     assert EDGE.accuracy == CLOUD.accuracy == 0.5
+
+
+def test_the_quickest_of_what_is_right_often_enough():
+    """Means: 175 ms at the edge, half right; 65 ms in the cloud, half right; with one of four sent 195 ms, 3 right."""
+    found = choices(EDGE, CLOUD, "margin", "wifi")
+    assert next(iter(found)) == "edge only" and list(found)[-1] == "cloud at once" and len(found) == 11
+    assert found["edge only"].ms.mean() == 175 and found["cloud at once"].ms.mean() == 65
+    assert found["edge first, 20 % sent"].share == 0 and found["edge first, 30 % sent"].share == 0.25
+    assert quickest(found, 0.5) == "cloud at once"
+    assert quickest(found, 0.75) == quickest(found, 0.75 + 1e-15) == "edge first, 30 % sent"
+    slow = choices(EDGE, CLOUD, "margin", "3g")
+    assert quickest(slow, 0.5) == "edge only" and slow["edge first, 30 % sent"].predicted
+    with pytest.raises(RoutingError, match=r"right 80\.0% of the time; the best is 75\.0%"):
+        quickest(found, 0.8)
 
 
 def test_the_ends_are_the_edge_alone_and_the_cloud_behind_the_edge():
@@ -101,6 +116,27 @@ def test_only_what_is_sent_changes_and_by_the_bytes_of_one_request():
     assert over(EDGE, "lte").ms is EDGE.ms and not over(EDGE, "lte").predicted
 
 
+def test_a_cloud_that_never_answered_is_no_edge_alone():
+    """Every request missed its deadline: the edge's answers in its place have scores, and times are of this link."""
+    lost = dataclasses.replace(EDGE, link="wifi", alone_share=1.0)
+    assert EDGE.is_edge_alone and not lost.is_edge_alone
+    assert over(lost, "lte").predicted and over(lost, "lte").ms is lost.ms
+    assert over(lost, "wifi") is lost
+    gone = dataclasses.replace(CLOUD, sent=bits("0000"))
+    half = cascade(EDGE, gone, "margin", 0.4)
+    assert half.alone_share == 0.5 and not half.is_edge_alone
+    assert cascade(EDGE, gone, "margin", 0.1).is_edge_alone
+    assert not served(row("cloud", sent="00", scores={"margin": [1, 2]}) | {"alone_share": 1.0}).is_edge_alone
+
+
+def test_percentiles_are_of_answered_requests():
+    found = served(row("split:cut=5", sent="10", answered="10"))
+    assert found.ms_at(50) == found.ms_at(95) == 10
+    none = served(row("split:cut=5", sent="00", answered="00"))
+    assert none.ms_at(50) is None and none.accuracy == 0.5
+    assert served(row("split:cut=5", sent="10")).ms_at(50) == 15  # a row of before does not say
+
+
 def test_a_faster_link_takes_no_more_than_the_way():
     slow = Served(bits("1"), bits("1"), np.array([30.0]), np.array([25.0]), sent_bytes=1, link="lte")
     assert over(slow, "ethernet").ms.tolist() == [25]  # 30 ms over a round trip of 70 cannot be, but is asked
@@ -111,7 +147,7 @@ def row(runtime, right="10", **more):
     return {
         "recipe": f"none @ {runtime}", "runtime": runtime, "served": json.dumps(each), "requests_right": right,
         "sent_bytes_per_request": 100.0, "received_bytes_per_request": 50.0, "usd_per_1k_requests": 0.5,
-        "edge_j_per_request": float("nan"), "link": "lte",
+        "edge_j_per_request": float("nan"), "link": "lte", "alone_share": 0.0,
     }  # fmt: skip
 
 

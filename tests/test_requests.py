@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from edgelab.deployments.hybrid.redacting import TOKENS
 from edgelab.deployments.hybrid.split import payload_bytes
 from edgelab.devices import prices as price_table
 from edgelab.devices.prices import Prices, prices
-from edgelab.measure.requests import taken
+from edgelab.measure import Asked, measurements
+from edgelab.measure.privacy import privacy
+from edgelab.measure.requests import WARM, requests, taken, times
 from edgelab.recipes import RecipeError, parse
 from edgelab.reference import load_tokenizer, resolve
 from edgelab.storage import variants
@@ -75,6 +78,108 @@ def test_time_bytes_shares_and_price_by_hand():
     whole = cloud + 1000 / 1e9 * known.data["lte"] + 2.0 / 3.6e6 * known.electricity
     assert found["usd_per_1k_requests"] == pytest.approx(250 * whole)
     assert taken([here], "", None)["edge_j_per_request"] is None
+    assert found["unanswered_share"] == 0
+
+
+def test_times_are_of_the_requests_that_were_answered():
+    """Three of four are given up behind 1 ms; bytes and joules are those of all four."""
+    there = Answer("b", "cloud", (("edge", 0.0, 0.1), ("cloud", 0.1, 0.4)), wanted_cloud=True, sent_bytes=600)
+    gone = Answer("", "nobody", (("edge", 0.0, 0.001),), wanted_cloud=True, sent_bytes=200)
+    found = taken([there, gone, gone, gone], "lte", power_w=4.0)
+    assert (found["request_ms_p50"], found["request_ms_p95"]) == pytest.approx((400, 400))
+    assert (found["unanswered_share"], found["cloud_share"], found["alone_share"]) == (0.75, 0.25, 0)
+    assert found["sent_bytes_per_request"] == 300
+    assert found["edge_j_per_request"] == pytest.approx(4.0 * 0.103 / 4)
+    found = taken([gone, gone], "lte", None)
+    assert found["request_ms_p50"] is found["request_ms_p95"] is None
+    assert found["unanswered_share"] == 1
+
+
+SURE = Answer("a", "edge", (("edge", 0.0, 0.1),), scores={"mean": -0.5, "margin": 0.25})
+NO_SCORES = Answer("b", "cloud", (("cloud", 0.0, 0.4),), wanted_cloud=True)
+
+
+@pytest.mark.parametrize(
+    ("answers", "scores"),
+    [
+        ([SURE, NO_SCORES], {}),
+        ([NO_SCORES, SURE], {}),
+        ([SURE, dataclasses.replace(SURE, scores={"mean": -1.0})], {"mean": [-0.5, -1.0]}),
+    ],
+)
+def test_scores_are_kept_where_every_answer_has_them(monkeypatch, answers, scores):
+    """The edge stands in for the cloud where that is late, and says how sure it was, which the cloud does not."""
+    items = [Request("Ann has a", "dog")] * 3  # the first third is not measured
+    monkeypatch.setattr(tasks, "requests", lambda text: items)
+    left = iter([SURE, *answers])
+    service = SimpleNamespace(
+        link="lte", prepare=lambda *_: None, answer=lambda request: next(left), account=dict
+    )
+    found = requests(SimpleNamespace(service=service, asked=Asked(), report=lambda *_: None))
+    each = json.loads(found["served"])
+    assert each["scores"] == scores
+    assert each["sent"] == "".join("01"[one.by == "cloud"] for one in answers)
+    assert each["answered"] == "11"
+
+
+def test_times_of_each_answer():
+    waited = Answer("a", "edge", (("edge", 0.0, 0.1), ("waiting", 0.1, 0.5), ("edge", 0.5, 0.7)))
+    quick = Answer("b", "cloud", (("cloud", 0.0, 0.04),))
+    assert times([waited, quick]) == {"ms": [700.0, 40.0], "edge_ms": [300.0, 0.0]}
+
+
+def asked_about(answers, power_w):
+    """What the measurement makes of questions about messages: the first is answered rightly.
+
+    One that is asked before recognisers are loaded, or before WARM others, would take an hour.
+    """
+    left, done = iter(answers), []
+    items = [SimpleNamespace(asks=kind) for kind in ("entity", "part", "other", "other")]
+    slow = Answer("", "edge", (("edge", 0.0, 3600.0),))
+
+    def private(item):
+        is_warm = done.count("prepared") == 1 and done.count("other") == WARM
+        done.append("asked" if item in items else "other")
+        return SimpleNamespace(item=item, answer=next(left) if is_warm else slow, is_right=item is items[0])
+
+    service = SimpleNamespace(
+        link="lte",
+        prepare=lambda others, progress: done.append("prepared"),
+        items=lambda: items,
+        others=lambda count: [SimpleNamespace(asks="other", place=place) for place in range(count)],
+        private=private,
+        leaked=lambda found: 0.25,
+    )
+    found = privacy(SimpleNamespace(service=service, asked=Asked(power_w=power_w), report=lambda *_: None))
+    assert done == ["prepared", *["other"] * WARM, *["asked"] * len(items)]
+    return found
+
+
+def test_what_a_question_about_a_message_takes_by_hand():
+    """Counted as requests are: two are answered at the edge in 100 ms, two in the cloud behind 50 ms of looking."""
+    here = Answer("a", "edge", (("edge", 0.0, 0.1),), scores={"mean": 0.0})
+    there = Answer(
+        "b", "cloud", (("edge", 0.0, 0.05), ("cloud", 0.05, 0.3)), wanted_cloud=True, sent_bytes=900,
+        received_bytes=300, read=120, written=20,
+    )  # fmt: skip
+    answers = [here, there, there, here]
+    found = asked_about(answers, 4.0)
+    assert (found["leaked_share"], found["private_right"], found["private_cloud_share"]) == (0.25, 0.25, 0.5)
+    assert found["private_ms_p50"] == pytest.approx(200)
+    assert found["private_ms_p95"] == pytest.approx(300)
+    assert (found["private_sent_bytes"], found["private_received_bytes"]) == (450, 150)
+    assert found["private_edge_j"] == pytest.approx(4.0 * 0.075)
+    known = prices()
+    cloud = 2 * (120 * known.cloud_input + 20 * known.cloud_output) / 1e6
+    whole = cloud + 2400 / 1e9 * known.data["lte"] + 1.2 / 3.6e6 * known.electricity
+    assert found["private_usd_per_1k"] == pytest.approx(250 * whole)
+    said = json.loads(found["private"])
+    assert said["right_by_kind"] == {"entity": 1, "part": 0, "other": 0} and said["items"] == 4
+    assert said["ms"] == [100, 300, 300, 100] and said["edge_ms"] == [100, 50, 50, 100]
+    assert set(found) == set(measurements()["privacy"].fields)
+    without = asked_about(answers, None)
+    assert without["private_edge_j"] is None
+    assert 0 < found["private_usd_per_1k"] - without["private_usd_per_1k"] < 1e-3  # electricity
 
 
 def test_prices_are_per_million_tokens_gigabyte_and_kilowatt_hour():
@@ -122,8 +227,7 @@ def test_other_prices_ask_again_what_has_a_price(data):
     file.write_text(said.replace("as listed by", "as told by"))  # a source is no price
     assert [one.reads() for one in (*PRICED, PRIVATE)] == before
     file.write_text(said.replace("cloud_output,0.22", "cloud_output,0.44"))
-    assert all(one.reads() != known for one, known in zip(PRICED, before, strict=False))
-    assert PRIVATE.reads() == before[-1]
+    assert all(one.reads() != known for one, known in zip((*PRICED, PRIVATE), before, strict=True))
     assert recipes.reads(PRICED[0]) != before[0]  # as a question asks
 
 
@@ -146,8 +250,8 @@ def test_an_answer_has_room_for_the_longest_entity():
 
 
 @pytest.fixture
-def made(tiny):
-    """`made(deployment, seed)`: what answers, over the tiny model at the edge and in the cloud."""
+def apart(tiny):
+    """`apart(deployment, seed)`: what answers, over the tiny model at the edge and in a cloud with its own process."""
     opened = []
 
     def make(deployment, seed=0):
@@ -159,6 +263,12 @@ def made(tiny):
     yield make
     for one in opened:
         one.close()
+
+
+@pytest.fixture
+def made(cloud_here, apart):
+    """The same with the cloud in this process."""
+    return apart
 
 
 REQUESTS = [
@@ -222,9 +332,9 @@ def test_a_cascade_sends_the_share_that_it_was_asked_for_where_scores_are_lowest
 
 
 @pytest.mark.parametrize("deployment", [CloudAlone, Speculative, Cascade])
-def test_a_cloud_that_is_gone_costs_no_request_its_answer(made, deployment):
+def test_a_cloud_that_is_gone_costs_no_request_its_answer(apart, deployment):
     settings = {"threshold": 1e9} if deployment is Cascade else {}
-    service = made(deployment(link="ethernet", deadline_s=5, **settings))
+    service = apart(deployment(link="ethernet", deadline_s=5, **settings))
     first = service.answer(REQUESTS[0])
     service.remote.server.process.kill()
     later = [service.answer(one) for one in REQUESTS * 2]
@@ -238,9 +348,9 @@ def test_a_cloud_that_is_gone_costs_no_request_its_answer(made, deployment):
 def test_what_a_policy_lets_out(made, monkeypatch):
     """Nothing, what is harmless, placeholders, or everything; the edge answers the rest."""
     monkeypatch.setenv("EDGELAB_FAST", "1")
-    leaked, cloud = {}, {}
+    service, leaked, cloud = made(Redact(link="ethernet")), {}, {}
     for policy in ("edge", "local", "redact", "cloud"):
-        service = made(Redact(link="ethernet", policy=policy))
+        service.settings = dataclasses.replace(service.settings, policy=policy)
         items = service.items()
         found = [service.private(item) for item in items]
         leaked[policy] = service.leaked(found)
@@ -252,6 +362,61 @@ def test_what_a_policy_lets_out(made, monkeypatch):
     assert not any(cloud["edge"])
     assert cloud["local"] == [not one for one in holds]
     assert all(cloud["redact"]) and all(cloud["cloud"])
+
+
+def test_a_policy_is_measured_with_what_it_takes(made, monkeypatch):
+    """The bytes of the proxy over all questions, and joules only of seconds in which the edge computed."""
+    monkeypatch.setenv("EDGELAB_FAST", "1")
+    service, answers = made(Redact(link="ethernet")), []
+    ask = service.private
+
+    def asked(item):
+        answers.append(ask(item).answer)
+        return SimpleNamespace(item=item, answer=answers[-1], sent=None, is_right=False)
+
+    monkeypatch.setattr(service, "private", asked)
+    found = privacy(SimpleNamespace(service=service, asked=Asked(power_w=5.0), report=lambda *_: None))
+    each, passed = json.loads(found["private"]), service.remote.proxy.traffic
+    others = answers[:WARM]
+    assert len(each["ms"]) == len(each["edge_ms"]) == each["items"] == len(service.items())
+    for passing, name in ((passed.up, "sent_bytes"), (passed.down, "received_bytes")):
+        before = sum(getattr(one, name) for one in others)
+        assert found[f"private_{name}"] * each["items"] == pytest.approx(passing - before)
+        assert before > 0
+    assert 0 < found["private_ms_p50"] <= found["private_ms_p95"]
+    assert found["private_edge_j"] == pytest.approx(5e-3 * np.mean(each["edge_ms"]), abs=1e-3)
+    assert found["private_usd_per_1k"] > 0
+
+
+def test_a_policy_holds_for_any_prompt(made, monkeypatch):
+    """The whole prompt is under it, and what was redacted is put back into the answer."""
+    service, asked = made(Redact(link="ethernet")), []
+    complete = service.remote.cloud.complete
+
+    def answered(ids, *given, **settings):
+        asked.append(service.edge.text(ids))
+        return dataclasses.replace(complete(ids, *given, **settings), text=" to [EMAIL_1], not [EMAIL_2]")
+
+    monkeypatch.setattr(service.remote.cloud, "complete", answered)
+    plain, private = "Once upon a time", "Write it to ada@example.com today, or"
+    placed, back = "Write it to [EMAIL_1] today, or", " to ada@example.com, not [EMAIL_2]"
+    for policy, sent, text in (
+        ("edge", [], None),
+        ("local", [plain], None),
+        ("redact", [plain, placed], back),
+        ("cloud", [plain, private], " to [EMAIL_1], not [EMAIL_2]"),
+    ):
+        service.settings = dataclasses.replace(service.settings, policy=policy)
+        asked.clear()
+        answers = [service.answer(Request(prompt, "", 4)) for prompt in (plain, private)]
+        assert asked == sent
+        assert [one.by for one in answers].count("cloud") == len(sent)
+        assert [one.sent_bytes > 0 for one in answers] == [plain in sent, text is not None]
+        if text is None:
+            assert answers[1].text == service.edge.answer(Request(private, "", 4)).text
+        else:
+            assert answers[1].text == text
+        assert answers[1].edge_s > 0  # it looked
 
 
 def losing(monkeypatch, cloud, method, working):
@@ -321,8 +486,8 @@ def test_a_deadline_is_that_of_all_rounds_together(made, monkeypatch):
     assert "too little to ask the cloud" in answer.said
 
 
-def test_half_a_model_answers_nothing_without_the_other_half(made):
-    service = made(Split(link="ethernet", cut=1))
+def test_half_a_model_answers_nothing_without_the_other_half(apart):
+    service = apart(Split(link="ethernet", cut=1))
     assert service.answer(REQUESTS[0]).by == "cloud"
     service.remote.server.process.kill()
     answer = service.answer(REQUESTS[0])

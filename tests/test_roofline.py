@@ -1,5 +1,7 @@
 """The roofline against sums worked by hand, against properties it must have, and against published rates."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -29,6 +31,7 @@ from edgelab.devices import (
     time_to_first_token_ms,
     token_bytes,
 )
+from edgelab.devices.speed import likely_engine
 
 TINY = ModelShape("by hand", "llama", 3, 8, 4, 2, 2, 16, 10, tied_embeddings=True)
 BOX = Device("box", "test", 8, memory_bandwidth_gb_s=1.0, float32_gflop_s=10.0)
@@ -61,6 +64,16 @@ def test_a_prefill_by_hand_attends_backwards_only_and_asks_the_head_once():
     assert work["up"].bytes == 3 * (16 * 8 * 4 / 8 + 5 * (16 + 8) * 2)
     assert work["attention"].operations == 3 * 4 * 4 * 2 * (1 + 2 + 3 + 4 + 5)
     assert work["head"].operations == 2 * 80 and work["embedding"].bytes == 5 * 8
+
+
+def test_a_layer_with_a_window_attends_no_further_by_hand():
+    shape = dataclasses.replace(TINY, window=2, windowed_layers=1)  # 16 bytes of a token in a layer
+    work = by_name(operations(shape, PLAIN, context=5))["attention"]
+    assert (work.bytes, work.operations) == (16 * (2 * 5 + 2), 4 * 4 * 2 * (2 * 5 + 2))
+    work = by_name(operations(shape, PLAIN, context=5, tokens=5))["attention"]
+    assert work.operations == 4 * 4 * 2 * (2 * (1 + 2 + 3 + 4 + 5) + (1 + 2 + 2 + 2 + 2))
+    work = by_name(operations(shape, PLAIN, context=5, tokens=2))["attention"]
+    assert work.operations == 4 * 4 * 2 * (2 * (4 + 5) + (2 + 2))
 
 
 @pytest.mark.parametrize("name", list(models()))
@@ -189,6 +202,13 @@ def test_a_fit_predicts_the_other_rates_of_the_engine_that_made_them():
     assert nothing.check.empty and not nothing.engines
 
 
+def test_an_engine_that_reads_all_the_memory_gives_is_an_upper_bound_and_says_so():
+    bound = "an upper bound for larger models"
+    shape, plain = models()["SmolLM2-135M"], PRECISIONS["Q4_1"]
+    assert calibrate(shape, plain, 97.0, 26.0, 1.0).basis.endswith(f"SmolLM2-135M in Q4_1, {bound}")
+    assert bound not in calibrate(shape, plain, 97.0, 26.0, 0.75).basis
+
+
 def test_calibration_refuses_rates_and_splits_out_of_range():
     with pytest.raises(ShapeError, match="cannot be calibrated on"):
         calibrate(TINY, PLAIN, 0.0, 1.0)
@@ -233,6 +253,21 @@ def test_the_seed_example_on_a_phone_with_a_snapdragon_778g():
     large = table[(table["precision"] == "float16") & (table["model"] == "Phi-2")].iloc[0]
     assert not large["fits"] and pd.isna(large["decode_tok_s"])
     assert table["energy_j_per_token"].isna().all()  # no source gives the phone's power
+
+
+def test_a_board_is_predicted_by_its_own_rates_and_any_other_by_its_class():
+    old, phone = (
+        next(one for one in catalogue() if one.name == name)
+        for name in ("Raspberry Pi 4", "Phone, Snapdragon 778G")
+    )
+    row = estimate(old, models()["Llama-3.2-3B"], PRECISIONS["Q4_K_M"], context=128)
+    assert row["decode_tok_s"] == pytest.approx(1.6) and row["basis"] == "from its own published rate"
+    own = estimate(phone, models()["Gemma-2B"], PRECISIONS["Q4_K_M"], context=128)
+    assert own["decode_tok_s"] == pytest.approx(10)  # of its two rates the one below 8 bits
+    fast = next(one for one in catalogue() if one.name == "GeForce RTX 4090")
+    assert likely_engine(fast).basis == "from the median of its 3 published rates"
+    assert likely_engine(dataclasses.replace(old, name="mine")) == class_engine("CPU")
+    assert likely_engine(old).compute_share == class_engine("CPU").compute_share
 
 
 def test_energy_and_battery_follow_from_the_rate():

@@ -370,6 +370,12 @@ def test_rows_come_in_the_order_asked_for_and_the_missing_are_named(caplog):
     assert caplog.messages == []
 
 
+def test_rows_are_found_by_names_given_to_recipes_as_a_reader_writes_them():
+    table = ledger.frame([row("none", [3.0]), row(RTN4, [3.5])])
+    found = rows.by_name(table, {"rounded": "quantize.rtn:bits=4", "plain": "none"})
+    assert found["recipe"].to_dict() == {"rounded": RTN4, "plain": "none"}
+
+
 # Variants with tokens of their own, and recovery
 
 VOCAB, LAYERS = "prune.vocab:keep=16384", "prune.layers:keep=20"

@@ -113,6 +113,62 @@ def test_continuations_are_what_the_logits_say_and_leave_the_sequence(session):
     assert apart(session, again, session.logits(IDS[:20])[15:]) < 1
 
 
+def test_a_sequence_is_put_by_and_gone_on_with(session):
+    if not session.can.sequences:
+        with pytest.raises(SessionError, match="This engine holds one sequence"):
+            session.exchange()
+        return
+    whole, other = session.logits(IDS), session.logits(OTHER)
+    session.prefill(IDS[:20])
+    first = session.exchange()
+    assert (session.length, first.ids) == (0, IDS[:20])
+    session.prefill(OTHER[:9])
+    second = session.exchange(first)
+    assert session.ids == IDS[:20] and second.kept.nbytes > 0
+    assert apart(session, session.next_logits(), whole[19:20]) < 1
+    assert apart(session, session.extend(IDS[20:]), whole[20:]) < 1
+    session.exchange(second)
+    assert apart(session, session.extend(OTHER[9:]), other[9:]) < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "layout", "changes"),
+    [
+        ("none", "llama", {}),
+        ("none", "mistral", {"sliding_window": 8}),
+        ("quantize.kv:bits=8,group_size=8,residual=8", "llama", {}),
+    ],
+)
+def test_a_fork_and_its_origin_go_their_own_ways(text, layout, changes, variant):
+    session = runtimes.load("torch", variant(text, layout, **changes))
+    expected = []
+    for count, more in ((5, OTHER[:15]), (0, IDS[30:])):
+        session.prefill(IDS[:30])
+        session.rewind(count)
+        expected.append(session.extend(more))
+    session.prefill(IDS[:30])
+    origin = session.exchange()
+    session.exchange(origin.fork())
+    session.rewind(5)
+    found = [session.extend(OTHER[:15])]
+    session.exchange(origin)
+    found.append(session.extend(IDS[30:]))
+    assert session.ids == IDS
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_state_is_put_by_and_not_forked(variant):
+    mixed = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "use_mamba_kernels": False}
+    session = Eager(variant("none", "jamba", **mixed))
+    whole = session.logits(IDS)
+    session.prefill(IDS[:10])
+    first = session.exchange()
+    assert first.fork() is None
+    session.prefill(OTHER)
+    session.exchange(first)
+    assert apart(session, session.extend(IDS[10:]), whole[10:]) < 1
+
+
 def test_what_a_sequence_cannot_do_is_refused_in_one_sentence(session):
     with pytest.raises(SessionError, match="nothing to continue yet"):
         session.continuations(CANDIDATES)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from edgelab import cli, ledger, recipes, runtimes
+from edgelab.errors import EdgeLabError
 from edgelab.runtimes import RuntimeRefused, support
 from edgelab.storage import variants
 
@@ -144,7 +145,7 @@ FORGETFUL = {
 
 
 @pytest.mark.parametrize(("layout", "changes"), FORGETFUL.values(), ids=FORGETFUL)
-@pytest.mark.parametrize("runtime", ["onnxruntime", "llamacpp", "openvino", "executorch", "litert"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "executorch", "litert"])
 def test_attention_that_forgets_is_refused(new_model, runtime, layout, changes):
     about = variants.describe(new_model(layout, **changes))
     if runtime == "openvino":  # float32 is refused before
@@ -153,11 +154,9 @@ def test_attention_that_forgets_is_refused(new_model, runtime, layout, changes):
 
 
 def test_a_window_longer_than_any_text_is_none(new_model):
-    """Mistral 7B v0.1 reads texts of 32,768 tokens through a window of 4,096."""
+    """A cache that keeps the last 4,096 tokens forgets nothing of a text of as many."""
     for positions, reason in {4096: None, 32768: "knows no sliding window"}.items():
-        about = variants.describe(
-            new_model("mistral", sliding_window=4096, max_position_embeddings=positions)
-        )
+        about = variants.describe(new_model("llama", sliding_window=4096, max_position_embeddings=positions))
         said = runtimes.find("onnxruntime").refusal(about)
         assert said is None if reason is None else reason in said
 
@@ -184,7 +183,7 @@ FEATURES = {  # layout, settings, and what a refusal has to name
     "relu2": ("llama", {"hidden_act": "relu2"}, "relu2"),
     "quick gelu": ("llama", {"hidden_act": "quick_gelu"}, "quick_gelu"),
     "attention biases": ("llama", {"attention_bias": True}, "biases"),
-    "qwen3 attention biases": ("qwen3", {"attention_bias": True}, "biases"),
+    "qwen3 attention biases": ("qwen3", {"attention_bias": True}, "bias"),
     "MLP biases": ("llama", {"mlp_bias": True}, "biases"),
     "wide heads": ("qwen2", {"head_dim": 32}, "heads"),
     "small heads": ("llama", {"head_dim": 8}, "heads"),
@@ -247,3 +246,66 @@ def test_any_tokenizer_goes_with_a_model(tmp_path, new_model, runtime, model):
     with torch.inference_mode():
         expected = variants.load(folder)(torch.tensor([ids])).logits[0].float()
     assert (runtimes.load(runtime, folder).logits(ids) - expected).abs().max() < 0.15 * expected.std()
+
+
+# A model of the reader's own
+
+OWN = {
+    "llama": ("llama", {}),
+    "groups that do not divide": ("llama", {"hidden_size": 96, "head_dim": 16}),
+    "rows that blocks do not divide": ("qwen3", {"intermediate_size": 144}),
+    "small heads": ("llama", {"head_dim": 8}),
+    "a window": ("mistral", {"sliding_window": 16}),
+    "rotary scaling": ("llama", rotary("linear")),
+    "another activation": ("qwen3", {"hidden_act": "gelu_pytorch_tanh"}),
+    "another layout": ("bloom", {"n_layer": 2, "n_head": 4}),
+    "no linear layers": ("gpt2", {}),
+}
+
+
+@pytest.mark.parametrize(("layout", "changes"), OWN.values(), ids=OWN)
+def test_a_table_about_a_model_says_what_its_variants_would_be_told(layout, changes, new_model, tmp_path):
+    """Asked with nothing but a configuration, and compared with what every recipe really makes of the model."""
+    model = new_model(layout, **changes)
+    model.config.save_pretrained(tmp_path)
+    found = {(one.recipe, one.runtime): one.reason for one in support.table(str(tmp_path))}
+    for text in support.LAYOUTS:
+        recipe = recipes.parse(text)
+        try:
+            changed = recipe.apply(model, recipes.Context(reference=model))
+            about, reason = variants.describe(changed), None
+        except recipes.RecipeError as error:
+            about, reason = None, str(error)
+        for runtime in {runtime for _, runtime in found}:
+            expected = reason or runtimes.find(runtime).refusal(about)
+            assert found[recipe.weights, runtime] == expected, (text, runtime)
+
+
+def test_a_layout_is_refused_by_its_configuration_alone(new_model, tmp_path):
+    new_model("bloom", n_layer=2, n_head=4).config.save_pretrained(tmp_path)
+    for runtime in ("onnxruntime", "llamacpp", "litert"):
+        assert support.refusal(runtime, str(tmp_path)).endswith("not bloom; use 'torch'.")
+    assert support.refusal("torch", str(tmp_path)) is None
+
+
+def test_the_command_line_lists_it_for_a_model(new_model, tmp_path):
+    new_model("qwen3").config.save_pretrained(tmp_path)
+    found = CliRunner().invoke(cli.app, ["list", "runtimes", "--model", str(tmp_path), "--json"])
+    rows = [json.loads(line) for line in found.output.splitlines()]
+    assert {row["recipe"] for row in rows} == {recipes.parse(text).weights for text in support.LAYOUTS}
+    assert all(row["runs"] for row in rows if row["runtime"] == "llamacpp" and row["recipe"] == "none")
+    shown = CliRunner().invoke(cli.app, ["list", "runtimes", "--model", str(tmp_path)]).output
+    assert "✓" in shown and "a mistral model" not in shown
+
+
+@pytest.mark.parametrize(
+    ("what", "model", "sentence"),
+    [
+        ("runtimes", "/no/such/folder", "There is no model at /no/such/folder"),
+        ("techniques", "embedded", "techniques are the same for every model; leave the model out"),
+    ],
+)
+def test_what_cannot_be_listed_is_one_sentence(what, model, sentence):
+    found = CliRunner().invoke(cli.app, ["list", what, "--model", model])
+    assert found.exit_code == 1 and isinstance(found.exception, EdgeLabError)
+    assert sentence in str(found.exception)

@@ -1,5 +1,7 @@
 """Sentences, last words and story items of small texts, read off by hand."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from edgelab import corpora, reference
 from edgelab.corpora import TokenizedText, tokenize_text
 from edgelab.measure.perplexity import Window, windows
 from edgelab.measure.protocols import PROTOCOLS
-from edgelab.tasks import MIN_WORDS, STORY_END, Cloze, last_words, opening, sentences, story_cloze
+from edgelab.tasks import MIN_WORDS, STORY_END, Cloze, endings, last_words, opening, sentences, story_cloze
 
 
 def cut_up(text):
@@ -258,3 +260,13 @@ def test_items_of_the_embedded_texts():
     assert (items[0].word, items[-1].word) == ("reasons", "sound")
     stories = story_cloze("".join(corpora.load("stories")["text"]))
     assert (len(stories), sum(len(story.items) for story in stories)) == (53, 648)
+
+
+def test_the_end_of_a_turn_ends_an_answer(byte_tokenizer):
+    """A Gemma that was taught to talk calls <eos> its end, and ends its turns with another token."""
+    assert endings(byte_tokenizer) == {1}
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    assert endings(tokenizer) == {1, tokenizer.convert_tokens_to_ids("<end_of_turn>")}
+    tokenizer.eos_token = None
+    assert endings(tokenizer) == {tokenizer.convert_tokens_to_ids("<end_of_turn>")}

@@ -5,7 +5,7 @@ import pytest
 from edgelab.devices import PRECISIONS, Device, Engine, estimate, models
 from edgelab.widgets.devices import device_picker, verdict
 
-NAMES = ["device", "model", "precision", "context", "power", "answer", "picture"]
+NAMES = ["device", "model", "precision", "context", "power", "answer", "picture", "own"]
 
 
 def parts(picker):
@@ -53,3 +53,15 @@ def test_this_machine_takes_its_measured_bandwidth_and_calibration():
     slow = Engine(bandwidth_share=0.25, basis="calibrated on 97 tokens/s of Q4_1")
     widgets = parts(device_picker(read_gb_s=26.0, engine=slow, shapes={"m": models()["SmolLM2-135M"]}))
     assert widgets["device"].value == "This machine" and "calibrated on 97" in widgets["answer"].value
+
+
+def test_a_device_of_ones_own_is_kept_and_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELAB_HOME", str(tmp_path))
+    widgets = parts(device_picker())
+    name, memory, bandwidth, compute, part, keep, told = widgets["own"].children[0].children
+    keep.click()
+    assert "column name: it is empty" in told.value and not (tmp_path / "devices.csv").exists()
+    name.value, memory.value, bandwidth.value, compute.value, part.value = "Mine", 8, 51.2, 100, "CPU"
+    keep.click()
+    assert widgets["device"].value == "Mine" and "Mine" in widgets["answer"].value
+    assert "Mine" in parts(device_picker())["device"].options

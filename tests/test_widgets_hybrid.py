@@ -1,24 +1,20 @@
-"""Ways of sharing work over saved rows, and a deployment that is asked live, cut off from its cloud, and stopped."""
+"""Ways of sharing work over saved rows."""
 
+import html
 import json
 import re
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
-from filelock import FileLock
 
-from edgelab import assets, ledger
-from edgelab.deployments.hybrid.answering import Answer
-from edgelab.lab import requests
+from edgelab import ledger
+from edgelab.devices.prices import prices
 from edgelab.ledger import Row
 from edgelab.rows import NotMeasured
-from edgelab.widgets.hybrid import answer_words, cloud_trip, live_request
+from edgelab.widgets.hybrid import UNCOUNTED, cloud_trip, edge_energy
+from tests.controls import control
 
-SECONDS = 180  # more than anything here takes, on a busy machine
-REAL = assets.home() / "assets"  # before a test has a home of its own
 EDGE = "prune.layers:drop=13/14/15"
 SCORES = {"margin": [0.9, 0.1, 0.5, 0.3], "mean": [-0.1, -0.2, -0.3, -0.4]}
 
@@ -79,17 +75,6 @@ def rows():
     ]  # fmt: skip
 
 
-def walk(box):
-    yield box
-    for child in getattr(box, "children", ()):
-        yield from walk(child)
-
-
-def control(box, description):
-    (found,) = [one for one in walk(box) if getattr(one, "description", "") == description]
-    return found
-
-
 def cells(box):
     """The table as text: its lines by their heads."""
     lines = re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", box.children[-2].value)
@@ -108,7 +93,7 @@ def test_a_threshold_moves_along_the_curve(rows):
     assert found["Sent to the cloud (bytes)"] == ["0", "500", "1,000"]
     assert found["1,000 requests (USD)"] == ["0.0010", "0.0110", "0.0200"]
     assert found["Energy at the edge (J)"] == ["0.70", "0.70", "0.00"]
-    assert found["Personal data that leaves"] == ["0%", "–", "100%"]
+    assert found["Data with a form that leaves"] == ["0%", "–", "100%"]
     assert found["Times"] == ["measured", "from both rows", "measured"]
     assert "50% of the requests have a score below 0.400 and go to the cloud" in box.children[-2].value
     before = box.children[-1].value
@@ -172,7 +157,7 @@ def test_policies_are_beside_theirs_and_not_predicted(rows):
     control(box, "Which").value = "redact"
     found = cells(box)
     assert found[""] == ["edge only", "policy redact", "cloud only"]
-    assert found["Personal data that leaves"] == ["0%", "10%", "100%"]
+    assert found["Data with a form that leaves"] == ["0%", "10%", "100%"]
     assert found["Right answers"] == ["25.0%", "50.0%", "75.0%"]
     assert found["Time, median (ms)"] == ["90", "150", "140"] and "Time, 95 % (ms)" not in found
     assert control(box, "Which").options == ("redact",)  # the others are beside it
@@ -180,6 +165,132 @@ def test_policies_are_beside_theirs_and_not_predicted(rows):
     assert cells(box)["Time, median (ms)"] == ["90", "–", "–"]
     assert cells(box)["Times"] == ["measured", "measured over wifi only", "measured over wifi only"]
     assert box.children[-1].value == ""
+
+
+def counted(name, leaked, right, ms, share, n_bytes, usd, edge_ms, stated_j=None):
+    """A policy's row with all that is counted."""
+    row = policy(name, leaked, right, ms, share)
+    row.private_ms_p95, row.private_edge_j = 2 * ms, stated_j
+    row.private_sent_bytes, row.private_received_bytes, row.private_usd_per_1k = n_bytes, n_bytes / 2, usd
+    row.private = json.dumps({"items": 2, "edge_ms": edge_ms})
+    return row
+
+
+def test_policies_have_bytes_price_and_energy(rows):
+    newer = [
+        counted("edge", 0.0, 0.25, 90.0, 0.0, 0.0, 0.0, [80.0, 120.0]),
+        counted("redact", 0.1, 0.5, 150.0, 1.0, 1200.0, 0.03, [10.0, 30.0]),
+        counted("cloud", 1.0, 0.75, 140.0, 1.0, 1000.0, 0.02, [0.0, 0.0], stated_j=0.25),
+    ]
+    box = cloud_trip(ledger.frame([*rows[:-3], *newer]))
+    control(box, "Way").value = "redact"
+    found = cells(box)
+    assert found["Time, 95 % (ms)"] == ["180", "300", "280"]
+    assert found["Sent to the cloud (bytes)"] == ["0", "1,200", "1,000"]
+    assert found["Received (bytes)"] == ["0", "600", "500"]
+    assert found["1,000 requests (USD)"] == ["0.0000", "0.0300", "0.0200"]
+    assert found["Energy at the edge (J)"] == ["0.50", "0.10", "0.25"]
+    assert found["Energy"] == ["estimated: 5 W x 100 ms", "estimated: 5 W x 20 ms", "as the row says"]
+    assert UNCOUNTED not in html.unescape(box.children[-2].value)
+    control(box, "Link").value = "lte"
+    found, dearer = cells(box), 1e3 * 1800 / 1e9 * prices().data["lte"]
+    assert found["Time, 95 % (ms)"] == ["180", "–", "–"]  # nothing travels for the first
+    assert found["Sent to the cloud (bytes)"] == ["0", "1,200", "1,000"]
+    assert found["1,000 requests (USD)"][:2] == ["0.0000", f"{0.03 + dearer:.4f}"]
+
+
+def test_policies_of_before_say_what_they_lack(rows):
+    box = cloud_trip(ledger.frame(rows))
+    control(box, "Way").value = "redact"
+    assert UNCOUNTED in html.unescape(box.children[-2].value)
+    assert not {"Sent to the cloud (bytes)", "1,000 requests (USD)", "Energy"} & set(cells(box))
+
+
+def test_energy_is_what_a_row_says_or_power_times_the_time_of_the_edge():
+    assert edge_energy(0.7, [100.0], 5.0) == (0.7, "as the row says")
+    joules, basis = edge_energy(None, [100.0, 300.0], 4.0)
+    assert joules == pytest.approx(0.8) and basis == "estimated: 4 W x 200 ms"
+    assert edge_energy(None, [0.0, 0.0], 4.0) == (0.0, "the edge does not compute")
+    assert edge_energy(None, [100.0], 0.0) == edge_energy(None, [], 4.0) == (None, "")
+
+
+def test_saved_rows_without_energy_have_it_from_a_power(rows):
+    for row in rows:
+        row.edge_j_per_request = None
+    box = cloud_trip(ledger.frame(rows))
+    power = control(box, "Power of the edge, W")
+    assert power.value == 5.0
+    found = cells(box)  # the edge takes 175 ms on average, also before a request is sent
+    assert found["Energy at the edge (J)"] == ["0.88", "0.88", "0.00"]
+    assert found["Energy"] == ["estimated: 5 W x 175 ms"] * 2 + ["the edge does not compute"]
+    power.value = 2
+    assert cells(box)["Energy at the edge (J)"] == ["0.35", "0.35", "0.00"]
+    control(box, "Way").value = "split"
+    assert cells(box)["Energy at the edge (J)"][1] == "0.20"
+    power.value = 0
+    assert not {"Energy", "Energy at the edge (J)"} & set(cells(box))
+
+
+def test_a_power_moves_no_energy_that_a_row_says(rows):
+    box = cloud_trip(ledger.frame(rows))
+    before = cells(box)
+    assert before["Energy"] == ["as the row says"] * 3
+    control(box, "Power of the edge, W").value = 50
+    assert cells(box) == before
+
+
+def test_a_policy_is_that_of_the_chosen_link(rows):
+    """A newer row over another link does not take the place of the chosen one, whether rows name links or not."""
+    for named in ("wifi", None):
+        here, away = policy("redact", 0.1, 0.5, 150.0, 1.0), policy("redact", 0.1, 0.75, 900.0, 1.0)
+        away.recipe = away.recipe.replace("link=wifi", "link=lte")
+        here.link, away.link = named, named and "lte"
+        box = cloud_trip(ledger.frame([*rows[:-3], here, away]))
+        control(box, "Way").value = "redact"
+        assert cells(box)["Time, median (ms)"] == ["–", "150", "–"]
+        control(box, "Link").value = "lte"
+        assert cells(box)["Time, median (ms)"] == ["–", "900", "–"]
+
+
+def test_the_edge_alone_is_the_row_without_a_choice_of_the_score(rows):
+    """A later row of the same requests has times of its own; the table of rows shows the first one."""
+    own = [50.0] * 4
+    later = "cascade:cloud=(none),link=wifi,score=router,share=0.0"
+    box = cloud_trip(ledger.frame([*rows, of_requests(later, "1001", "0000", own, own, scores=SCORES)]))
+    assert cells(box)["Time, median (ms)"][0] == "150"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "share"),
+    [
+        ("cloud:cloud=(none),link=lte", 1.0),
+        ("cascade:cloud=(none),link=lte", 1.0),
+        ("speculative:cloud=(none),link=lte,draft=9", 1.0),
+        ("speculative:cloud=(none),link=lte,draft=9", None),  # the way says it, where the row does not
+    ],
+)
+def test_a_cloud_that_never_answered_is_neither_end(rows, runtime, share):
+    """Each request waits for its deadline, and the edge answers in the end, with scores."""
+    lost = of_requests(
+        runtime, "1001", "0000", [1900.0] * 4, [100.0] * 4, scores=SCORES, link="lte", alone_share=share
+    )
+    box = cloud_trip(ledger.frame([*rows, lost]))
+    control(box, "Link").value = "lte"
+    found = cells(box)
+    assert found["Time, median (ms)"][0] == "150" and found["Answered by the cloud"][2] == "100%"
+    for other, missing in ((rows[1], "the edge alone"), (rows[0], "the cloud alone")):
+        with pytest.raises(NotMeasured, match=missing):
+            cloud_trip(ledger.frame([lost, other]))
+
+
+def test_a_split_whose_cloud_is_down_has_no_time(rows):
+    gone = of_requests(
+        "split:link=wifi,cut=5", "0000", "0000", [0.1] * 4, [0.1] * 4, weights="none",
+        each={"answered": "0000"}, unanswered_share=1.0,
+    )  # fmt: skip
+    box = cloud_trip(ledger.frame([*rows[:6], gone]))
+    control(box, "Way").value = "split"
+    assert cells(box)["Time, median (ms)"] == ["150", "–", "65"]
 
 
 def test_the_edge_that_most_was_measured_with_comes_first(rows):
@@ -200,7 +311,7 @@ def test_the_edge_that_most_was_measured_with_comes_first(rows):
 def test_ways_without_rows_are_not_offered(rows):
     box = cloud_trip(ledger.frame(rows[:2]))
     assert control(box, "Way").options == ("edge only", "cloud only", "cascade")
-    assert "Personal data that leaves" not in cells(box)
+    assert "Data with a form that leaves" not in cells(box)
 
 
 @pytest.mark.parametrize(("kept", "said"), [(slice(1, 2), "the edge alone"), (slice(0, 1), "the cloud alone"),
@@ -225,148 +336,10 @@ def test_times_of_two_machines_make_no_sum(rows):
 def test_saved_rows_are_shown_without_torch(rows, tmp_path):
     ledger.frame(rows).to_pickle(tmp_path / "rows.pickle")
     code = (
-        "import sys, pandas\nfrom edgelab.widgets.hybrid import cloud_trip, live_request\n"
+        "import sys, pandas\nfrom edgelab.widgets.hybrid import cloud_trip\n"
+        "from edgelab.widgets.live_request import live_request\n"
         "cloud_trip(pandas.read_pickle('rows.pickle'))\nlive_request()\n"
         "found = {'torch', 'transformers', 'datasets'} & sys.modules.keys()\nsys.exit(str(found) if found else 0)"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-
-
-# Live
-
-
-def until(true):
-    deadline = time.monotonic() + SECONDS
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert true()
-
-
-def by(box):
-    return re.search(r'data-by="(\w+)"', box.children[3].value)[1]
-
-
-@pytest.fixture
-def lock(tmp_path, monkeypatch):
-    """The lock of timings, for this test alone: nothing is timed here."""
-    found = FileLock(tmp_path / "timing.lock")
-    monkeypatch.setattr(requests, "timing_lock", lambda: FileLock(found.lock_file))
-    return found
-
-
-@pytest.fixture
-def live(tiny, home, lock):
-    """`live(recipe, ...)`: the widget over the tiny model, with the embedded texts; closed when the test is over."""
-    home.mkdir(exist_ok=True)
-    (home / "assets").symlink_to(REAL)
-    made = []
-
-    def make(recipe, **settings):
-        made.append(live_request(recipe, tokens=4, model=str(tiny), **settings))
-        return made[-1]
-
-    yield make
-    for box in made:
-        box.close()
-        until(lambda box=box: control(box, "Stop").disabled and not control(box, "Ask").disabled)
-
-
-def test_it_answers_is_cut_off_plugged_in_and_stopped(live):
-    before = set(psutil.Process().children(recursive=True))
-    box = live("none @ cloud:cloud=(none),link=ethernet,deadline_s=8")
-    ask, stop, cut = control(box, "Ask"), control(box, "Stop"), control(box, "Unplug the cloud")
-    said = box.children[2]
-    assert stop.disabled and not box.children[4].value
-    ask.click()
-    assert ask.disabled and not stop.disabled and said.value
-    until(lambda: not ask.disabled)
-    assert said.value.startswith("Ready"), said.value
-    assert by(box) == "cloud" and "1: cloud" in box.children[4].value
-    cut.value = True
-    assert cut.description == "Plug the cloud in"
-    ask.click()
-    until(lambda: not ask.disabled)
-    assert by(box) == "edge" and "did not answer within" in box.children[3].value
-    assert "1: cloud, 2: edge" in box.children[4].value
-    cut.value = False
-    ask.click()
-    until(lambda: not ask.disabled)
-    assert by(box) == "cloud" and "1: cloud, 2: edge, 3: cloud" in box.children[4].value
-    box.close()
-    until(lambda: said.value.startswith("Stopped."))
-    assert not ask.disabled and stop.disabled
-    left = set(psutil.Process().children(recursive=True)) - before
-    assert not [one for one in left if "serving" in " ".join(one.cmdline())]
-
-
-def test_a_stop_in_an_outage_does_not_wait_for_the_deadline(live):
-    box = live("none @ cloud:cloud=(none),link=ethernet,deadline_s=10000")
-    ask, stop, cut = control(box, "Ask"), control(box, "Stop"), control(box, "Unplug the cloud")
-    cut.value = True  # before anything runs
-    ask.click()
-    until(lambda: box.children[2].value.startswith("Answering"))
-    stop.click()
-    until(lambda: not ask.disabled)
-    assert box.children[2].value.startswith("Stopped.") and not box.children[3].value
-
-
-def test_a_cascade_chooses_its_threshold_first(live):
-    said, recipe = [], "none @ cascade:cloud=(none),link=ethernet,share=1.0"
-    box = live(recipe)
-    box.children[2].observe(lambda change: said.append(change["new"]), "value")
-    control(box, "Ask").click()
-    until(lambda: not control(box, "Ask").disabled)
-    assert by(box) == "cloud" and "margin" in box.children[3].value
-    assert "Choosing when to ask the cloud, request 16 of 16 …" in said
-
-
-def test_it_waits_while_something_else_is_timed_and_can_be_stopped_then(live, lock):
-    box = live("none")
-    with lock:
-        control(box, "Ask").click()
-        until(lambda: box.children[2].value.startswith("Waiting until nothing else is timed"))
-        control(box, "Stop").click()
-        until(lambda: not control(box, "Ask").disabled)
-    assert box.children[2].value.startswith("Stopped.") and not box.children[3].value
-
-
-def test_an_edge_alone_has_no_cloud_to_unplug_and_ends_when_nobody_asks(live):
-    box = live("none", idle_s=1)
-    ask = control(box, "Ask")
-    control(box, "Unplug the cloud").value = True
-    ask.click()
-    until(lambda: box.children[2].value.startswith("Nothing was asked for 1 s."))
-    assert by(box) == "edge" and not ask.disabled
-
-
-@pytest.mark.parametrize(
-    ("recipe", "said"),
-    [
-        ("none @ cascade:link=moon", "No link is called"),
-        ("none @ redact", "messages with personal data in them"),
-        ("none @ cloud:deadline_s=0", "should be above 0"),
-    ],
-)
-def test_what_cannot_run_is_one_sentence(live, recipe, said):
-    box = live(recipe)
-    ask = control(box, "Ask")
-    ask.click()
-    until(lambda: not ask.disabled)
-    assert said in box.children[2].value and control(box, "Stop").disabled
-    control(box, "Stop").click()  # nothing runs: nothing happens
-
-
-def test_an_empty_prompt_starts_nothing():
-    box = live_request()
-    control(box, "Prompt").value = " "
-    control(box, "Ask").click()
-    assert not control(box, "Ask").disabled and box.children[2].value == ""
-
-
-def test_words_say_who_and_escape_what_was_written():
-    spans = (("edge", 0.0, 0.1), ("waiting", 0.1, 1.0))
-    lost = Answer(" <b>", "edge", spans, scores={"margin": 0.5}, wanted_cloud=True, said="It is gone.")
-    found = answer_words("a & b", lost)
-    assert "a &amp; b<b> &lt;b&gt;</b>" in found and "for want of the cloud in 1,000 ms" in found
-    assert "margin 0.50" in found and "It is gone." in found and 'data-ms="1000.0"' in found

@@ -1,7 +1,8 @@
 """What a model needs in memory: every need is *analytic*, computed from shapes, none measured.
 
     weights    = parameters x bits / 8, and scales where the weights are quantized
-    KV cache   = 2 x layers x kv_heads x head_dim x context x batch x kv_bits / 8, below 16 bits with scales and minima
+    KV cache   = 2 x layers x kv_heads x head_dim x context x batch x kv_bits / 8, below 16 bits with scales and minima;
+                 a layer with a window keeps no more tokens than that
     training   = weights + gradients + optimizer moments (AdamW keeps two) + activations
 
 GB is 10^9 bytes, MB 10^6.
@@ -10,7 +11,7 @@ GB is 10^9 bytes, MB 10^6.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -113,9 +114,17 @@ def kv_cache_mb_per_1k(shape: ModelShape, bits: int = 16) -> float:
 def kv_cache_bytes(
     shape: ModelShape, tokens: int, bits: int = 16, group_size: int = 32, residual: int = 32
 ) -> float:
-    """Bytes of the keys and values of one sequence; see `head_cache_bytes`."""
-    heads = shape.layers * shape.kv_heads
-    return heads * head_cache_bytes(shape.head_dim, tokens, bits, group_size, residual)
+    """Bytes of the keys and values of one sequence, of the last `window` tokens in windowed layers.
+
+    See `head_cache_bytes`.
+    """
+    layers = {tokens: shape.layers}
+    if shape.window < tokens:
+        layers = {tokens: shape.layers - shape.windowed_layers, shape.window: shape.windowed_layers}
+    return sum(
+        count * shape.kv_heads * head_cache_bytes(shape.head_dim, held, bits, group_size, residual)
+        for held, count in layers.items()
+    )
 
 
 def head_cache_bytes(
@@ -154,14 +163,19 @@ def longest_context(
     _positive(kv_bits=kv_bits, group_size=group_size)
     if device.room_gb is None:
         return None
-    room = max(0.0, device.room_gb - weights_gb) * 1e9
+    room, plain = max(0.0, device.room_gb - weights_gb) * 1e9, replace(shape, windowed_layers=0)
 
-    def held(tokens: int) -> float:
+    def held(tokens: int, shape: ModelShape = plain) -> float:
         return kv_cache_bytes(shape, tokens, kv_bits, group_size, residual)
 
     recent = min(residual, int(room // held(1))) if residual else 0
     packed = (held(residual + group_size) - held(residual)) / group_size  # bytes of a token
-    return recent + int((room - held(recent)) // packed)
+    found = recent + int((room - held(recent)) // packed)
+    if found <= shape.window or not 0 < shape.windowed_layers < shape.layers:
+        return found
+    windows = held(shape.window, replace(plain, layers=shape.windowed_layers)) / 1e9
+    others = replace(plain, layers=shape.layers - shape.windowed_layers)
+    return longest_context(others, weights_gb + windows, device, kv_bits, group_size, residual)
 
 
 def context_table(

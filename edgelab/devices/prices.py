@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass, field
 
+from edgelab import csv_files
 from edgelab.assets import data_dir
+from edgelab.devices.tables import table
 from edgelab.errors import EdgeLabError
+
+UNITS = {"cloud_input": "million tokens", "cloud_output": "million tokens", "electricity": "kWh"}
 
 JOULES_PER_KWH = 3.6e6
 
@@ -33,15 +36,27 @@ class Prices:
 
 
 def prices() -> Prices:
-    """The prices of data/prices.csv. Raises PriceError for a line that is missing or is no number."""
-    with (data_dir() / "prices.csv").open(newline="", encoding="utf-8") as lines:
-        found = {row["name"]: row["usd"] for row in csv.DictReader(lines)}
-    try:
-        numbers = {name: float(usd) for name, usd in found.items()}
-        data = {name.removeprefix("data:"): usd for name, usd in numbers.items() if name.startswith("data:")}
-        return Prices(numbers["cloud_input"], numbers["cloud_output"], numbers["electricity"], data)
-    except (KeyError, TypeError, ValueError) as error:
+    """The prices of data/prices.csv. Raises PriceError for a line that is missing, or that says no price."""
+    metered = {f"data:{cells['name']}": "GB" for _, cells in table("links.csv", needed=("name",))}
+    columns, units, found = ("name", "usd", "per", "source"), UNITS | metered, {}
+    for where, cells in csv_files.lines(
+        data_dir() / "prices.csv", PriceError, columns, needed=columns[:3], unique="name"
+    ):
+        name = cells["name"]
+        if name not in units:
+            raise PriceError(
+                f"{where}, column name: nothing with a price is called {name!r}; there are {', '.join(units)}."
+            )
+        if cells["per"] != units[name]:
+            raise PriceError(
+                f"{where}, column per: {cells['per']!r} should be {units[name]}; give {name} in USD per {units[name]}."
+            )
+        found[name] = csv_files.number(cells, "usd", where, PriceError)
+        if found[name] < 0:
+            raise PriceError(f"{where}, column usd: {cells['usd']} should be at least 0.")
+    if lacking := [name for name in UNITS if name not in found]:
         raise PriceError(
-            f"data/prices.csv: {error}; it has the lines cloud_input, cloud_output, electricity and data:LINK, each "
-            "with USD as a number."
-        ) from None
+            f"prices.csv: the line {lacking[0]} is missing; give it in USD per {UNITS[lacking[0]]}."
+        )
+    data = {name.removeprefix("data:"): usd for name, usd in found.items() if name in metered}
+    return Prices(*(found[name] for name in UNITS), data)

@@ -8,18 +8,19 @@ widths instead (0.76 on GPUs other than the Orin Nano) predicts Gemma-2-2B there
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
 
 import pandas as pd
 
-from edgelab.devices.catalogue import Device, catalogue
+from edgelab.devices.device import Device, project_devices
 from edgelab.devices.roofline import PRECISIONS, Engine, decode_tok_s, operations
 from edgelab.devices.shapes import ShapeError, models
 from edgelab.devices.tables import table
 
 CONTEXT = 128  # tokens in the cache: most of these rates are means over the first 128 or so
+RANGES = {"phone": ("phone", "CPU")}  # of which classes the rates make a range
 QUANTIZED_BITS = 8  # a share of bandwidth comes from rates with weights below this
 
 
@@ -78,7 +79,7 @@ def published() -> tuple[Published, ...]:
                 for name, text in row.items()
             }
         )
-        for row in table("measured_elsewhere.csv")
+        for _, row in table("measured_elsewhere.csv")
     )
 
 
@@ -89,12 +90,8 @@ def class_engine(runs_on: str, without: str = "") -> Engine:
     Compute has a share of 1 where no prefill was published beside a peak.
     Raises ShapeError for a class that is not CPU, phone or GPU.
     """
-    devices = {device.name: device for device in catalogue()}
-    if runs_on not in {device.runs_on for device in devices.values()}:
-        raise ShapeError(f"No device runs on {runs_on!r}; there are CPU, phone and GPU.")
-    others = [row for row in published() if not _same_board(row.device, without)]
-    rows = [row for row in others if devices[row.device].runs_on == runs_on and row.quantized]
-    shares = [row.decode_tok_s / row.predicted_tok_s(devices[row.device], Engine()) for row in rows]
+    rows, shares = _shares(runs_on, without)
+    devices = {device.name: device for device in project_devices()}
     compute = [share for row in rows if (share := row.compute_share(devices[row.device])) is not None]
     return Engine(
         bandwidth_share=median(shares),
@@ -103,12 +100,37 @@ def class_engine(runs_on: str, without: str = "") -> Engine:
     )
 
 
+def class_range(runs_on: str, without: str = "") -> tuple[Engine, Engine]:
+    """The slowest and the fastest engine that published rates show on a class of devices, as `class_engine`.
+
+    Between their rates lies what a reader may expect of a device that nobody has measured. On phones most engines run
+    on the CPU and few rates are published, so that those of CPUs belong to their range.
+    """
+    shares = [share for each in RANGES.get(runs_on, (runs_on,)) for share in _shares(each, without)[1]]
+    basis = f"of {len(shares)} published rates on {' and '.join(RANGES.get(runs_on, (runs_on,)))} devices"
+    middle = class_engine(runs_on, without)
+    return (
+        replace(middle, bandwidth_share=min(shares), basis=f"lowest {basis}"),
+        replace(middle, bandwidth_share=max(shares), basis=f"highest {basis}"),
+    )
+
+
+def _shares(runs_on: str, without: str) -> tuple[list[Published], list[float]]:
+    """Published rates with weights below 8 bits on a class of devices, and the share of the bandwidth of each."""
+    devices = {device.name: device for device in project_devices()}
+    if runs_on not in {device.runs_on for device in devices.values()}:
+        raise ShapeError(f"No device runs on {runs_on!r}; there are CPU, phone and GPU.")
+    others = [row for row in published() if not _same_board(row.device, without)]
+    rows = [row for row in others if devices[row.device].runs_on == runs_on and row.quantized]
+    return rows, [row.decode_tok_s / row.predicted_tok_s(devices[row.device], Engine()) for row in rows]
+
+
 def published_check() -> pd.DataFrame:
     """Every published rate beside the roofline's: device, model, precision, measured, predicted, error, share, source.
 
     Each is predicted without any rate of its own board. error is predicted / measured - 1.
     """
-    devices = {device.name: device for device in catalogue()}
+    devices = {device.name: device for device in project_devices()}
     rows = []
     for row in published():
         device = devices[row.device]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from edgelab.devices.catalogue import Device
-from edgelab.devices.memory import head_cache_bytes
+from edgelab.devices.memory import kv_cache_bytes
 from edgelab.devices.shapes import ModelShape, ShapeError
 
 ACTIVATION_BYTES = 2  # an input or output of a layer, in 16 bits
@@ -104,10 +104,10 @@ def operations(
         work.append(
             Operation(name, shape.layers, shape.layers * held, shape.layers * 2 * tokens * rows * columns)
         )
-    seen = tokens * context - tokens * (tokens - 1) / 2  # a token attends to itself and to what came before
-    cache = shape.kv_heads * head_cache_bytes(shape.head_dim, context, kv_bits)
+    near, far = shape.windowed_layers, shape.layers - shape.windowed_layers
+    seen = far * _seen(context, tokens, context) + near * _seen(context, tokens, shape.window)
     attention = 4 * shape.heads * shape.head_dim * seen  # scores, then the sum of values
-    work.append(Operation("attention", shape.layers, shape.layers * cache, shape.layers * attention))
+    work.append(Operation("attention", shape.layers, kv_cache_bytes(shape, context, kv_bits), attention))
     values = tokens * (
         (shape.norms_per_layer + 2) * hidden + 2 * shape.intermediate_size
     )  # norms, sums, gating
@@ -118,6 +118,12 @@ def operations(
     head = vocabulary * hidden
     work.append(Operation("head", 1, head * precision.head_bits / 8 + 4 * vocabulary, 2 * head))
     return work
+
+
+def _seen(context: int, tokens: int, window: int) -> float:
+    """Pairs of the last `tokens` of a context with what each attends to: itself and what came before, in its window."""
+    whole = min(tokens, max(0, window - (context - tokens)))  # tokens whose window holds all that came before
+    return whole * (context - tokens) + whole * (whole + 1) / 2 + (tokens - whole) * window
 
 
 def step(
@@ -201,7 +207,8 @@ def calibrate(
 
     A single rate cannot tell a slow reader from an idle one, so `split` says which part of the time beyond the limit is
     overhead that every step pays: 0 makes all of it a share of bandwidth, 1 all of it overhead. `choose_split` finds
-    the value that predicts other measurements best.
+    the value that predicts other measurements best. With 1 the engine reads all that the memory gives, so that its rate
+    for a much larger model is an upper bound, and its basis says so.
     Raises ShapeError for a rate, bandwidth or split out of range.
     """
     if not (measured_tok_s > 0 and read_gb_s > 0 and 0 <= split <= 1):
@@ -212,11 +219,10 @@ def calibrate(
     limit_s = token_bytes(shape, precision, context, kv_bits) / (read_gb_s * 1e9)
     beyond_s = max(0.0, 1 / measured_tok_s - limit_s)
     overhead_s = split * beyond_s
-    return Engine(
-        bandwidth_share=limit_s / (1 / measured_tok_s - overhead_s),
-        overhead_s=overhead_s,
-        basis=f"calibrated on {measured_tok_s:.3g} tokens/s of {precision.name}",
-    )
+    basis = f"calibrated on {measured_tok_s:.3g} tokens/s of {shape.name} in {precision.name}"
+    if split == 1:
+        basis += ", an upper bound for larger models"
+    return Engine(limit_s / (1 / measured_tok_s - overhead_s), overhead_s=overhead_s, basis=basis)
 
 
 def choose_split(

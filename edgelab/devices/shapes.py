@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from edgelab.devices.tables import table
 from edgelab.errors import EdgeLabError
+
+COUNTED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "stablelm",
+)
 
 
 class ShapeError(EdgeLabError):
@@ -18,8 +31,9 @@ class ModelShape:
     """The sizes of a decoder-only transformer that determine how many parameters and bytes it has.
 
     attention_bias is "none", "qkv" or "all" (with the output projection); head_norms says whether queries and
-    keys are normalised per head, as in Qwen3. The rotary position encoding of all these models has no
-    parameters.
+    keys are normalised per head, as in Qwen3 and Gemma 3. windowed_layers: how many look back `window` tokens and keep
+    no more, as in Gemma 2 and 3; 0 where every layer has a window (Mistral 7B, Phi-3-mini), since engines such as
+    llama.cpp keep all tokens of these. The rotary position encoding of all these models has no parameters.
     """
 
     name: str
@@ -39,30 +53,34 @@ class ModelShape:
     norm: str = "rmsnorm"
     norms_per_layer: int = 2
     head_norms: bool = False
+    window: int = 0
+    windowed_layers: int = 0
     context_length: int = 0
     source: str = ""
 
     @classmethod
     def from_config(cls, config: Any, name: str = "") -> ModelShape:
-        """The shape of a transformers configuration of Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Phi or StableLM.
+        """The shape of a transformers configuration of one of the layouts that are COUNTED.
 
         Raises ShapeError, naming the supported layouts, for any other model_type and for query-key norms that
         are not Qwen3's.
         """
         layout = config.model_type
-        if layout not in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "stablelm"):
+        if layout not in COUNTED:
             raise ShapeError(
                 f"The parameters of a {layout!r} model cannot be counted from its configuration; "
-                "supported are llama, mistral, qwen2, qwen3, gemma, gemma2, phi and stablelm."
+                f"supported are {', '.join(COUNTED[:-1])} and {COUNTED[-1]}."
             )
         if getattr(config, "qk_layernorm", False):
             raise ShapeError(
-                f"A {layout} model with qk_layernorm cannot be counted; only Qwen3's query-key norms can."
+                f"A {layout} model with qk_layernorm cannot be counted; only norms of Qwen3 and Gemma 3 can."
             )
         bias = "all" if layout == "phi" or getattr(config, "attention_bias", False) else "none"
         if layout == "qwen2" or getattr(config, "use_qkv_bias", False):
             bias = "qkv"
         one_norm = layout == "phi" or getattr(config, "use_parallel_residual", False)
+        kinds = getattr(config, "layer_types", None) or []
+        windowed = kinds.count("sliding_attention") if "full_attention" in kinds else 0
         return cls(
             name=name or layout,
             model_type=layout,
@@ -79,8 +97,10 @@ class ModelShape:
             mlp_bias=layout == "phi" or bool(getattr(config, "mlp_bias", False)),
             head_bias=layout == "phi",
             norm="layernorm" if layout in ("phi", "stablelm") else "rmsnorm",
-            norms_per_layer=4 if layout == "gemma2" else 1 if one_norm else 2,
-            head_norms=layout == "qwen3",
+            norms_per_layer=4 if layout in ("gemma2", "gemma3_text") else 1 if one_norm else 2,
+            head_norms=layout in ("qwen3", "gemma3_text"),
+            window=config.sliding_window if windowed else 0,
+            windowed_layers=windowed,
             context_length=config.max_position_embeddings,
         )
 
@@ -96,6 +116,11 @@ class ModelShape:
             (self.hidden_size, query),
         ]
         return [*attention, *up, (self.hidden_size, self.intermediate_size)]
+
+    @property
+    def fused(self) -> int:
+        """How many linear layers of a block stand in others: Phi-3 has one for three, and one for two."""
+        return 3 if self.model_type == "phi3" else 0
 
     @property
     def linear_parameters(self) -> int:
@@ -127,12 +152,24 @@ class ModelShape:
 
 
 def models() -> dict[str, ModelShape]:
-    """The models of `data/models.csv` by name."""
-    rows = [{name: _value(text) for name, text in row.items()} for row in table("models.csv")]
-    return {row["name"]: ModelShape(**row) for row in rows}
+    """The models of `data/models.csv` by name. Raises ShapeError, with line and column, for a line that is none."""
+    kinds = {one.name: one.type for one in fields(ModelShape)}
+    needed = list(kinds)[: list(kinds).index("tied_embeddings")]
+    return {
+        cells["name"]: ModelShape(
+            **{name: _value(text, kinds[name], f"{where}, column {name}") for name, text in cells.items()}
+        )
+        for where, cells in table("models.csv", ShapeError, list(kinds), needed, unique="name")
+    }
 
 
-def _value(text: str) -> int | bool | str:
-    if text in ("true", "false"):
+def _value(text: str, kind: str, where: str) -> int | bool | str:
+    if kind == "bool" and text in ("true", "false"):
         return text == "true"
-    return int(text) if text.isdigit() else text
+    if kind == "int" and text.isdecimal():
+        return int(text)
+    if kind == "str":
+        return text
+    raise ShapeError(
+        f"{where}: {text!r} should be {'true or false' if kind == 'bool' else 'a whole number'}."
+    )

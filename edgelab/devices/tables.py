@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Sequence
 
+from edgelab import csv_files
 from edgelab.assets import data_dir
+from edgelab.errors import EdgeLabError
 
 
-def table(file: str) -> list[dict[str, str]]:
-    with (data_dir() / file).open(newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))
+class TableError(EdgeLabError):
+    """A table of `data/` that cannot be read, named by line and column."""
+
+
+def table(
+    file: str,
+    error: type[EdgeLabError] = TableError,
+    columns: Sequence[str] = (),
+    needed: Sequence[str] = (),
+    unique: str = "",
+) -> list[tuple[str, dict[str, str]]]:
+    """The lines of a table of `data/` and where they stand, as `csv_files.lines` reads them."""
+    return list(csv_files.lines(data_dir() / file, error, columns, needed, unique))

@@ -1,4 +1,4 @@
-"""Exercises of notebook 11: bytes of a block, the limits of a device, and the charge of a battery."""
+"""Exercises of notebook 11: bytes of a block, the limits of a device, and what lines of llama-bench say of it."""
 
 from edgelab.exercises.checking import Exercise, exercise
 from edgelab.exercises.coding import CodeExercise
@@ -17,39 +17,6 @@ def bits_of_a_q4_1_weight() -> Exercise:
             (4 + 16 / 32, "that is Q4_0, which has a scale and no minimum."),
             (4, "scale and minimum are stored, too."),
             (32 * right, "that is the block; a weight is asked for."),
-        ],
-    )
-
-
-@exercise
-def tokens_of_a_phone() -> Exercise:
-    """Tokens per second of 1.6 GB of weights on memory of 25.6 GB/s, of which decoding reaches half."""
-    weights_gb, peak_gb_s, share = 1.6, 25.6, 0.5
-    right = share * peak_gb_s / weights_gb
-    return Exercise(
-        answer=right,
-        why="About Gemma-2B in 4 bits on a Snapdragon 778G, if the engine reaches half of the peak.",
-        hint="Every token reads all weights once.",
-        mistakes=[
-            (peak_gb_s / weights_gb, "that is the limit; half of the peak is reached."),
-            (1e3 / right, "those are ms per token."),
-            (weights_gb / (share * peak_gb_s), "those are seconds per token."),
-        ],
-    )
-
-
-@exercise
-def joules_of_a_token() -> Exercise:
-    """Joules per token of a device that takes 5 W and writes 8 tokens per second."""
-    watts, tok_s = 5.0, 8.0
-    right = watts / tok_s
-    return Exercise(
-        answer=right,
-        why="A battery of 18 Wh holds 64,800 J: a hundred thousand tokens, if nothing else used it.",
-        hint="A watt is a joule per second; how many seconds does a token take?",
-        mistakes=[
-            (watts * tok_s, "a faster device takes less for each token, not more: divide."),
-            (tok_s / watts, "those are tokens per joule."),
         ],
     )
 
@@ -96,5 +63,34 @@ def roofline_bound() -> CodeExercise:
                 "bits are an eighth of a byte.",
             ),
             (lambda *given: solution(*given) / 1e3, "those are seconds; ms are asked for."),
+        ],
+    )
+
+
+@exercise
+def effective_bandwidth() -> CodeExercise:
+    """GB/s that decoding reaches: MiB of a model's tensors, tokens per second -> GB/s, for each line of llama-bench."""
+    import numpy as np
+
+    def solution(mebibytes: np.ndarray, tok_s: np.ndarray) -> np.ndarray:
+        return mebibytes * 2**20 * tok_s / 1e9
+
+    return CodeExercise(
+        inputs=(np.array([727.75, 2355.2]), np.array([23.10, 18.78])),
+        solution=solution,
+        why="The phone moves two and a half times as many bytes each second where the weights have 16 bits: with 4 "
+        "bits something other than its memory holds the engine back.",
+        hint="Every token reads all tensors once. MiB are 2²⁰ bytes, GB are 10⁹.",
+        mistakes=[
+            (lambda size, rate: size * rate / 1e3, "llama-bench writes MiB of 2²⁰ bytes, not MB of 10⁶."),
+            (
+                lambda size, rate: solution(size, rate) * 1e9 / 2**30,
+                "you divided by 2³⁰; a GB here is 10⁹ bytes.",
+            ),
+            (
+                lambda size, rate: size * 2**20 / rate / 1e9,
+                "bytes of a token times tokens per second: multiply.",
+            ),
+            (lambda size, rate: 8 * solution(size, rate), "those are gigabits; bytes are asked for."),
         ],
     )

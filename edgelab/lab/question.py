@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelab import assets, corpora, ledger, recipes, reference
+from edgelab.deployments.hybrid import priced
 from edgelab.errors import EdgeLabError
 from edgelab.keys import key
 from edgelab.ledger import Row
@@ -34,6 +35,7 @@ NOTHING = Recipe()
 IN_TURNS = ("turns", "process")
 TIMED = (*IN_TURNS, "deployment")  # needs of what depends on the machine and its threads
 OUTPUTS = ("logits", "session", "deployment")  # of what reads outputs, and is compared with the baseline
+PRICE = "usd_per_1k_requests"
 
 
 class MeasureError(EdgeLabError):
@@ -149,7 +151,10 @@ class Question:
             found["protocol"] = protocols.protocol(self.settings.protocol).version
         if self.has_twin:
             found["gate"] = parity.VERSION
-        if read := [name for made in (*self.recipe.techniques, deployment) for name in reads(made)]:
+        read = [name for made in (*self.recipe.techniques, deployment) for name in reads(made)]
+        if self._has_price and priced() not in read:
+            read.append(priced())
+        if read:
             found["reads"] = "+".join(read)
         for one in self.measurements:
             if one.corpus:
@@ -159,6 +164,11 @@ class Question:
     @property
     def _reads_text(self) -> bool:
         return any(one.text for one in self.measurements)
+
+    @property
+    def _has_price(self) -> bool:
+        """Whether a measurement counts with prices, also where its deployment reads none, as an engine alone."""
+        return any(PRICE in one.fields for one in self.measurements if self._applies(one))
 
     def _applies(self, one: Measurement) -> bool:
         return self._is_about(one) and (self.recipe.deployment.timed or one.needs not in TIMED)
@@ -285,11 +295,10 @@ def _ask(
     read: Callable[[str], Recipe | Plain],
     described: dict[str, Measurement],
 ) -> list[Question]:
-    source = reference.resolve(settings.model)
+    recipes = [read(text) for text in texts]  # before anything is fetched: a typo is found at once
     protocols.protocol(settings.protocol)
-    found = []
-    for text in texts:
-        recipe = read(text)
+    source, found = reference.resolve(settings.model), []
+    for recipe in recipes:
         question = Question(recipe, source, settings, _measured(recipe, settings.only, described))
         beside = interleave and recipe.deployment.timed and not question.is_baseline
         found.append(replace(question, beside=beside))

@@ -11,7 +11,7 @@ from filelock import Timeout
 
 from edgelab import corpora, tasks
 from edgelab.deployments.hybrid import answering
-from edgelab.lab.question import MeasureError, Settings, ask
+from edgelab.lab.question import Settings, ask
 from edgelab.lab.road import built
 from edgelab.measure.isolation import Stopped
 from edgelab.measure.requests import CORPUS
@@ -50,14 +50,20 @@ class Running:
         return None if self.remote is None else self.service.settings.deadline_s
 
     def answer(self, prompt: str) -> Answer:
-        """The answer to one prompt, timed while nothing else is on this machine. Raises Stopped where called off."""
+        """The answer to one prompt, timed while nothing else is on this machine. Raises Stopped where called off.
+
+        Where the cloud is unplugged meanwhile, the edge answers at once, and the answer says why.
+        """
+        if self.remote is not None:
+            self.remote.cloud.mend()
         with _turn(self.called_off, self.say):
             return self.service.answer(Request(prompt, "", self.tokens))
 
     def unplug(self) -> None:
-        """From now on nothing passes between edge and cloud; what was under way is lost."""
+        """From now on nothing passes between edge and cloud. A request that is under way asks the cloud no more."""
         if self.remote is not None:
             self.remote.proxies.interrupt(self.remote.proxy, FOR_EVER_S)
+            self.remote.cloud.cut()
 
     def plug_in(self) -> None:
         """The link is there again, for all that is sent from now on."""
@@ -84,15 +90,10 @@ def running(
 
     What a deployment has to choose, such as a threshold, it chooses on CHOOSING requests. say: told what is being
     done. called_off: asked between the steps, and ends them with Stopped. Raises an EdgeLabError where the deployment
-    cannot run, or MeasureError where it answers questions about messages only.
+    cannot run.
     """
     (question,) = ask([recipe], Settings(model=model, seed=seed), interleave=False)
     deployment = question.recipe.deployment
-    if deployment.name == "redact":
-        raise MeasureError(
-            f"{question.name} is asked about messages with personal data in them, and would let any other prompt out "
-            'as it is; measure it with only="privacy", or ask a cascade.'
-        )
     say("Making the weights …")
     folder = built(question)
     _go_on(called_off)

@@ -332,7 +332,8 @@ class Row:
     )
     request_ms_p50: float | None = declared(
         "Time of a request, median", "requests", unit="ms", **LOWER, within="machine", heading="p50 ms", form=",.0f",
-        meaning="From the question to the whole answer, the way over the link included.",
+        meaning="From the question to the whole answer, the way over the link included, of the requests that were "
+        "answered.",
     )  # fmt: skip
     request_ms_p95: float | None = declared(
         "Time of a request, 95 %",
@@ -349,6 +350,10 @@ class Row:
     alone_share: float | None = declared(
         "Answered by the edge for want of the cloud", "requests", unit="share of requests", **LOWER,
         meaning="The cloud was to be asked, and did not answer in time.",
+    )  # fmt: skip
+    unanswered_share: float | None = declared(
+        "Answered by nobody", "requests", unit="share of requests", **LOWER,
+        meaning="A split model answers nothing where its cloud does not answer in time.",
     )  # fmt: skip
     edge_j_per_request: float | None = declared(
         "Energy at the edge for a request", "requests", unit="J", **LOWER, within="machine",
@@ -374,7 +379,7 @@ class Row:
     )
     writing_sample: list[str] | None = declared("Longer answers", "requests")
     leaked_share: float | None = declared(
-        "Personal data sent to the cloud", "requests", unit="share of entities", **LOWER, heading="leaked", form=".0%",
+        "Data with a form that leaves", "requests", unit="share of entities", **LOWER, heading="leaked", form=".0%",
         meaning="E-mail, telephone, card, IBAN and IP, in messages of our own: sent as they are ÷ present.",
     )  # fmt: skip
     private_right: float | None = declared(
@@ -387,13 +392,31 @@ class Row:
     private_ms_p50: float | None = declared(
         "Time of such a question, median", "requests", unit="ms", **LOWER, within="machine", form=",.0f"
     )
+    private_ms_p95: float | None = declared(
+        "Time of such a question, 95 %", "requests", unit="ms", **LOWER, within="machine", form=",.0f"
+    )
     private_cloud_share: float | None = declared(
         "Such questions answered by the cloud", "requests", unit="share of requests", form=".0%"
     )
+    private_sent_bytes: float | None = declared(
+        "Sent to the cloud for such a question", "requests", unit="bytes", **LOWER,
+        meaning="On average over all of them, with the headers of HTTP.",
+    )  # fmt: skip
+    private_received_bytes: float | None = declared(
+        "Received from the cloud for such a question", "requests", unit="bytes", **LOWER
+    )
+    private_edge_j: float | None = declared(
+        "Energy at the edge for such a question", "requests", unit="J", **LOWER, within="machine",
+        meaning="Seconds in which the edge computes, looking for personal data included, at the power that was named.",
+    )  # fmt: skip
+    private_usd_per_1k: float | None = declared(
+        "Price of a thousand such questions", "requests", unit="USD", **LOWER, form=".4f",
+        meaning="Counted as the price of a thousand requests.",
+    )  # fmt: skip
     private: str | None = declared(
         "How such questions were answered",
         "requests",
-        meaning="JSON: right answers by what is asked for, and samples.",
+        meaning="JSON: right answers by what is asked for, samples, and times of every question.",
     )
     served: str | None = declared(
         "How requests were served", "requests",

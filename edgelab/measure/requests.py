@@ -46,10 +46,12 @@ WRITINGS, WRITINGS_FAST, WRITING_TOKENS = 12, 3, 32
         "received_bytes_per_request",
         "cloud_share",
         "alone_share",
+        "unanswered_share",
         "edge_j_per_request",
         "usd_per_1k_requests",
         "served",
     ),
+    version=2,
 )
 def requests(subject: Subject) -> dict[str, Any]:
     """Accuracy of the answers, what a request takes, and what travels and what it costs."""
@@ -77,6 +79,7 @@ def requests(subject: Subject) -> dict[str, Any]:
     part="requests",
     needs="deployment",
     fields=("writing_ms_per_token", "acceptance", "tokens_per_round", "writing_sample"),
+    version=2,
 )
 def writing(subject: Subject) -> dict[str, Any]:
     """Longer answers to the last of the requests: time per token, and how much of what was drafted was accepted."""
@@ -96,7 +99,11 @@ def writing(subject: Subject) -> dict[str, Any]:
 
 
 def taken(answers: list[Answer], link: str, power_w: float | None) -> dict[str, Any]:
-    """Fields of time, bytes, shares, energy and price of answers."""
+    """Fields of time, bytes, shares, energy and price of answers.
+
+    Times are of the requests that were answered, None where none was: a split answers none while its cloud is down,
+    and gives up at once. Bytes, energy and price are of all of them.
+    """
     count = len(answers)
     joules = power_w * sum(one.edge_s for one in answers) if power_w else None
     usd = prices().of(
@@ -106,26 +113,36 @@ def taken(answers: list[Answer], link: str, power_w: float | None) -> dict[str, 
         link=link,
         joules=joules or 0.0,
     )
-    p50, p95 = np.percentile([1e3 * one.seconds for one in answers], [50, 95])
+    answered = [1e3 * one.seconds for one in answers if one.by != "nobody"]
+    p50, p95 = map(float, np.percentile(answered, [50, 95])) if answered else (None, None)
     return {
-        "request_ms_p50": float(p50),
-        "request_ms_p95": float(p95),
+        "request_ms_p50": p50,
+        "request_ms_p95": p95,
         "sent_bytes_per_request": sum(one.sent_bytes for one in answers) / count,
         "received_bytes_per_request": sum(one.received_bytes for one in answers) / count,
         "cloud_share": sum(one.by == "cloud" for one in answers) / count,
         "alone_share": sum(one.wanted_cloud and one.by == "edge" for one in answers) / count,
+        "unanswered_share": (count - len(answered)) / count,
         "edge_j_per_request": None if joules is None else joules / count,
         "usd_per_1k_requests": 1e3 * usd / count,
     }
 
 
+def times(answers: list[Answer]) -> dict[str, list[float]]:
+    """Of each answer: ms from the question to its end, and edge_ms, in which the edge computed."""
+    return {
+        "ms": [round(1e3 * one.seconds, 1) for one in answers],
+        "edge_ms": [round(1e3 * one.edge_s, 1) for one in answers],
+    }
+
+
 def _each(answers: list[Answer]) -> dict[str, Any]:
-    """What is known of every request, as lists in their order."""
-    names = answers[0].scores
+    """What is known of every request, as lists in their order. Scores are there where every answer has them."""
+    names = [name for name in answers[0].scores if all(name in one.scores for one in answers)]
     return {
         "scores": {name: [round(one.scores[name], 5) for one in answers] for name in names},
         "sent": "".join("01"[one.by == "cloud"] for one in answers),
-        "ms": [round(1e3 * one.seconds, 1) for one in answers],
-        "edge_ms": [round(1e3 * one.edge_s, 1) for one in answers],
+        "answered": "".join("01"[one.by != "nobody"] for one in answers),
+        **times(answers),
         "said": sorted({one.said for one in answers if one.said}),
     }

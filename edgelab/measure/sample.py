@@ -30,7 +30,7 @@ def write(
     session: Session, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = tasks.NEW_TOKENS
 ) -> str:
     """The text a session writes after a prompt, always the most likely token, up to the end-of-text token."""
-    written = [session.prefill(tasks.prompt_ids(tokenizer, prompt))]
-    while len(written) < tokens and written[-1] != tokenizer.eos_token_id:
+    written, ends = [session.prefill(tasks.prompt_ids(tokenizer, prompt))], tasks.endings(tokenizer)
+    while len(written) < tokens and written[-1] not in ends:
         written.append(session.decode(written[-1]))
     return tokenizer.decode(written, skip_special_tokens=True)

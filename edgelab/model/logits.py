@@ -21,7 +21,7 @@ from edgelab.model.finite import NotFiniteError, first_module
 from edgelab.model.marks import marks_of
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,11 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, cache: Cache | None = Non
             f"{type(model).__name__} reads at most {longest(model)} tokens, not {length}; "
             "use a shorter window or prompt."
         ) from None
+
+
+def final_cap(config: PretrainedConfig) -> float | None:
+    """What the logits of a Gemma 2 or 3 go through, cap x tanh(logit / cap), for who writes the head out; else None."""
+    return config.final_logit_softcapping if config.model_type in ("gemma2", "gemma3_text") else None
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:

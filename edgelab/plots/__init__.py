@@ -12,7 +12,13 @@ from edgelab.plots.allocation import (
     sparsity_allocation,
 )
 from edgelab.plots.cache import context_reach
-from edgelab.plots.devices import device_rates, published_rates, step_operations
+from edgelab.plots.devices import (
+    bench_roofline,
+    device_rates,
+    published_rates,
+    rates_that_fit,
+    step_operations,
+)
 from edgelab.plots.distilling import covering_and_seeking, even_students, learned_over_seconds
 from edgelab.plots.engines import engines
 from edgelab.plots.hybrid import (
@@ -48,6 +54,7 @@ __all__ = [
     "NEED_PARTS",
     "NothingToDraw",
     "activation_outliers",
+    "bench_roofline",
     "bit_allocation",
     "break_even",
     "channel_magnitudes",
@@ -89,6 +96,7 @@ __all__ = [
     "rank_lines",
     "rank_sweep",
     "rate_lines",
+    "rates_that_fit",
     "reliability",
     "roofline",
     "size_bars",

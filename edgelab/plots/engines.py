@@ -68,8 +68,10 @@ def engines(rows: Rows, y: str = "ppl") -> Figure:
         }
         axes.scatter(row["decode_ratio"], row[y], s=46, alpha=0.85, zorder=4, **look)
         if index in of_note:
-            name = f"{label(row['recipe']).partition(' @ ')[0]}, {row['weights_mb']:.0f} MB"
-            marks.append(Mark(row["decode_ratio"], row[y], name, tint, rank=(-row["decode_ratio"],)))
+            weights = row["recipe"].partition(" @ ")[0]  # `native.int4` keeps its family: not our 4 bits
+            name = weights if weights.startswith("native.") else label(weights)
+            text = f"{name}, {row['weights_mb']:.0f} MB"
+            marks.append(Mark(row["decode_ratio"], row[y], text, tint, rank=(-row["decode_ratio"],)))
     names = [name for name in RUNTIME_COLOURS if name in set(drawn["runtime"])]
     handles = [
         Line2D([], [], linestyle="", marker="o", color=RUNTIME_COLOURS[name], label=name) for name in names

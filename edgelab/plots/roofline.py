@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -89,8 +90,9 @@ def roofline(points: pd.DataFrame, read_gb_s: float, gflop_s: Mapping[str, float
         raise NothingToDraw("there are no points: measure layers first, for instance with layer_points()")
     figure = new_chart(8.5, 5.0)
     axes = figure.subplots()
-    left, right = points["flop_per_byte"].min() / 1.6, points["flop_per_byte"].max() * 1.6
     ridge = max(gflop_s.values()) / read_gb_s
+    left = min(points["flop_per_byte"].min(), ridge) / 1.6  # so that some of the bandwidth's line is seen
+    right = points["flop_per_byte"].max() * 1.6
     intensity = np.geomspace(left, max(left, min(ridge, right)), 99)
     lines = [np.column_stack([intensity, read_gb_s * intensity])]
     axes.plot(*lines[0].T, **BASELINE_LINE)
@@ -100,11 +102,12 @@ def roofline(points: pd.DataFrame, read_gb_s: float, gflop_s: Mapping[str, float
         if start < right:
             lines.append(np.array([[start, rate], [right, rate]]))
             axes.plot(*lines[-1].T, color=GREY, linewidth=0.9)
-            marks.append(Mark(right, rate, f"{name} {rate:,.0f}", GREY))
+            marks.append(Mark(math.sqrt(start * right), rate, f"{name} {rate:,.0f}", GREY))
     for place, (name, line) in enumerate(points.groupby("name", sort=False)):
         tint = LINE_COLOURS[place % len(LINE_COLOURS)]
         line = line.sort_values("tokens")
         axes.plot(line["flop_per_byte"], line["gflop_s"], color=tint, marker="o", markersize=4.5)
+        lines.append(line[["flop_per_byte", "gflop_s"]].to_numpy())
         for row in (line.iloc[0], line.iloc[-1]):
             text = f"{name}, {row['tokens']:.0f} token{'s' if row['tokens'] > 1 else ''}"
             marks.append(Mark(row["flop_per_byte"], row["gflop_s"], text, tint))

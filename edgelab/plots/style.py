@@ -206,6 +206,8 @@ SHORT_SETTINGS = {
     "learning_rate": "lr {}",
 }
 
+MANY_LAYERS = re.compile(r"layers without (\d+(?:/\d+){3,})")
+
 
 def label(recipe: str, width: int = 48) -> str:
     """`recipe` as plots and their tables write it, in at most `width` characters: `rtn 4-bit g64`, `baseline`."""
@@ -222,6 +224,8 @@ def label(recipe: str, width: int = 48) -> str:
         name = name.rpartition(".")[2]
         short.append(" ".join([SHORT_NAMES.get(name, name), *filter(None, words)]))
     text = " + ".join(short) + (f" @ {runtime}" if runtime else "")
+    if len(text) > width:  # how many layers are gone, and not which, so that what follows them is seen
+        text = MANY_LAYERS.sub(lambda found: f"without {found[1].count('/') + 1} layers", text)
     return textwrap.shorten(text, width, placeholder=" …")
 
 

@@ -69,14 +69,18 @@ def policies(rows: Rows) -> Chart:
         )
     axes.set_xlim(-5, 105)
     axes.margins(y=0.2)
-    axes.set_xlabel("Personal data that leaves the device (% of entities), lower is better", fontsize=9.5)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(
+        "Data with a form (e-mail, phone, card, IBAN, IP) that leaves (%), lower is better", fontsize=9.5
+    )
     axes.set_ylabel("Questions answered rightly (%), higher is better", fontsize=9.5)
     alone = drawn.drop_duplicates("policy", keep=False).set_index("policy")
     title = "What leaves the device, and what that buys"
     if {"redact", "cloud"} <= set(alone.index):
         less, all_of_it = alone.loc["redact"], alone.loc["cloud"]
         title = (
-            f"Redacted, {100 * less['leaked_share']:.0f} % leaves and {100 * less['private_right']:.0f} % is right; "
+            f"Redacted, {100 * less['leaked_share']:.0f} % of data with a form leaves and "
+            f"{100 * less['private_right']:.0f} % is right;\n"
             f"unredacted, {100 * all_of_it['leaked_share']:.0f} % and {100 * all_of_it['private_right']:.0f} %"
         )
     style_axes(axes, title, _sources(drawn))
@@ -93,7 +97,7 @@ def ways(rows: Rows) -> Chart:
     """
     drawn, notes, frame = _measured(rows, ["requests", "request_ms_p50"], "requests", "@ cascade")
     kinds = [
-        "edge" if row["cloud_share"] == 0 else deployed(row["recipe"])[1]  # a cascade that sends nothing
+        "edge" if _is_edge_alone(row) else deployed(row["recipe"])[1]  # a cascade that sends nothing
         for _, row in drawn.iterrows()
     ]
     drawn = drawn.assign(kind=[kind if kind in WAY_COLOURS else "edge" for kind in kinds])
@@ -125,10 +129,14 @@ def ways(rows: Rows) -> Chart:
         "Time of a request (ms): median, and line to the 95 % point; lower is better", fontsize=9.5
     )
     axes.set_ylabel("Answered rightly (%), higher is better", fontsize=9.5)
+    axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
     title = "Right answers against the time of a request"
     if len(drawn) > 1:
         best = np.lexsort([p50, -right])[0]
+        alike = int((right == right.iloc[best]).sum())
         title = f"Most often right: {names[best]}, {right.iloc[best]:.1f} % in {p50.iloc[best]:,.0f} ms"
+        if alike > 1:
+            title += f", the quickest of {alike}"
     style_axes(axes, title, _sources(drawn))
     widest = [ends[1] - ends[0] for ends in map(_wilson, drawn["requests"], drawn["requests_items"]) if ends]
     if widest:
@@ -147,7 +155,7 @@ def ways(rows: Rows) -> Chart:
 def _way(row: pd.Series) -> str:
     """A way of answering in few words: edge only, cloud only, cascade with 30 % sent, drafts of 4, split behind 5."""
     _, kind, settings = deployed(row["recipe"])
-    if row["cloud_share"] == 0:
+    if _is_edge_alone(row):
         return "edge only"
     if kind == "cloud":
         return "cloud only"
@@ -160,6 +168,11 @@ def _way(row: pd.Series) -> str:
     if kind == "split":
         return f"split behind layer {settings.get('cut', 5)}"
     return "edge only"
+
+
+def _is_edge_alone(row: pd.Series) -> bool:
+    """Whether the cloud was not asked at all; one that was asked in vain is another way."""
+    return row["cloud_share"] == 0 and not row["alone_share"] > 0 and not row["unanswered_share"] > 0
 
 
 # Rows of deployments
@@ -211,7 +224,8 @@ def _apart(drawn: pd.DataFrame, names: pd.Series) -> list[str]:
 def _point(axes: Axes, x: float, y: float, tint: str, row: pd.Series) -> None:
     """A row in the colour of its way; the marker says the badge, small and pale means measured by the project."""
     axes.scatter(x, y, s=70 if row["reader"] else 30, color=tint, marker=BADGE_MARKERS.get(row["badge"], "o"),
-                 alpha=1 if row["reader"] else 0.75, edgecolor="white", linewidth=0.6, zorder=4)  # fmt: skip
+                 alpha=1 if row["reader"] else 0.75, edgecolor="white", linewidth=0.6, zorder=4,
+                 clip_on=False)  # fmt: skip
 
 
 def _sources(drawn: pd.DataFrame) -> list[Line2D]:

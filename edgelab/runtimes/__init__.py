@@ -56,6 +56,10 @@ class Export:
 def cannot_load(engine: str, folder: Path, reason: object, spare: tuple[str, ...] = ()) -> RuntimeRefused:
     """An export that an engine does not load, and what it says. Writing it anew helps only where files have changed."""
     said = _first_line(reason)
+    if not (folder / NOTE).is_file():
+        return RuntimeRefused(
+            f"{engine} cannot load {folder} ({said}); if it was changed, remove it, and it is written anew."
+        )
     if _is_as_written(folder, spare):
         return RuntimeRefused(f"{engine} cannot load what was exported of this model ({said}); use 'torch'.")
     return RuntimeRefused(
@@ -90,8 +94,16 @@ def _first_line(reason: object) -> str:
 
 
 def find(runtime: str) -> type[Session]:
-    """The class of a runtime, whose module is imported now: an engine may be an optional dependency."""
-    module, _, name = recipes.deployments()[runtime].engine.partition(":")
+    """The class of a runtime, whose module is imported now: an engine may be an optional dependency.
+
+    Raises RuntimeRefused for a deployment that answers requests, by several engines.
+    """
+    kind = recipes.deployments()[runtime]
+    if not hasattr(kind, "engine"):
+        raise RuntimeRefused(
+            f"@ {runtime} shares requests between edge and cloud and is no engine; give one, such as @ torch."
+        )
+    module, _, name = kind.engine.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
@@ -102,42 +114,67 @@ def exported(where: Deployment | str, variant: Path) -> Export | None:
     same export waits for the first one to finish it.
     Raises RuntimeRefused where the engine cannot run the variant, EngineMissing where it is not installed.
     """
+    deployment, kind = _taken(where, variant)
+    if kind.export is None:
+        return None
+    folder = _place(deployment, variant)
+    if not (folder / NOTE).is_file():
+        with cache.locked(variant):
+            if not (folder / NOTE).is_file():
+                with assets.staged(folder) as draft:
+                    draft.mkdir()
+                    _write(deployment, variant, draft)
+        cache.trim(variant)
+    return _noted(folder)
+
+
+def exported_before(where: Deployment | str, variant: Path) -> Export | None:
+    """What `exported` has made already; None where that is nothing, or has changed. Raises RuntimeRefused."""
+    deployment, kind = _taken(where, variant)
+    folder = _place(deployment, variant)
+    return _noted(folder) if _is_as_written(folder, kind.spare) else None
+
+
+def export_to(where: Deployment | str, variant: Path, folder: Path) -> Export:
+    """Write what an engine loads into an empty folder of the caller's, and not into the cache. Raises as `exported`."""
+    deployment, _ = _taken(where, variant)
+    _write(deployment, variant, folder)
+    return _noted(folder)
+
+
+def _taken(where: Deployment | str, variant: Path) -> tuple[Deployment, type[Session]]:
+    """A deployment and its runtime. Raises RuntimeRefused where that cannot run the variant."""
     deployment, kind = _both(where)
     if reason := kind.refusal(variants.read_description(variant)):
         raise RuntimeRefused(reason)
-    if kind.export is None:
-        return None
-    settings = _settings(deployment)
-    folder = (
-        variant
-        / "exports"
-        / "-".join([deployment.name, str(deployment.version), *([key(repr(deployment))] if settings else [])])
-    )
-    note = folder / NOTE
-    if not note.is_file():
-        with cache.locked(variant):
-            if not note.is_file():
-                _export(deployment, variant, folder)
-        cache.trim(variant)
-    return Export(folder, **json.loads(note.read_text()))
+    return deployment, kind
 
 
-def _export(deployment: Deployment, variant: Path, folder: Path) -> None:
+def _place(deployment: Deployment, variant: Path) -> Path:
+    """Where the export of a variant is kept."""
+    settings = [key(repr(deployment))] if _settings(deployment) else []
+    return variant / "exports" / "-".join([deployment.name, str(deployment.version), *settings])
+
+
+def _noted(folder: Path) -> Export:
+    return Export(folder, **json.loads((folder / NOTE).read_text()))
+
+
+def _write(deployment: Deployment, variant: Path, folder: Path) -> None:
+    """Write an export and its note into an empty folder."""
     kind = find(deployment.name)
-    with assets.staged(folder) as draft:
-        draft.mkdir()
-        started = time.perf_counter()
-        try:
-            weights = kind.export(variant, draft, **_settings(deployment))
-        except (EdgeLabError, OSError, MemoryError):
-            raise
-        except Exception as error:  # those of exporters have no common class
-            raise RuntimeRefused(
-                f"The export to {deployment.name} cannot hold this model ({_first_line(error)}); use 'torch'."
-            ) from error
-        spent = time.perf_counter() - started
-        found = {"weights_bytes": weights, "file_bytes": _file_bytes(draft, kind.spare), "seconds": spent}
-        (draft / NOTE).write_text(json.dumps(found))
+    started = time.perf_counter()
+    try:
+        weights = kind.export(variant, folder, **_settings(deployment))
+    except (EdgeLabError, OSError, MemoryError):
+        raise
+    except Exception as error:  # those of exporters have no common class
+        raise RuntimeRefused(
+            f"The export to {deployment.name} cannot hold this model ({_first_line(error)}); use 'torch'."
+        ) from error
+    spent = time.perf_counter() - started
+    found = {"weights_bytes": weights, "file_bytes": _file_bytes(folder, kind.spare), "seconds": spent}
+    (folder / NOTE).write_text(json.dumps(found))
 
 
 def load(where: Deployment | str, variant: Path) -> Session:

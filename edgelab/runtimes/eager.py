@@ -30,7 +30,7 @@ from edgelab.runtimes.session import Can, Session, SessionError, taken
 from edgelab.storage import variants
 from edgelab.storage.csr import CompressedRows
 from edgelab.storage.description import Description
-from edgelab.storage.kv_cache import QuantizedCacheError
+from edgelab.storage.kv_cache import PackedGroups, QuantizedCacheError
 from edgelab.storage.layers import ActivationGrid, PackedLinear, dense_linear, packed_layers
 from edgelab.storage.matrix import Matrix
 from edgelab.storage.sparse import SparseMatrix
@@ -206,12 +206,31 @@ class TorchCache:
             return False
         return True
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that the layers keep."""
+        kept = (one for layer in self.values.layers for one in vars(layer).values())
+        return sum(one.nbytes for one in kept if isinstance(one, Tensor | PackedGroups))
+
+    def fork(self) -> TorchCache | None:
+        """The same keys and values for another sequence; None for a state. Steps replace tensors, and change none."""
+        if self.recurrent:
+            return None
+        other = copy.copy(self)
+        other.values = self._shared()
+        return other
+
     def twin(self, batch: int) -> Cache:
-        """The same keys and values for each of `batch` sequences. Steps replace tensors, so that nothing is shared."""
-        twin = copy.copy(self.values)
-        twin.layers = [copy.copy(layer) for layer in self.values.layers]
+        """The same keys and values for each of `batch` sequences, so that nothing is shared."""
+        twin = self._shared()
         twin.batch_repeat_interleave(batch)
         return twin
+
+    def _shared(self) -> Cache:
+        """A cache over the same tensors, which steps replace and do not change."""
+        other = copy.copy(self.values)
+        other.layers = [copy.copy(layer) for layer in self.values.layers]
+        return other
 
 
 class Eager(Session):
@@ -223,7 +242,7 @@ class Eager(Session):
 
     badge = "packed"
     adapters = True
-    can = Can(layers=True)
+    can = Can(layers=True, sequences=True)
     tolerance = 1e-4  # float32 sums in another order
 
     @classmethod
@@ -274,6 +293,10 @@ class Eager(Session):
             return True
         return self._cache.cut(length)
 
+    def _swap(self, kept: TorchCache | None) -> TorchCache:
+        mine, self._cache = self._cache, TorchCache(self.model) if kept is None else kept
+        return mine
+
     def continuations(self, candidates: list[list[int]]) -> list[Tensor]:
         """As `Session.continuations`, all candidates in one batch: what fills up the shorter ones lies behind them."""
         if self._cache.recurrent:
@@ -291,6 +314,7 @@ class Eager(Session):
 
     def close(self) -> None:
         """Forget model and cache."""
+        super().close()
         del self.model, self._cache
 
 

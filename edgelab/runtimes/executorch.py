@@ -18,7 +18,8 @@ from edgelab.runtimes.session import Session
 from edgelab.storage import variants
 from edgelab.storage.description import Description
 
-LAYOUTS = ("llama", "qwen2", "qwen3")  # whose attention is causal to the first token, in every layer
+LAYOUTS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+WINDOWED = ("gemma2", "gemma3_text")  # whose layers may see a window of the text only
 PROGRAM = "model.pte"
 
 
@@ -36,8 +37,9 @@ class ExecuTorch(Session):
         if about.dtype != "float32":
             return "ExecuTorch's XNNPACK is given float32 here; the recipe 'none' is float32."
         return (
-            refusals.foreign_layout(about, LAYOUTS, "ExecuTorch")
+            refusals.foreign_layout(about, LAYOUTS, "ExecuTorch", WINDOWED)
             or refusals.rotary_scaling(about, refusals.TRACEABLE, "The export to ExecuTorch")
+            or refusals.unusual_attention(about, "The export to ExecuTorch")
             or _foreign_heads(about)
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from torch.nn import functional
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import GELUTanh
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from edgelab.model.logits import final_cap
 
 CHUNK = 512  # tokens at once; memory for their logits is planned, not touched
 ROOM = 2048  # tokens of the cache
@@ -62,12 +66,36 @@ class StateCache:
 def attend(
     layer: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: None, **kwargs: object
 ) -> tuple[Tensor, None]:
-    """Causal attention of (1, heads, time, head_dim) to all that the buffers hold; (1, time, heads, head_dim)."""
-    start = layer.step.start
+    """Causal attention of (1, heads, time, head_dim) to all that the buffers hold; (1, time, heads, head_dim).
+
+    A window goes to the operator as a mask. A cap on the scores is none of its settings: such attention is written out.
+    """
+    start, scaling = layer.step.start, kwargs.get("scaling")
+    window, cap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    seen = None if window is None and cap is None else within(window, start, query.shape[2], keys.shape[1])
+    if cap is not None:
+        return capped(query, keys, values, seen, scaling, cap), None
     found = torch.ops.llama.custom_sdpa(
-        query.transpose(1, 2).contiguous(), keys, values, start, None, 0.0, True, kwargs.get("scaling")
+        query.transpose(1, 2).contiguous(), keys, values, start, seen, 0.0, seen is None, scaling
     )
     return found, None
+
+
+def within(window: int | None, start: int, time: int, room: int) -> Tensor:
+    """What is added to scores, (time, room): 0 for the last `window` tokens up to each, minus infinity for others."""
+    queries, keys = torch.arange(time)[:, None] + start, torch.arange(room)[None]
+    seen = keys <= queries
+    if window is not None:
+        seen = seen & (keys > queries - window)
+    return torch.where(seen, 0.0, float("-inf"))
+
+
+def capped(query: Tensor, keys: Tensor, values: Tensor, added: Tensor, scaling: float, cap: float) -> Tensor:
+    """Attention whose scores go through cap x tanh(score / cap) before the softmax; as `attend` otherwise."""
+    groups = query.shape[1] // keys.shape[2]
+    keys, values = (one.transpose(1, 2).repeat_interleave(groups, 1) for one in (keys, values))
+    scores = torch.tanh(query @ keys.transpose(2, 3) * (scaling / cap)) * cap + added
+    return (scores.softmax(-1) @ values).transpose(1, 2)
 
 
 class Step(nn.Module):
@@ -76,9 +104,13 @@ class Step(nn.Module):
     def __init__(self, model: PreTrainedModel, room: int) -> None:
         super().__init__()
         self.model, self.start, self.room = model, 0, room
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, GELUTanh):
+                model.set_submodule(name, Tanh())
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
         model.set_attn_implementation(ATTENTION)
         self.cache = StateCache(self, model.config, room)
+        self.cap = final_cap(model.config)
         for layer in model.modules():
             if hasattr(layer, "layer_idx") and hasattr(layer, "head_dim"):
                 object.__setattr__(layer, "step", self)  # no submodule: it would be its own child
@@ -91,7 +123,8 @@ class Step(nn.Module):
         hidden = self.model.base_model(
             input_ids=ids, position_ids=places, past_key_values=self.cache, use_cache=True
         )[0]
-        return self.model.lm_head(hidden[:, kept])
+        logits = self.model.lm_head(hidden[:, kept])
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 class Rounded(nn.Module):
@@ -103,6 +136,7 @@ class Rounded(nn.Module):
         self.looks_up, self.block, self.bias = isinstance(layer, nn.Embedding), weight.block_size, None
         self.low, self.high = (-8, 7) if weight.target_dtype == torch.int4 else (-128, 127)
         rows = self.block[1] == weight.shape[1]  # one scale each
+        self.multiplier = getattr(layer, "scalar_embed_scale", None)  # of Gemma's embedding
         self.register_buffer("qdata", weight.qdata)
         for name in ("scale", "zero_point"):
             values = getattr(weight, name)
@@ -112,7 +146,8 @@ class Rounded(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.looks_up:
-            return OPS.embedding_byte(self.qdata, self.scale, None, self.low, self.high, inputs)
+            rows = OPS.embedding_byte(self.qdata, self.scale, None, self.low, self.high, inputs)
+            return rows if self.multiplier is None else rows * self.multiplier
         limits = (-128, 127, torch.int8)
         scale, zero_point = OPS.choose_qparams_per_token_asymmetric(inputs, torch.int8)
         integers = OPS.quantize_per_token(inputs, scale, zero_point, *limits)
@@ -125,6 +160,14 @@ class Rounded(nn.Module):
             return OPS.dequantize_per_channel(self.qdata, self.scale, self.zero_point, 0, *limits)
         group = (self.block[1], torch.float32)
         return OPS.dequantize_per_channel_group(self.qdata, self.scale, self.zero_point, *limits, *group)
+
+
+class Tanh(nn.Module):
+    """GELU in its form with a hyperbolic tangent, written out: XNNPACK computes the exact one under that name."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inner = math.sqrt(2 / math.pi) * (inputs + 0.044715 * inputs * inputs * inputs)
+        return 0.5 * inputs * (1 + torch.tanh(inner))
 
 
 def round_weights(model: PreTrainedModel, width: str) -> None:

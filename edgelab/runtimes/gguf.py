@@ -15,26 +15,39 @@ is -zero_point * scale rounded to float16, which moves the weights of a block to
 than 4 bits cost 4.5 (Q4_0) or 5 (Q4_1) bits per weight in the file: the narrower types of llama.cpp have blocks of 256,
 which small models are not made of, and grids of their own.
 
-Llama's queries and keys are stored with the two halves of each head interleaved, since llama.cpp rotates neighbours
-where transformers rotates halves. Rows move whole, with their scales.
+What the settings and tensors of each layout are called, and in which order rows stand, is in `gguf_files.layouts`.
+Rows move whole, with their scales.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from edgelab import assets
+from edgelab.gguf_files import tokenizer_writer
+from edgelab.gguf_files.layouts import (
+    ACTIVATION,
+    CAPS,
+    ERF,
+    LAYOUTS,
+    Places,
+    attention_scalar,
+    full_attention,
+    head_size,
+    rotary_tensors,
+    stated,
+)
 from edgelab.runtimes import RuntimeRefused, refusals
 from edgelab.storage import adapters, variants
 from edgelab.storage.description import Description
@@ -43,15 +56,19 @@ from edgelab.storage.uniform import QuantizedTensor
 
 BLOCK = 32
 TYPES_KEY = "edgelab.types"  # of the matrices, so that the engine can say what runs
-ARCHITECTURES = {  # of transformers -> of GGUF
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-}
 OF_A_BLOCK = re.compile(r"\.(mlp|self_attn)\.")  # what may differ between the layers of a Deci
+CHANNELS = "feed_forward_length"
+SIZED = {  # a linear layer -> what its size says
+    ".q_proj": "attention.head_count",
+    ".k_proj": "attention.head_count_kv",
+    ".mlp.up_proj": CHANNELS,
+    ".mlp.fc1": CHANNELS,
+    ".mlp.dense_h_to_4h": CHANNELS,
+}
+ROOM = 256  # llama.cpp rounds the length of a context up to whole ones
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # llama.cpp goes by these, whatever a file says
+NEEDED = (*CAPS.values(), "sliding_window")  # llama.cpp puts a number of its own in place of these
 FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
-# How llama.cpp calls a pre-tokenizer that splits runs of digits so, in the regular expression of GPT-4.
-DIGITS = {r"|\p{N}{1,3}|": "llama-bpe", r"|\p{N}|": "qwen2"}
 
 
 def stored_as(bits: int, zero_point: str | None) -> Type | None:
@@ -95,25 +112,62 @@ def _foreign_matrix(about: Description) -> str | None:
 
 
 def _foreign_model(about: Description) -> str | None:
+    """What llama.cpp has no architecture for, or would compute otherwise."""
     config, kind = about.config, about.layout
-    if reason := refusals.foreign_layout(about, tuple(ARCHITECTURES), "GGUF"):
-        return reason
-    if config["hidden_act"] not in ("silu", "swish"):
-        return f"llama.cpp computes {kind} models with silu, and this one has {config['hidden_act']}; run it on torch."
-    if kind == "qwen3" and config.get("attention_bias"):
-        return f"llama.cpp has no place for the attention biases of a {kind} model; run it on torch."
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    if kind == "qwen2" and head * config["num_attention_heads"] != config["hidden_size"]:
+    if (layout := LAYOUTS.get(kind)) is None:
+        return f"The export to GGUF knows {', '.join(LAYOUTS)}, not {kind}; use 'torch'."
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation not in layout.activation:
         return (
-            f"llama.cpp makes the heads of a qwen2 model as wide as its hidden states, and this one has "
-            f"{config['num_attention_heads']} of {head} for {config['hidden_size']}; run it on torch."
+            f"llama.cpp computes {kind} models with {layout.activation[0]}, and this one has {activation}; run it on "
+            "torch."
+        )
+    for setting, values in layout.only.items():
+        if config.get(setting, values[0]) not in values:
+            return (
+                f"llama.cpp computes {kind} models with {setting}={values[0]}, and this one has {config[setting]}; "
+                "run it on torch."
+            )
+    for setting in layout.settings.values():
+        if setting in NEEDED and config.get(setting) is None:
+            return f"llama.cpp computes no {kind} model without {setting}; run it on torch."
+    sizes = SimpleNamespace(**config)
+    heads, head = sizes.num_attention_heads, head_size(sizes)
+    if layout.even_heads and head * heads != config["hidden_size"]:
+        return (
+            f"llama.cpp makes the heads of a {kind} model as wide as its hidden states, and this one has "
+            f"{heads} of {head} for {config['hidden_size']}; run it on torch."
+        )
+    divisor = attention_scalar(layout, sizes)
+    if divisor is not None and config["query_pre_attn_scalar"] != divisor:
+        return (
+            f"llama.cpp divides the scores of this {kind} model by the root of {divisor}, and its configuration by "
+            f"that of {config['query_pre_attn_scalar']}; run it on torch."
         )
     uneven = refusals.differing(about)
-    if kind == "llama":  # as `deci`, whose layers have widths of their own
+    if layout is LAYOUTS["llama"]:  # as `deci`, whose layers have widths of their own
         uneven = [name for name in uneven if not OF_A_BLOCK.search(name)]
     if uneven:
         return f"llama.cpp gives {uneven[0]} of a {kind} model the shape of its like in other layers; use 'torch'."
-    return refusals.rotary_scaling(about, ("linear", "llama3") if kind == "llama" else (), "GGUF")
+    rope = config.get("rope_parameters") or {}
+    if (rope.get("sliding_attention") or {}).get("rope_type", "default") != "default":
+        return f"llama.cpp scales no rotary frequencies of a {kind} model's blocks with a window; run it on torch."
+    shared = full_attention(rope)
+    if shared.get("rope_type") == "yarn" and any(
+        shared.get(name) not in (None, usual) for name, usual in YARN.items()
+    ):
+        usual = ", ".join(f"{name}={value}" for name, value in YARN.items())
+        return f"llama.cpp computes YaRN with {usual}, and this {kind} model has others; run it on torch."
+    described = replace(about, config=config | {"rope_parameters": shared})
+    if unknown := refusals.rotary_scaling(described, layout.scaling, "GGUF"):
+        return unknown
+    before = shared.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if shared.get("rope_type") == "longrope" and before % ROOM:
+        return (
+            f"llama.cpp reserves its context in steps of {ROOM} tokens and chooses the factors of LongRoPE by it, and "
+            f"those of this {kind} model change at {before}; run it on torch."
+        )
+    return None
 
 
 def write(variant: Path, file: Path) -> int:
@@ -130,17 +184,15 @@ def write(variant: Path, file: Path) -> int:
 def write_model(model: PreTrainedModel, folder: Path, file: Path, name: str, recipe: str) -> int:
     """Write a model, whose layers may be packed, as a GGUF file; returns the bytes of its weights.
 
-    folder: where its tokenizer is, if it has one.
+    folder: where its tokenizer is, if it has one. name: of the model; the file says it as the tokenizer wants it.
     """
-    architecture = find_architecture(model)
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
+    writer = gguf.GGUFWriter(file, find_architecture(model))
     try:
-        writer.add_name(name)
         writer.add_description(f"edgelab: {recipe}")
         add_shape(writer, model)
-        add_tokenizer(writer, folder, model.config.vocab_size, name)
+        tokenizer_writer.write(writer, folder, model.config.vocab_size, name)
         weights, matrices = 0, Counter[str]()
-        for place, values, stored in tensors(model, architecture):
+        for place, values, stored in tensors(model):
             writer.add_tensor(place, values, raw_dtype=stored)
             weights += values.nbytes
             if values.ndim > 1:
@@ -159,9 +211,8 @@ def write_model(model: PreTrainedModel, folder: Path, file: Path, name: str, rec
 def write_adapter(variant: Path, file: Path) -> int:
     """Write the adapter of a variant as the GGUF file that llama.cpp puts beside its model; returns its bytes."""
     model = variants.load(variant)
-    architecture = find_architecture(model)
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
-    place, order, stored = Places(model, architecture), RowOrder(model), 0
+    writer = gguf.GGUFWriter(file, find_architecture(model))
+    places, stored = Places(LAYOUTS[model.config.model_type], model.config), 0
     layers = adapters.adapted_layers(model)
     [scale] = {layer.scaling[adapters.NAME] for layer in layers.values()}
     [rank] = {layer.r[adapters.NAME] for layer in layers.values()}
@@ -170,9 +221,9 @@ def write_adapter(variant: Path, file: Path) -> int:
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scale * rank)  # which llama.cpp divides by the rank
         for name, layer in layers.items():
-            theirs = place(f"{name}.weight")
+            theirs, _ = _placed(places, f"{name}.weight")
             a, b = layer.lora_A[adapters.NAME].weight, layer.lora_B[adapters.NAME].weight
-            for part, values in (("a", a), ("b", b[order(theirs, len(b))])):
+            for part, values in (("a", a), ("b", b[places.order(theirs, len(b))])):
                 values = values.detach().float().numpy()
                 writer.add_tensor(f"{theirs}.lora_{part}", values)
                 stored += values.nbytes
@@ -185,108 +236,88 @@ def write_adapter(variant: Path, file: Path) -> int:
 
 
 def layer_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
-    """Query heads, key-value heads and MLP channels of every layer, from the layers themselves."""
-    layers = model.model.layers
-    return {
-        "query heads": [layer.self_attn.q_proj.out_features // layer.self_attn.head_dim for layer in layers],
-        "key-value heads": [
-            layer.self_attn.k_proj.out_features // layer.self_attn.head_dim for layer in layers
-        ],
-        "MLP channels": [layer.mlp.up_proj.out_features for layer in layers],
-    }
+    """Query heads, key-value heads and MLP channels of every layer, by GGUF's keys, from the layers themselves.
+
+    A configuration may say other numbers of a model whose layers were made smaller.
+    """
+    head, sizes = head_size(model.config), {}
+    for name, layer in model.named_modules():
+        if not (key := next((key for end, key in SIZED.items() if name.endswith(end)), None)):
+            continue
+        size = layer.out_features if key == CHANNELS else layer.out_features // head
+        sizes.setdefault(key, []).append(size)
+    return sizes
 
 
-def find_architecture(model: PreTrainedModel) -> gguf.MODEL_ARCH:
+def find_architecture(model: PreTrainedModel) -> str:
     """What llama.cpp calls the architecture; a Llama whose layers differ in size is a Deci to it."""
-    uneven = any(len(set(counts)) > 1 for counts in layer_sizes(model).values())
-    return gguf.MODEL_ARCH.DECI if uneven else ARCHITECTURES[model.config.model_type]
+    if any(len(set(sizes)) > 1 for sizes in layer_sizes(model).values()):
+        return gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI]
+    return LAYOUTS[model.config.model_type].name
 
 
 def add_shape(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
-    """The sizes that llama.cpp builds its graph from; those that differ between layers as lists."""
-    config, head = model.config, model.model.layers[0].self_attn.head_dim
-    queries, keys, channels = (
-        counts if len(set(counts)) > 1 else counts[0] for counts in layer_sizes(model).values()
-    )
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(len(model.model.layers))
-    writer.add_feed_forward_length(channels)
-    writer.add_head_count(queries)
-    writer.add_head_count_kv(keys)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_dimension_count(head)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    """The sizes and settings that llama.cpp builds its graph from; those that differ between layers as lists."""
+    layout = LAYOUTS[model.config.model_type]
+    settings = stated(layout, model.config)
+    sizes = layer_sizes(model)
+    settings |= {key: each if len(set(each)) > 1 else each[0] for key, each in sizes.items()}
+    for key, value in settings.items():
+        add_value(writer, f"{writer.arch}.{key}", value)
+    if layout.activation[0] in ERF and (activation := model.config.hidden_act) not in ERF:
+        writer.add_string(ACTIVATION, activation)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def tensors(model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, np.ndarray, Type]]:
+def add_value(writer: gguf.GGUFWriter, key: str, value: bool | int | float | str | list) -> None:
+    """A key with a value of the type that llama.cpp reads it as."""
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    add[type(value)](key, value)
+
+
+def tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray, Type]]:
     """Names, contents and types of all tensors of the file. Vectors are float32, as llama.cpp wants them."""
-    place, order = Places(model, architecture), RowOrder(model)
-    if (factors := rotary_factors(model)) is not None:
-        yield "rope_freqs.weight", factors, Type.F32
-    written: set[int] = set()  # a head tied to the embedding is stored once
+    layout = LAYOUTS[model.config.model_type]
+    places = Places(layout, model.config)
+    frequencies = next((one for name, one in model.named_buffers() if name.endswith(".inv_freq")), None)
+    factors = rotary_tensors(model.config, None if frequencies is None else frequencies.numpy())
+    for name, values in factors.items():
+        yield name, values, Type.F32
+    # A head tied to the embedding is stored once, but where llama.cpp wants its own.
+    written: set[int] = set()
     for name, layer in packed_layers(model).items():
-        if id(layer.tensor) not in written:
+        if layout.own_head or id(layer.tensor) not in written:
             written.add(id(layer.tensor))
-            theirs = place(f"{name}.weight")
-            yield theirs, *encode(layer.tensor, order(theirs, len(layer.tensor.integers)))
-    for name, parameter in model.named_parameters():
-        theirs = place(name)
-        values = parameter.detach()[order(theirs, len(parameter))]
-        yield theirs, *encode_float(values if values.dim() > 1 else values.float())
+            theirs, _ = _placed(places, f"{name}.weight")
+            yield theirs, *encode(layer.tensor, places.order(theirs, len(layer.tensor.integers)))
+    stacked: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=not layout.own_head):
+        theirs, part = _placed(places, name)
+        values = parameter.detach()[places.order(theirs, len(parameter))]
+        values = (values.float() if values.dim() == 1 else values) + places.offset(theirs)
+        if part is None:
+            yield theirs, *encode_float(values)
+        else:
+            stacked.setdefault(theirs, []).append(values)
+    for theirs, parts in stacked.items():
+        yield theirs, *encode_float(torch.stack(parts))
 
 
-class Places:
-    """What llama.cpp calls each tensor of a model. Raises RuntimeRefused for one that it has no place for."""
-
-    def __init__(self, model: PreTrainedModel, architecture: gguf.MODEL_ARCH) -> None:
-        self.kind = model.config.model_type
-        self.named = gguf.get_tensor_name_map(architecture, len(model.model.layers))
-
-    def __call__(self, name: str) -> str:
-        found = self.named.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise RuntimeRefused(f"llama.cpp has no place for {name} in a {self.kind} model.")
-        return found
+def _placed(places: Places, name: str) -> tuple[str, int | None]:
+    """Where llama.cpp has a tensor. Raises RuntimeRefused where it has no place for it."""
+    found = places(name)
+    if found is None:
+        raise RuntimeRefused(f"llama.cpp has no place for {name} in a {places.layout.name} model.")
+    return found
 
 
-class RowOrder:
-    """The order of a tensor's rows, by its name in llama.cpp, where queries and keys of a Llama are interleaved."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.interleaved = model.config.model_type == "llama"
-        self.head = model.model.layers[0].self_attn.head_dim
-
-    def __call__(self, place: str, rows: int) -> Tensor | slice:
-        if self.interleaved and place.split(".")[-2] in ("attn_q", "attn_k"):
-            return interleaved_rows(rows, self.head)
-        return slice(None)
-
-
-def interleaved_rows(rows: int, head: int) -> Tensor:
-    """Which row of transformers stands where: in each head of `head` rows, first and second half in turns."""
-    return torch.arange(rows).reshape(-1, 2, head // 2).transpose(1, 2).flatten()
-
-
-def rotary_factors(model: PreTrainedModel) -> np.ndarray | None:
-    """What llama.cpp divides rotary frequencies by, (head size / 2,) float32; None where they are plain.
-
-    Taken from the frequencies of the model, so that any scaling that does not change with length is covered.
-    """
-    config, rotary = model.config, model.model.rotary_emb
-    head = 2 * len(rotary.inv_freq)
-    plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
-    factors = plain / rotary.inv_freq.double()
-    if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5):
-        return None
-    return factors.float().numpy()
-
-
-def encode(tensor: QuantizedTensor, order: Tensor | slice = slice(None)) -> tuple[np.ndarray, Type]:
+def encode(tensor: QuantizedTensor, order: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, Type]:
     """A quantized matrix as blocks, (out_features, bytes) uint8, and their type. `order` picks its rows.
 
     Raises RuntimeRefused where a minimum is beyond float16.
@@ -332,53 +363,3 @@ def encode_float(values: Tensor) -> tuple[np.ndarray, Type]:
     kind = FLOATS[values.dtype]
     values = values.contiguous()
     return (values.view(torch.uint8) if kind == Type.BF16 else values).numpy(), kind
-
-
-def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, model: str) -> None:
-    """Tokens, merges, special tokens and chat template.
-
-    Only byte-level BPE is written. Beside any other tokenizer the file has none: it runs on token ids, as here.
-    """
-    file = folder / "tokenizer.json"
-    described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    bpe = described.get("model", {})
-    if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or not bpe["merges"]:
-        writer.add_tokenizer_model("none")
-        return
-    # The package's own list of tokens, BpeVocab, calls special ones normal and knows no vocabulary with gaps.
-    texts = [f"[PAD{index}]" for index in range(vocabulary)]
-    types = [gguf.TokenType.UNUSED] * vocabulary
-    # A tokenizer may know some that the model has no row for.
-    for text, index in bpe["vocab"].items():
-        if index < vocabulary:
-            texts[index], types[index] = text, gguf.TokenType.NORMAL
-    for token in (token for token in described["added_tokens"] if token["id"] < vocabulary):
-        texts[token["id"]] = token["content"]
-        types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(described["pre_tokenizer"], model))
-    writer.add_token_list(texts)
-    writer.add_token_types(types)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
-    # Asked of the tokenizer: the package guesses it from a template, and knows none without one.
-    special.add_special_token = {"bos": tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]}
-    template, special.chat_template = special.chat_template, None  # comes last, as in files of this version
-    special.add_to_gguf(writer, quiet=True)
-    writer.add_add_space_prefix(False)
-    if template is not None:
-        writer.add_chat_template(template)
-
-
-def pre_tokenizer(described: dict | None, model: str) -> str:
-    """What llama.cpp calls the way a tokenizer splits text before it merges; "default" where it is none we know."""
-    if model == assets.EMBEDDED_NAME:  # digits stand alone, which its decoded form has forgotten
-        return "smollm"
-    steps = described.get("pretokenizers", [described]) if described else []
-    for step in steps:
-        if step["type"] == "Digits" and step["individual_digits"]:
-            return "smollm"
-        for digits, name in DIGITS.items():
-            if step["type"] == "Split" and digits in step["pattern"].get("Regex", ""):
-                return name
-    return "gpt-2" if [step["type"] for step in steps] == ["ByteLevel"] else "default"

@@ -38,7 +38,8 @@ except ImportError:
     ai_edge_litert = None
 
 BUNDLE, MODEL, NOTE = "model.litertlm", "model.tflite", "weights.json"
-LAYOUTS = ("llama", "qwen2", "qwen3")
+LAYOUTS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+WINDOWED = ("gemma2", "gemma3_text")  # whose layers may see a window of the text only
 CHUNK = 128  # tokens of a prompt at once
 ROOM = 2048  # tokens of the cache
 RECIPES = {None: "none", "int8": "dynamic_wi8_afp32", "int4": "dynamic_wi4_afp32"}
@@ -65,9 +66,10 @@ class LiteRt(Session):
         if about.dtype != "float32":
             return "LiteRT is given float32 here; the recipe 'none' is float32."
         return (
-            refusals.foreign_layout(about, LAYOUTS, "LiteRT")
+            refusals.foreign_layout(about, LAYOUTS, "LiteRT", WINDOWED)
             or refusals.own_shape(about, "LiteRT's converter")
             or refusals.rotary_scaling(about, refusals.TRACEABLE, "LiteRT's converter")
+            or refusals.unusual_attention(about, "LiteRT's converter")
         )
 
     @staticmethod
@@ -80,7 +82,11 @@ class LiteRt(Session):
             source, made = Path(work) / "source", Path(work) / "made"
             variants.load(variant).save_pretrained(source)
             AutoTokenizer.from_pretrained(variant).save_pretrained(source)
-            with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+            with (
+                warnings.catch_warnings(action="ignore"),
+                contextlib.redirect_stdout(io.StringIO()),
+                _length_of_the_cache(),
+            ):
                 convert(
                     model=str(source),
                     output_dir=str(made),
@@ -207,6 +213,24 @@ def _converter():
         except ImportError:
             raise EngineMissing("LiteRT's converter", "litert") from None
     return export
+
+
+@contextlib.contextmanager
+def _length_of_the_cache() -> Iterator[None]:
+    """Let the converter's cache say its length, for which litert_torch 0.9 asks a method that transformers took away.
+
+    Only the mask of a sliding window asks for it.
+    """
+    from litert_torch.generative.export_hf.core.cache import LiteRTLMCache
+
+    if hasattr(LiteRTLMCache, "get_max_cache_shape"):
+        yield
+        return
+    LiteRTLMCache.get_max_cache_shape = lambda _: ROOM
+    try:
+        yield
+    finally:
+        del LiteRTLMCache.get_max_cache_shape
 
 
 @contextlib.contextmanager

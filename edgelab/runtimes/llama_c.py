@@ -111,6 +111,7 @@ FUNCTIONS = {  # name -> (result, *arguments)
     "llama_model_default_params": (ModelParams,),
     "llama_model_load_from_file": (c_void_p, c_char_p, ModelParams),
     "llama_model_free": (None, c_void_p),
+    "llama_model_n_ctx_train": (c_int32, c_void_p),
     "llama_model_get_vocab": (c_void_p, c_void_p),
     "llama_model_meta_val_str": (c_int32, c_void_p, c_char_p, c_char_p, c_size_t),
     "llama_vocab_n_tokens": (c_int32, c_void_p),

@@ -39,6 +39,7 @@ class LlamaCpp(Session):
     adapters = True
     tolerance = 0.1  # one token runs on other kernels than many, which round inputs to int8 elsewhere
     cache_bits = 16
+    cache_type = 1  # of keys and values: GGML_TYPE_F16
 
     @classmethod
     def _refusal(cls, about: Description) -> str | None:
@@ -86,16 +87,33 @@ class LlamaCpp(Session):
             if not self._adapter:
                 raise cannot_load("llama.cpp", folder, next(iter(llama_c.said), "the adapter"))
         self.vocabulary = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
-        self._open(CONTEXT)
+        self._longest = self._c.llama_model_n_ctx_train(self._model)
+        self._short = self._before_scaling()
+        self._open(self._short or CONTEXT)
         self.prefill([0, 0])  # warm-up: weights are read, buffers allocated
         self.decode(0)
         self._start()
 
-    def _kernel(self) -> str:
+    def _stated(self, key: str) -> str:
+        """What the file says under a key; nothing where it does not."""
         answer = ctypes.create_string_buffer(256)
-        if self._c.llama_model_meta_val_str(self._model, gguf.TYPES_KEY.encode(), answer, len(answer)) < 0:
+        self._c.llama_model_meta_val_str(self._model, key.encode(), answer, len(answer))
+        return answer.value.decode()
+
+    def _before_scaling(self) -> int | None:
+        """Tokens up to which LongRoPE has its short factors, where a model has it.
+
+        llama.cpp goes by the room of the context, and transformers by the length of the text.
+        """
+        scaling = f"{self._stated('general.architecture')}.rope.scaling"
+        if self._stated(f"{scaling}.type") != "longrope":
+            return None
+        return int(self._stated(f"{scaling}.original_context_length"))
+
+    def _kernel(self) -> str:
+        types = self._stated(gguf.TYPES_KEY).split()
+        if not types:
             return "ggml"
-        types = answer.value.decode().split()
         return "ggml " + " + ".join(f"{kind} ({ACTIVATIONS.get(kind, 'int8')} activations)" for kind in types)
 
     def _open(self, context: int) -> None:
@@ -103,6 +121,7 @@ class LlamaCpp(Session):
         self._c.llama_free(self._context)
         params = self._c.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, BATCH, BATCH
+        params.type_k = params.type_v = self.cache_type
         params.n_threads = params.n_threads_batch = self._threads
         params.no_perf = False  # for `own_timings`
         self._context = self._c.llama_init_from_model(self._model, params)
@@ -120,13 +139,20 @@ class LlamaCpp(Session):
         memory = self._c.llama_get_memory(self._context)
         if length:
             return self._c.llama_memory_seq_rm(memory, -1, length, -1)
+        if self._short and self._room > self._short:
+            self._open(self._short)
+            return True
         self._c.llama_memory_clear(memory, False)
         self._c.llama_perf_context_reset(self._context)
         return True
 
     def _feed(self, ids: list[int], every: bool) -> Tensor:
         wanted = len(ids) if every else 1
-        if (length := self.length + len(ids)) > self._room:  # all of it again, in a larger context
+        if (length := self.length + len(ids)) > self._longest:
+            raise LlamaError(
+                f"This model on llama.cpp is for texts of up to {self._longest} tokens; use a shorter one."
+            )
+        if length > self._room:  # all of it again, in a larger context
             self._open(1 << (length - 1).bit_length())
             ids = self.ids + ids
         found = []

@@ -11,6 +11,10 @@ and value stand under one another in one product where their grids are of one ki
 | scale float16                | float32, the same number                                             |
 | zero-point, whole or between | 4 or 8 bits, or float32                                              |
 
+The builder guesses some numbers of the newer layouts, so that these are put in afterwards, too: the tables of the
+rotary embedding, from the frequencies of transformers, and what Gemma multiplies its embedding by. Of a model with
+longrope the graph has the frequencies for short texts, and reads no longer ones.
+
 Two graphs share the weights: `model.onnx` makes the logits of the last token alone, which is all that generating
 needs, `scoring.onnx` those of every position.
 """
@@ -30,7 +34,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from edgelab.runtimes.onnxruntime import SCORING
+from edgelab.runtimes.onnxruntime import RETABLED, SCORING, WINDOWED
+from edgelab.runtimes.refusals import forgets
 from edgelab.storage import variants
 from edgelab.storage.bits import pack
 from edgelab.storage.layers import PackedEmbedding, PackedLinear, packed_layers, unpacked
@@ -45,6 +50,7 @@ ROTARY_SETTINGS = (  # of the kinds of scaling that are exported
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+ROTARY_TABLES = ("cos_cache", "sin_cache")
 SMALL = 1024  # bytes; smaller tensors stay in the graph's own file
 
 
@@ -65,6 +71,9 @@ def export(variant: Path, folder: Path, precision: str = "fp32") -> int:
             if (built / name).exists():
                 shutil.copy(built / name, folder / name)
     put_integers(graph, model)
+    if model.config.model_type in RETABLED:
+        put_rotary_tables(graph, model)
+        put_multiplier(graph, model)
     onnx.save_model(
         graph,
         folder / GRAPH,
@@ -90,7 +99,7 @@ def weights_bytes(graph) -> int:
         * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         // (2 if tensor.data_type in halves else 1)
         for tensor in graph.graph.initializer
-        if tensor.name not in ("cos_cache", "sin_cache")
+        if not tensor.name.startswith(ROTARY_TABLES)
     )
 
 
@@ -108,12 +117,37 @@ def own_settings(config: PretrainedConfig) -> dict:
     """The settings that a class of transformers has: the builder follows every one that it finds in the file."""
     has = {*type(config)().to_dict(), "head_dim"}
     kept = {name: value for name, value in config.to_dict().items() if name in has}
-    kept["rope_parameters"] = {
-        name: value for name, value in kept["rope_parameters"].items() if name in ROTARY_SETTINGS
-    }
-    if "sliding_window" in kept:  # longer than any text; others are refused
+    if config.model_type not in RETABLED:  # whose settings of the rotary embedding the builder does not see
+        kept["rope_parameters"] = {
+            name: value for name, value in kept["rope_parameters"].items() if name in ROTARY_SETTINGS
+        }
+    if "sliding_window" in kept and not forgets(kept):  # longer than any text
         kept["sliding_window"] = None
     return kept
+
+
+def in_the_builders_words(config: PretrainedConfig) -> None:
+    """Say, in place, what the builder looks for under another name or takes from nowhere.
+
+    That a window is in every layer; the epsilon of Phi's layer norms; one plain rotary embedding instead of any
+    scaled one, whose tables `put_rotary_tables` writes; and as many positions as those tables have.
+    """
+    if config.model_type in WINDOWED and config.sliding_window and not getattr(config, "layer_types", None):
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    if config.model_type not in RETABLED:
+        return
+    if hasattr(config, "layer_norm_eps"):
+        config.rms_norm_eps = config.layer_norm_eps
+    if config.rope_parameters.get("rope_type") == "longrope":
+        config.max_position_embeddings = config.original_max_position_embeddings
+    elif hasattr(config, "original_max_position_embeddings"):
+        config.original_max_position_embeddings = config.max_position_embeddings
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    config.rope_local_base_freq = 10000.0
+    if (
+        config.model_type == "gemma3_text"
+    ):  # whose class has the setting, and whose attention does not follow it
+        config.attn_logit_softcapping = None
 
 
 def _build(dense: Path, folder: Path, precision: str, fuse_qkv: bool) -> None:
@@ -123,7 +157,10 @@ def _build(dense: Path, folder: Path, precision: str, fuse_qkv: bool) -> None:
     said = io.StringIO()
     where = (None, str(dense), str(folder), precision, "cpu", str(folder / "cache"))
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        options = parse_extra_options(*where, [f"fuse_qkv={str(fuse_qkv).lower()}", "prune_lm_head=true"])
+        options = parse_extra_options(
+            *where, [f"fuse_qkv={str(fuse_qkv).lower()}", "prune_lm_head=true", "windowed_kv_cache=false"]
+        )
+        in_the_builders_words(options["hf_details"]["hf_config"])
         create_model(*where, **options)
     logging.getLogger(__name__).debug(said.getvalue())
 
@@ -132,11 +169,9 @@ def put_integers(graph, model: PreTrainedModel) -> None:
     """Replace, in place, the products with quantized matrices of a float graph of the builder by ours."""
     from onnx import helper, numpy_helper
 
-    packed = {
-        _in_graph(name): layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)
-    }
-    kept = {tensor.name: tensor for tensor in graph.graph.initializer}
-    nodes = []
+    packed = _matrices(model)
+    left = set(packed)
+    nodes, added = [], []
     made: dict[int, list[str]] = {}  # a tied matrix is stored once
 
     def place(name: str, *tensors: QuantizedTensor) -> list[str]:
@@ -145,19 +180,21 @@ def put_integers(graph, model: PreTrainedModel) -> None:
             made[id(tensors[0])] = [f"{name}.{part}" for part in each[0]]
             for part in each[0]:
                 array = np.concatenate([arrays[part] for arrays in each])
-                kept[f"{name}.{part}"] = numpy_helper.from_array(array, f"{name}.{part}")
+                added.append(numpy_helper.from_array(array, f"{name}.{part}"))
         return made[id(tensors[0])]
 
     for node in graph.graph.node:
         name = node.input[1].removesuffix(".MatMul.weight") if node.op_type == "MatMul" else ""
-        names = [name] if not name.endswith("qkv_proj") else [name.replace("qkv", one) for one in "qkv"]
+        names = [name]
+        if name.endswith("qkv_proj") and name not in packed:
+            names = [name.replace("qkv", one) for one in "qkv"]
         if not packed.keys() & names:
             nodes.append(node)
             continue
-        tensors = [packed.pop(name).tensor for name in names]
+        left -= set(names)
+        tensors = [packed[name] for name in names]
         tensor, columns = tensors[0], tensors[0].integers.shape[1]
         rows = sum(len(one.integers) for one in tensors)
-        kept.pop(node.input[1], None)
         nodes.append(
             helper.make_node(
                 "MatMulNBits",
@@ -172,8 +209,8 @@ def put_integers(graph, model: PreTrainedModel) -> None:
                 accuracy_level=4 if whole_zero_points(tensor) else 0,
             )
         )
-    if packed:
-        raise ValueError(f"the graph lacks {', '.join(packed)}")
+    if left:
+        raise ValueError(f"the graph lacks {', '.join(sorted(left))}")
     embedding = model.get_input_embeddings()
     if isinstance(embedding, PackedEmbedding):
         tensor = embedding.tensor
@@ -181,9 +218,68 @@ def put_integers(graph, model: PreTrainedModel) -> None:
         flat = [f"{name}.flat" for name in names]
         nodes = [*_flatten(names, len(tensor.integers)), *_look_up(nodes, tensor, flat)]
     used = {name for node in nodes for name in node.input}
-    del graph.graph.node[:], graph.graph.initializer[:]
+    del graph.graph.node[:]
     graph.graph.node.extend(nodes)
-    graph.graph.initializer.extend(tensor for name, tensor in kept.items() if name in used)
+    # Those that stay are not copied: protobuf copies no more than 2 GiB, and a large float embedding has more.
+    initializers = graph.graph.initializer
+    for index in reversed(range(len(initializers))):
+        if initializers[index].name not in used:
+            del initializers[index]
+    initializers.extend(added)
+
+
+def put_rotary_tables(graph, model: PreTrainedModel) -> None:
+    """Write the cosines and sines that transformers computes over those of the builder, in place.
+
+    Each table is (positions, rotated dimensions / 2) float32; Gemma 3 has two of them, for its two kinds of layers.
+    """
+    from onnx import numpy_helper
+
+    rotary = model.base_model.rotary_emb
+    kinds = {"_global": "full_attention_", "_local": "sliding_attention_"}
+    for tensor in graph.graph.initializer:
+        if not tensor.name.startswith(ROTARY_TABLES):
+            continue
+        kind = next((words for part, words in kinds.items() if tensor.name.endswith(part)), "")
+        frequencies, scaling = (getattr(rotary, f"{kind}{one}") for one in ("inv_freq", "attention_scaling"))
+        angles = torch.outer(torch.arange(tensor.dims[0]).float(), frequencies.float())
+        table = (angles.cos() if tensor.name.startswith("cos") else angles.sin()) * scaling
+        tensor.CopyFrom(numpy_helper.from_array(table.numpy(), tensor.name))
+
+
+def put_multiplier(graph, model: PreTrainedModel) -> None:
+    """Multiply the rows of an embedding by the number that the model has, in place; the builder rounds it."""
+    from onnx import numpy_helper
+
+    embedding, name = model.get_input_embeddings(), "model.embed_tokens.multiplier"
+    multiplier = getattr(embedding, "multiplier", None) or getattr(embedding, "scalar_embed_scale", 1.0)
+    for node in graph.graph.node:
+        if node.name == "/model/embed_tokens/Mul":
+            node.input[1] = name
+            graph.graph.initializer.append(numpy_helper.from_array(np.float32(multiplier), name))
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, QuantizedTensor]:
+    """Our matrices, by the names of the builder, which takes the gate and the up projection of one matrix apart."""
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, PackedLinear):
+            continue
+        if name.endswith(".gate_up_proj"):
+            half = layer.out_features // 2
+            found[name.replace("gate_up", "gate")] = _rows(layer.tensor, slice(None, half))
+            found[name.replace("gate_up", "up")] = _rows(layer.tensor, slice(half, None))
+        else:
+            found[_in_graph(name)] = layer.tensor
+    return found
+
+
+def _rows(tensor: QuantizedTensor, which: slice) -> QuantizedTensor:
+    """Some rows of a matrix, with their scales and zero-points; one scale for all of it stays."""
+    scale, zero_point = (
+        one if one is None or len(one) == 1 else one[which] for one in (tensor.scale, tensor.zero_point)
+    )
+    return QuantizedTensor(tensor.integers[which], scale, zero_point, tensor.bits)
 
 
 def _grids_agree(model: PreTrainedModel) -> bool:
@@ -287,7 +383,7 @@ def whole_zero_points(tensor: QuantizedTensor) -> bool:
 
 def _in_graph(name: str) -> str:
     """What the builder calls a layer of transformers."""
-    return name.replace(".self_attn.", ".attn.")
+    return name.replace(".self_attn.", ".attn.").replace(".attn.dense", ".attn.o_proj")
 
 
 def _score_all(graph) -> None:

@@ -24,8 +24,15 @@ from edgelab.runtimes.session import Graph, TwoGraphs
 from edgelab.storage import variants
 from edgelab.storage.description import Description
 
-LAYOUTS = ("llama", "mistral", "qwen2", "qwen3")  # that the export knows
-ROTARY = {"llama": ("llama3",)}  # scaling of rotary frequencies; of a llama, the builder leaves 'linear' out
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+RETABLED = ("phi", "phi3", *GEMMAS)  # whose rotary tables are those of transformers, not of the builder
+LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", *RETABLED)  # that the export knows
+WINDOWED = ("mistral", "phi3", "gemma2", "gemma3_text")  # whose layers may see a window of the text only
+ROTARY = {  # scaling of rotary frequencies; of a llama, the builder leaves 'linear' out
+    "llama": ("llama3",),
+    "phi3": ("longrope",),
+    **dict.fromkeys(("phi", *GEMMAS), refusals.TRACEABLE),
+}
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 HEADS = 16  # what the attention kernel wants the size of a head to be a multiple of
 SCORING = "scoring.onnx"
@@ -61,9 +68,10 @@ class OnnxRuntime(TwoGraphs):
             if how["group_size"] % 16:
                 return f"MatMulNBits wants groups that 16 divides, not {how['group_size']}; use 32 or 64."
         return (
-            refusals.foreign_layout(about, LAYOUTS, "ONNX")
+            refusals.foreign_layout(about, LAYOUTS, "ONNX", WINDOWED)
             or refusals.own_shape(about, "The export to ONNX")
             or refusals.rotary_scaling(about, ROTARY.get(about.layout, ("linear",)), "The export to ONNX")
+            or refusals.unusual_attention(about, "The export to ONNX")
             or _foreign_block(about)
         )
 
@@ -116,11 +124,17 @@ class OnnxRuntime(TwoGraphs):
 def _foreign_block(about: Description) -> str | None:
     """An activation or a size of heads that has no operator."""
     config = about.config
-    if config["hidden_act"] not in ACTIVATIONS:
-        return f"The export to ONNX knows {', '.join(ACTIVATIONS)}, not {config['hidden_act']}; use 'torch'."
+    activation = config["hidden_activation" if about.layout in GEMMAS[1:] else "hidden_act"]
+    if activation not in ACTIVATIONS:
+        return f"The export to ONNX knows {', '.join(ACTIVATIONS)}, not {activation}; use 'torch'."
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if head % HEADS:
         return f"ONNX Runtime's attention wants heads whose size {HEADS} divides, not {head}; use 'torch'."
+    part = (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1)
+    if about.layout in RETABLED and (turned := int(head * part)) % HEADS:
+        return (
+            f"ONNX Runtime turns a part of a head that {HEADS} divides, not {turned} of {head}; use 'torch'."
+        )
     return None
 
 

@@ -3,7 +3,8 @@
 OpenVINO GenAI reads GGUF and keeps its integers: 4 and 8 bits with a scale and a zero-point for each block of 32. The
 CPU plugin multiplies them with activations that it rounds to int8 in blocks of 32; keys and values are kept in int8,
 in blocks, too; both are its defaults, and all else is float32 here. `native.int8` and `native.int4` start from
-float16 weights, which NNCF rounds.
+float16 weights, which NNCF rounds. Layouts that this reader does not know are traced from PyTorch instead, in float32:
+see `openvino_export`. Where scores go through a cap, as in Gemma 2, keys and values stay in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ except ImportError:
     openvino = None
 
 GRAPH = "openvino_model.xml"
-LAYOUTS = ("llama", "qwen2", "qwen3")  # that OpenVINO GenAI reads from GGUF
+READ = ("llama", "qwen2", "qwen3")  # that OpenVINO GenAI reads from GGUF
+TRACED = ("mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text")  # from PyTorch, by `openvino_export`
+WINDOWED = ("mistral", "phi3", "gemma2", "gemma3_text")  # whose layers may see a window of the text only
+LAYOUTS = (*READ, *TRACED)
 SMALL_TYPES = ("u4", "i4", "u8", "i8")
 
 
@@ -66,6 +70,8 @@ class OpenVino(TwoGraphs):
             how.get("zero_point") == "float" or how.get("bits") in (1, 5) for how in about.matrices.values()
         ):
             return "OpenVINO's reader knows 4 and 8 bits with whole zero-points; other grids run on 'torch'."
+        if about.layout in TRACED:
+            return _foreign_matrix(about)
         if about.marks.native is None and about.dtype != "float16" and not about.matrices:
             return (
                 f"OpenVINO's reader knows no {about.dtype} in GGUF; quantize.fp16 is the float that it takes."
@@ -83,7 +89,15 @@ class OpenVino(TwoGraphs):
         from edgelab.runtimes import gguf
 
         file = folder / "model.gguf"
-        native = variants.read_description(variant).marks.native
+        about = variants.read_description(variant)
+        native = about.marks.native
+        if about.layout in TRACED:
+            from edgelab.runtimes import openvino_export
+
+            openvino_export.write(variant, folder / GRAPH)
+            if native is not None:
+                compress(folder / GRAPH, native)
+            return (folder / GRAPH).with_suffix(".bin").stat().st_size
         if native is None:
             gguf.write(variant, file)
         else:  # float16 is the only float that the reader takes
@@ -139,10 +153,31 @@ def _foreign_model(about: Description) -> str | None:
     if about.layout == "llama" and (about.config.get("attention_bias") or about.config.get("mlp_bias")):
         return f"OpenVINO's reader leaves the biases of a {about.layout} model out; use 'torch'."
     return (
-        refusals.foreign_layout(about, LAYOUTS, "OpenVINO")
-        or refusals.own_shape(about, "OpenVINO's reader")
-        or refusals.rotary_scaling(about, (), "OpenVINO's reader")
+        refusals.foreign_layout(about, LAYOUTS, "OpenVINO", WINDOWED)
+        or refusals.own_shape(
+            about, "The export to OpenVINO" if about.layout in TRACED else "OpenVINO's reader"
+        )
+        or (about.layout in TRACED and _untraceable(about))
+        or (about.layout in READ and refusals.rotary_scaling(about, (), "OpenVINO's reader"))
+        or None
     )
+
+
+def _untraceable(about: Description) -> str | None:
+    """What a traced graph cannot follow: rotary frequencies that change with the length, unusual attention."""
+    return refusals.rotary_scaling(
+        about, refusals.TRACEABLE, "The export to OpenVINO"
+    ) or refusals.unusual_attention(about, "The export to OpenVINO")
+
+
+def _foreign_matrix(about: Description) -> str | None:
+    """Matrices on other than uniform grids, or floats that are neither 32 nor 16 bits wide."""
+    if about.dtype not in ("float32", "float16"):
+        return f"The export to OpenVINO knows float32 and float16, not {about.dtype}; use 'torch'."
+    for name in about.matrices:
+        if (how := about.how(name))["format"] != "uniform":
+            return f"OpenVINO multiplies uniform grids here; a {how['format']} runs on 'torch'."
+    return None
 
 
 class Stateful:

@@ -9,11 +9,13 @@ from edgelab.storage.description import Description
 TRACEABLE = ("linear", "llama3", "yarn")  # scaling of rotary frequencies that does not change with the length
 
 
-def foreign_layout(about: Description, layouts: tuple[str, ...], engine: str) -> str | None:
-    """Another layout than these, or attention that forgets what is far back."""
+def foreign_layout(
+    about: Description, layouts: tuple[str, ...], engine: str, windowed: tuple[str, ...] = ()
+) -> str | None:
+    """Another layout than these, or attention that forgets what is far back, in a layout that is not windowed here."""
     if about.layout not in layouts:
         return f"The export to {engine} knows {', '.join(layouts)}, not {about.layout}; use 'torch'."
-    if forgets(about.config):
+    if about.layout not in windowed and forgets(about.config):
         return f"The export to {engine} knows no sliding window here; use 'torch'."
     return None
 
@@ -61,9 +63,22 @@ def differing(about: Description) -> list[str]:
 
 
 def rotary_scaling(about: Description, known: tuple[str, ...], engine: str) -> str | None:
-    """Rotary frequencies that are scaled in a way the engine does not know."""
-    kind = (about.config.get("rope_parameters") or {}).get("rope_type", "default")
-    if kind in ("default", *known):
-        return None
-    words = f"only {' and '.join(known)}" if known else "no"
-    return f"{engine} knows {words} rotary scaling of a {about.layout} model, and this one has '{kind}'; use 'torch'."
+    """Rotary frequencies that are scaled in a way the engine does not know, in any kind of layers that has its own."""
+    settings = about.config.get("rope_parameters") or {}
+    for own in [one for one in settings.values() if isinstance(one, dict)] or [settings]:
+        kind = own.get("rope_type", "default")
+        if kind in ("default", *known):
+            continue
+        words = f"only {' and '.join(known)}" if known else "no"
+        asked = f"rotary scaling of a {about.layout} model, and this one has '{kind}'"
+        return f"{engine} knows {words} {asked}; use 'torch'."
+    return None
+
+
+def unusual_attention(about: Description, engine: str) -> str | None:
+    """Settings of attention that few models have: norms of queries and keys in Phi, tokens that see what follows."""
+    if about.config.get("use_bidirectional_attention"):
+        return f"{engine} knows attention to earlier tokens only; use 'torch'."
+    if about.layout == "phi" and about.config.get("qk_layernorm"):
+        return f"{engine} leaves the norms of queries and keys of a phi model out; use 'torch'."
+    return None

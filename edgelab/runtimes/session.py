@@ -32,11 +32,38 @@ class Can:
     every_position: the logits of all tokens it reads, so that texts are scored on it; else one token after the other.
     rewind: to take tokens back; else the tokens that stay are read again.
     layers: to run some of the layers alone, with hidden states going in and coming out.
+    sequences: to put a sequence by and go on with another, so that neither is read again.
     """
 
     every_position: bool = True
     rewind: bool = True
     layers: bool = False
+    sequences: bool = False
+
+
+class KeysAndValues(Protocol):
+    """What a runtime keeps of a sequence."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+
+    def fork(self) -> KeysAndValues | None:
+        """The same for another sequence that begins alike, at no cost; None where a step would change both."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence that a session has put by, and that it alone can go on with. last: logits after the last token."""
+
+    ids: list[int]
+    last: Tensor | None
+    kept: KeysAndValues
+
+    def fork(self) -> Sequence | None:
+        """Another one that begins alike, so that both can be gone on with; None where the runtime cannot do that."""
+        kept = self.kept.fork()
+        return None if kept is None else Sequence(self.ids, self.last, kept)
 
 
 class Session(ABC):
@@ -95,6 +122,10 @@ class Session(ABC):
     def _cut(self, length: int) -> bool:
         """Keep the keys and values of the first tokens only, 0 for none; False where that cannot be had."""
 
+    def _swap(self, kept: KeysAndValues | None) -> KeysAndValues:
+        """Hand out the keys and values of the sequence, and go on from others, from none for None."""
+        raise NotImplementedError
+
     @property
     def length(self) -> int:
         """Tokens of the sequence."""
@@ -145,6 +176,17 @@ class Session(ABC):
             if kept:
                 self._read(kept)
         self.ids, self._last = kept, None
+
+    def exchange(self, other: Sequence | None = None) -> Sequence:
+        """Put the sequence by and go on with another one that was, an empty one for None. Nothing is copied.
+
+        Raises SessionError where the runtime holds one sequence only: see `can`.
+        """
+        if not self.can.sequences:
+            raise SessionError("This engine holds one sequence; read the other one from its beginning.")
+        mine = Sequence(self.ids, self._last, self._swap(None if other is None else other.kept))
+        self.ids, self._last = ([], None) if other is None else (other.ids, other.last)
+        return mine
 
     def continuations(self, candidates: list[list[int]]) -> list[Tensor]:
         """Log-probabilities of each candidate's tokens after the sequence, (tokens,) each; it is left as it was."""

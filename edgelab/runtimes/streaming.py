@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from edgelab.runtimes.session import Session
+from edgelab.tasks import endings
 
 UNFINISHED = "\ufffd"  # what decoding shows for a character of which not all bytes are there
 
@@ -38,10 +39,10 @@ def stream(
     session: Session, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], limit: int = 128
 ) -> Iterator[Piece]:
     """The answer to a conversation, token by token, until the model ends it or `limit` tokens are written."""
-    token = session.prefill(conversation_ids(tokenizer, messages))
+    token, ends = session.prefill(conversation_ids(tokenizer, messages)), endings(tokenizer)
     written: list[int] = []
     shown, spent = "", 0.0
-    while token != tokenizer.eos_token_id and len(written) < limit:
+    while token not in ends and len(written) < limit:
         written.append(token)
         text = tokenizer.decode(written, skip_special_tokens=True)
         whole = shown if text.endswith(UNFINISHED) and len(written) < limit else text

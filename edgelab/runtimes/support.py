@@ -1,22 +1,36 @@
 """Which recipe runs on which runtime, and why not: every runtime is asked about every way of storing weights.
 
 The weights are those of a model of a few thousand parameters, which each recipe is applied to; a runtime refuses a
-variant for what its description says, whatever technique chose the integers. A last part asks about other models.
+variant for what its description says, whatever technique chose the integers. A last part asks about other models. Asked
+about a model of the reader's own, the small model has its configuration, and the description its sizes.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from edgelab import recipes, runtimes
+from edgelab.errors import EdgeLabError
+from edgelab.model.shapes import skeleton
+from edgelab.reference import config_of
 from edgelab.storage import variants
 from edgelab.storage.description import Description
+from edgelab.storage.kv_cache import head_shape
+from edgelab.techniques.quantization.rtn import check_group_size, linear_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
 
 LAYOUTS = {  # a recipe without calibration -> the techniques that store their weights alike
     "none": "",
@@ -45,9 +59,15 @@ LAYOUTS = {  # a recipe without calibration -> the techniques that store their w
 MODELS = {  # a layout of transformers -> what the table calls it
     "mistral": "a mistral model",
     "qwen3": "a qwen2 or qwen3 model",
-    "gemma": "a gemma, phi or stablelm model",
+    "gemma": "a gemma, gemma2 or gemma3 model",
+    "phi": "a phi model",
+    "phi3": "a phi3 model",
+    "stablelm": "a stablelm model",
+    "gpt_neox": "an olmo2 or gpt_neox model",
+    "opt": "an opt model",
 }
 UNEVEN = "a llama with one narrower MLP"
+SMALL = 128  # inputs of a layer of the small model, or a multiple
 
 
 @dataclass(frozen=True)
@@ -63,14 +83,28 @@ class Answer:
     reason: str | None
 
 
-def table() -> list[Answer]:
-    """Every runtime's answer to every recipe of LAYOUTS and to other models. Needs no engine installed."""
+def table(model: str | None = None) -> list[Answer]:
+    """Every runtime's answer to every recipe of LAYOUTS and to other models. Needs no engine installed.
+
+    model: as in `load`; asks about the recipes of LAYOUTS on this model alone, of which the configuration is read and
+    no weight. Raises ReferenceError where there is none.
+    """
+    if model is not None:
+        return list(_answers_about(config_of(model)))
     return [
         Answer(recipe, alike, name, runtimes.find(name).refusal(about))
         for recipe, alike, about in _descriptions()
-        for name in recipes.deployments()
-        if hasattr(recipes.deployments()[name], "engine")
+        for name in _engines()
     ]
+
+
+def refusal(runtime: str, model: str) -> str | None:
+    """What a runtime has to say against the layout of a model, whatever the recipe; its configuration says enough."""
+    return runtimes.find(runtime).refusal(Description("float32", config=config_of(model).to_dict()))
+
+
+def _engines() -> list[str]:
+    return [name for name, kind in recipes.deployments().items() if hasattr(kind, "engine")]
 
 
 def _descriptions() -> Iterator[tuple[str, str, Description]]:
@@ -86,6 +120,71 @@ def _descriptions() -> Iterator[tuple[str, str, Description]]:
         layer.weight, layer.out_features = nn.Parameter(layer.weight[:32].clone()), 32
     mlp.down_proj.weight, mlp.down_proj.in_features = nn.Parameter(mlp.down_proj.weight[:, :32].clone()), 32
     yield "none", UNEVEN, variants.describe(model)
+
+
+def _answers_about(config: PretrainedConfig) -> Iterator[Answer]:
+    """Answers for a model with this configuration. What no recipe makes of it, no runtime runs."""
+    whole = skeleton(config)
+    small = _shrunk(config)
+    for text, alike in LAYOUTS.items():
+        recipe = recipes.parse(text)
+        about, reason = Description("float32", config=config.to_dict()), None
+        try:
+            _check_groups(recipe, whole)
+            if small is not None:
+                changed = recipe.apply(copy.deepcopy(small), recipes.Context(reference=small))
+                described = variants.describe(changed)
+                about = replace(described, config=about.config, matrices=_sized(described.matrices, whole))
+        except EdgeLabError as error:
+            reason = str(error)
+        for name in _engines():
+            yield Answer(recipe.weights, alike, name, reason or runtimes.find(name).refusal(about))
+
+
+def _check_groups(recipe: recipes.Recipe, model: PreTrainedModel) -> None:
+    """Raise RecipeError for groups that do not divide the inputs of the layers. The small model has other sizes."""
+    for technique in recipe.techniques:
+        if technique.method != "quantize.kv" and (size := getattr(technique, "group_size", 0)):
+            check_group_size(size, [layer.in_features for layer in linear_layers(model).values()])
+
+
+def _shrunk(config: PretrainedConfig) -> PreTrainedModel | None:
+    """A small model with all settings of a configuration but its sizes; heads keep theirs, as rotary settings do.
+
+    Two layers, or one of each kind. None where the layout cannot be made small in this way.
+    """
+    small = copy.deepcopy(config)
+    try:
+        _, head = head_shape(config)
+        heads = max(2, SMALL // math.gcd(SMALL, head))
+        kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+        layers = max(2, len(kinds))
+        sizes = {"vocab_size": 64, "hidden_size": heads * head, "intermediate_size": heads * head}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": 1, "num_hidden_layers": layers}
+        for name, value in sizes.items():
+            if getattr(config, name, None) is not None:
+                setattr(small, name, value)
+        if kinds:
+            small.layer_types = (kinds * layers)[:layers]
+        small.pad_token_id = None
+        return AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+    except Exception:  # of any layout of transformers
+        log.debug("no small model of a %s", config.model_type, exc_info=True)
+        return None
+
+
+def _sized(matrices: dict[str, dict], whole: PreTrainedModel) -> dict[str, dict]:
+    """How matrices of a small model are stored, with the sizes that they have in the whole one."""
+    there, found = dict(whole.named_modules()), {}
+    for name, how in matrices.items():
+        if name not in there:
+            continue
+        found[name] = how
+        if "shape" in how:
+            shape = list(there[name].weight.shape)
+            in_rows = how.get("group_size") == how["shape"][1]
+            found[name] = how | {"shape": shape} | ({"group_size": shape[1]} if in_rows else {})
+    return found
 
 
 def markdown(answers: list[Answer]) -> str:
@@ -113,6 +212,8 @@ def _small_model(layout: str) -> PreTrainedModel:
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
         pad_token_id=None,
     )
     torch.manual_seed(0)

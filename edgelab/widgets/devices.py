@@ -1,7 +1,7 @@
 """The device picker: a model in a precision on a device, its predicted rate, its memory and a verdict."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import ipywidgets
@@ -16,15 +16,18 @@ from edgelab.devices import (
     battery_percent,
     catalogue,
     estimate,
+    keep_device,
     models,
+    own_device,
     this_machine,
 )
+from edgelab.errors import EdgeLabError
 from edgelab.plots import gigabytes, memory_bars
+from edgelab.plots.devices import READING_TOK_S, seconds
 from edgelab.plots.memory import TIGHT
 from edgelab.widgets import Picture
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-READING_TOK_S = 5  # about 230 words a minute
 
 
 def device_picker(
@@ -37,7 +40,8 @@ def device_picker(
     """Pick device, model, precision and context; the sentence and the memory bar answer at once.
 
     devices and shapes default to the catalogues. read_gb_s adds this machine with its measured bandwidth, and `engine`
-    what a calibration found here. Power that no source gives can be typed in; 0 is unknown.
+    what a calibration found here. Power that no source gives can be typed in; 0 is unknown. A device of the reader's
+    own can be added below; it is kept in EDGELAB_HOME for the next time.
     """
     devices = list(devices) or catalogue()
     if read_gb_s:
@@ -73,7 +77,40 @@ def device_picker(
     for control in (place, model, precision, context, power):
         control.observe(redraw, "value")
     redraw()
-    return ipywidgets.VBox([place, model, precision, context, power, answer, image])
+
+    def add(device: Device) -> None:
+        places[device.name] = device
+        place.options = list(places)
+        place.value = device.name
+
+    return ipywidgets.VBox([place, model, precision, context, power, answer, image, own_form(add)])
+
+
+def own_form(added: Callable[[Device], None]) -> ipywidgets.Accordion:
+    """A folded form for a device of the reader's own: it is kept in EDGELAB_HOME, and `added` is called with it."""
+    wide = {"style": {"description_width": "120px"}, "layout": {"width": "auto", "max_width": "480px"}}
+    name = ipywidgets.Text(placeholder="My phone", description="Name", **wide)
+    memory = ipywidgets.FloatText(description="Memory (GB)", **wide)
+    bandwidth = ipywidgets.FloatText(description="Bandwidth (GB/s)", **wide)
+    compute = ipywidgets.FloatText(description="GFLOP/s, if known", **wide)
+    part = ipywidgets.Dropdown(options=["phone", "CPU", "GPU"], description="Runs on", **wide)
+    keep, told = ipywidgets.Button(description="Keep this device"), ipywidgets.HTML()
+
+    def kept(button: ipywidgets.Button) -> None:
+        try:
+            device = own_device(
+                name.value, bandwidth.value, memory.value, compute.value or None, runs_on=part.value
+            )
+            file = keep_device(device)
+        except EdgeLabError as error:
+            told.value = html.escape(str(error))
+            return
+        told.value = f"Kept in {html.escape(file.name)} of EDGELAB_HOME."
+        added(device)
+
+    keep.on_click(kept)
+    form = ipywidgets.VBox([name, memory, bandwidth, compute, part, keep, told])
+    return ipywidgets.Accordion([form], titles=("A device of your own",), selected_index=None)
 
 
 def verdict(device: Device, row: Mapping, context: int, trained_context: int = 0) -> str:
@@ -93,7 +130,7 @@ def verdict(device: Device, row: Mapping, context: int, trained_context: int = 0
         f"About <b>{rate:.3g} tokens/s</b>, {pace} than a reader ({READING_TOK_S}); analytic, {row['basis']}."
     )
     if row["ttft_ms"] is not None:
-        text += f" First token of a 512-token prompt after {row['ttft_ms'] / 1000:.2g} s."
+        text += f" First token of a 512-token prompt after {seconds(row['ttft_ms'] / 1000)}."
     if row["energy_j_per_token"] is not None:
         text += f" {row['energy_j_per_token']:.2g} J per token ({row['energy_basis']})"
         if device.battery_wh:

@@ -1,15 +1,13 @@
-"""When the cloud is worth the trip: ways of sharing work over saved rows, and one deployment that is asked live."""
+"""When the cloud is worth the trip: ways of sharing work between edge and cloud, over saved rows."""
 
 from __future__ import annotations
 
 import html
-import logging
+import json
 import math
-import queue
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets
 import pandas as pd
@@ -17,10 +15,12 @@ import pandas as pd
 from edgelab.deployments.hybrid.routing.curves import curve
 from edgelab.deployments.hybrid.routing.gap import RoutingError
 from edgelab.deployments.hybrid.routing.replay import Served, cascade, over, served
+from edgelab.devices.power import estimated_j
+from edgelab.devices.prices import prices
 from edgelab.errors import EdgeLabError
 from edgelab.network import links
 from edgelab.plots.hybrid import CLOUD as IN_THE_CLOUD
-from edgelab.plots.hybrid import EDGE, time_line
+from edgelab.plots.hybrid import EDGE
 from edgelab.plots.style import (
     FAMILY_COLOURS,
     GREY,
@@ -32,28 +32,20 @@ from edgelab.plots.style import (
     style_axes,
 )
 from edgelab.plots.ways import deployed
-from edgelab.reference import EMBEDDED
 from edgelab.rows import NotMeasured, newest
 from edgelab.widgets import WIDE, Picture
 
-if TYPE_CHECKING:
-    from edgelab.deployments.hybrid.answering import Answer
-    from edgelab.lab.requests import Running
-
-log = logging.getLogger(__name__)
-
-PROMPT = "The capital of France is the city of"
 ALONE, CLOUD, CASCADE = "edge only", "cloud only", "cascade"
 IN_CLOUD = "cloud"  # the deployment of the cloud alone
 FURTHER = {"speculative": "drafting", "split": "split", "redact": "redact"}
 ENDS = {"edge", "cloud"}  # policies that others are shown beside
 DOUBT = "margin"  # what a cascade reads it from, unless it says otherwise
 STEPS = 200  # of the slider, at least
-SHOWN = 4  # live requests whose times are drawn
-IDLE_S = 600.0  # without a request, after which a live deployment ends
-
-
-# Saved rows
+POWER_W = 5.0  # of a phone's processor while it computes: assumed, no source gives it
+UNCOUNTED = (
+    'Some of these rows were measured before bytes, price and the times of the edge were kept; only="privacy" '
+    "measures them again."
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,11 @@ class _Saved:
 
     @property
     def is_edge_alone(self) -> bool:
-        return self.kind != "redact" and self.requests is not None and self.requests.is_edge_alone
+        return (
+            self.kind not in (IN_CLOUD, *FURTHER)
+            and self.requests is not None
+            and self.requests.is_edge_alone
+        )
 
     @property
     def name(self) -> str:
@@ -99,7 +95,10 @@ class _Saved:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one way comes to, a column of the table; None where it is not known. times: where the times come from."""
+    """What one way comes to, a column of the table; None where it is not known.
+
+    times, energy: where the times and the energy come from, empty for an energy that is not known.
+    """
 
     name: str
     right: float | None = None
@@ -112,6 +111,7 @@ class Figures:
     edge_j: float | None = None
     leaked: float | None = None
     times: str = "measured"
+    energy: str = ""
 
 
 class Saved:
@@ -152,15 +152,17 @@ class Saved:
 
     @staticmethod
     def _is_cloud(one: _Saved) -> bool:
-        return one.kind == IN_CLOUD and one.requests is not None
+        """Whether it is of the cloud alone; one whose cloud never answered is not."""
+        return one.kind == IN_CLOUD and one.requests is not None and bool(one.requests.sent.any())
 
     def measured_links(self) -> list[str]:
         """Names of the links that the cloud alone was measured over."""
         return list(dict.fromkeys(one.requests.link for one in self.all if self._is_cloud(one)))
 
     def alone(self, edge: str) -> Served:
-        """Requests that an edge has answered by itself."""
-        return next(one.requests for one in reversed(self.all) if one.is_edge_alone and one.edge == edge)
+        """Requests that an edge has answered by itself, of a row without a choice of the score where there is one."""
+        found = [one for one in reversed(self.all) if one.is_edge_alone and one.edge == edge]
+        return min(found, key=lambda one: "score" in one.settings).requests
 
     def cloud(self, edge: str, cloud: str, link: str) -> Served:
         """Requests that a cloud has answered, over a link; predicted where they were measured over another one only.
@@ -197,7 +199,7 @@ class Saved:
     def row(self, kind: str, name: str, edge: str, cloud: str, link: str) -> _Saved | None:
         """A row by its name, of the link where there is one; None where the name is that of no row."""
         found = [one for one in self._of(kind, edge, cloud) if one.name == name]
-        found.sort(key=lambda one: one.row["link"] == link)
+        found.sort(key=lambda one: one.settings.get("link", "") == link)
         return found[-1] if found else None
 
     def cascades(self, edge: str, cloud: str, score: str) -> list[_Saved]:
@@ -209,39 +211,80 @@ class Saved:
         ]
 
 
-def figures(name: str, found: Served, leaked: float | None = None, both: bool = False) -> Figures:
-    """Figures of requests. both: whether they were put together from two rows."""
+def edge_energy(stated_j: float | None, edge_ms: Sequence[float], power_w: float) -> tuple[float | None, str]:
+    """Joules at the edge for the mean request, and their basis in words.
+
+    stated_j: what the row says, which wins; None where it was measured without a power. edge_ms: of each request, what
+    the edge computed. power_w: of the edge while it computes, 0 where it is not known. Without both, None and "".
+    """
+    if stated_j is not None:
+        return stated_j, "as the row says"
+    if not power_w > 0 or not len(edge_ms):
+        return None, ""
+    seconds = sum(edge_ms) / len(edge_ms) / 1e3
+    return estimated_j(power_w, seconds) if seconds > 0 else (0.0, "the edge does not compute")
+
+
+def figures(
+    name: str, found: Served, leaked: float | None = None, both: bool = False, power_w: float = 0.0
+) -> Figures:
+    """Figures of requests. both: whether they were put together from two rows. power_w: as in `edge_energy`."""
     times = "from both rows" if both else "measured"
     if found.predicted:
         times = "from both rows, link predicted" if both else "predicted"
+    edge_j, energy = edge_energy(found.edge_j, found.edge_ms, power_w)
     return Figures(
         name, found.accuracy, found.share, found.ms_at(50), found.ms_at(95), found.sent_bytes, found.received_bytes,
-        found.usd_per_1k, found.edge_j, leaked, times,
+        found.usd_per_1k, edge_j, leaked, times, energy,
     )  # fmt: skip
 
 
-def private_figures(name: str, saved: _Saved | None, link: str) -> Figures:
-    """Figures of a policy: of questions about messages with personal data in them. Times over another link: unknown."""
+def private_figures(name: str, saved: _Saved | None, link: str, power_w: float = 0.0) -> Figures:
+    """Figures of a policy: of questions about messages with personal data in them. power_w: as in `edge_energy`.
+
+    Over another link than the measured one times are unknown, and data is priced anew.
+    """
     if saved is None:
         return Figures(name, times="not measured")
     row = saved.row
     stays = row["private_cloud_share"] == 0  # nothing travels, whatever the link
-    here = stays or saved.settings.get("link") == link
+    measured = saved.settings.get("link", "")
+    here = stays or measured == link
+    sent, received, usd = (
+        _known(row[f"private_{what}"]) for what in ("sent_bytes", "received_bytes", "usd_per_1k")
+    )
+    if usd is not None and sent is not None and received is not None:
+        per_gb = prices().data
+        usd += 1e3 * (sent + received) / 1e9 * (per_gb.get(link, 0.0) - per_gb.get(measured, 0.0))
+    edge_j, energy = edge_energy(_known(row["private_edge_j"]), _edge_ms(row["private"]), power_w)
     return Figures(
         name,
         right=_known(row["private_right"]),
         share=_known(row["private_cloud_share"]),
         p50_ms=_known(row["private_ms_p50"]) if here else None,
+        p95_ms=_known(row["private_ms_p95"]) if here else None,
+        sent_bytes=sent,
+        received_bytes=received,
+        usd_per_1k=usd,
+        edge_j=edge_j,
         leaked=_known(row["leaked_share"]),
-        times="measured" if here else f"measured over {saved.settings.get('link')} only",
+        times="measured" if here else f"measured over {measured} only",
+        energy=energy,
     )
+
+
+def _edge_ms(private: Any) -> list[float]:
+    """What the edge computed for each question about a message; empty where the row does not say."""
+    return json.loads(private).get("edge_ms", []) if isinstance(private, str) and private else []
 
 
 def cloud_trip(rows: pd.DataFrame) -> ipywidgets.VBox:
     """Choose a link and a way of sharing work: what it comes to, beside the edge alone and the cloud alone.
 
     A cascade is put together anew for every threshold from the rows of the edge alone and the cloud alone. Over a link
-    that was not measured, times are predicted from bytes and round trips, and said to be.
+    that was not measured, times are predicted from bytes and round trips, and said to be. Where a row says nothing of
+    energy, it is estimated from the power that the reader gives the edge and the time in which the edge computes. The
+    price holds the electricity of energies that rows say, and not that of estimated ones.
 
     rows: a frame of the ledger. Raises NotMeasured where the edge alone or the cloud alone is missing.
     """
@@ -260,6 +303,10 @@ def cloud_trip(rows: pd.DataFrame) -> ipywidgets.VBox:
     which = ipywidgets.Dropdown(options=[], description="Which", **WIDE)
     score = ipywidgets.Dropdown(options=[], description="Doubt by", **WIDE)
     threshold = ipywidgets.FloatSlider(description="Threshold", readout_format=".3f", **WIDE)
+    power = ipywidgets.BoundedFloatText(
+        POWER_W, min=0, max=2000, step=0.5, description="Power of the edge, W",
+        style={"description_width": "initial"}, layout=WIDE["layout"],
+    )  # fmt: skip
     answer, picture = ipywidgets.HTML(), Picture(720)
     filling = False
 
@@ -297,20 +344,23 @@ def cloud_trip(rows: pd.DataFrame) -> ipywidgets.VBox:
         point = None
         if way.value == "redact":
             columns = [
-                private_figures(name, saved.row("redact", policy, *pair, link.value), link.value)
+                private_figures(name, saved.row("redact", policy, *pair, link.value), link.value, power.value)
                 for name, policy in (
                     (ALONE, "edge"),
                     (f"policy {which.value}", which.value),
                     (CLOUD, "cloud"),
                 )
             ]
-            answer.value = table(columns, 1, "Of questions about messages with personal data in them.")
+            note = "Of questions about messages with personal data in them."
+            if any(one.right is not None and one.sent_bytes is None for one in columns):
+                note += f" {UNCOUNTED}"
+            answer.value = table(columns, 1, note)
             picture.value = ""
             return
         note, chosen, place = "", None, {ALONE: 0, CLOUD: 1}.get(way.value)
         if way.value == CASCADE:
             both = cascade(here, there, score.value, threshold.value)
-            chosen, point = figures(CASCADE, both, both=True), both
+            chosen, point = figures(CASCADE, both, both=True, power_w=power.value), both
             note = (
                 f"{both.share:.0%} of the requests have a score below {threshold.value:.3f} and go to the cloud; "
                 f"{both.accuracy:.1%} are right in the end."
@@ -319,12 +369,13 @@ def cloud_trip(rows: pd.DataFrame) -> ipywidgets.VBox:
             kind = next(kind for kind, name in FURTHER.items() if name == way.value)
             row = saved.row(kind, which.value, *pair, link.value)
             point = over(row.requests, link.value)
-            chosen = figures(f"{way.value}, {which.value}", point, _known(row.row["leaked_share"]))
+            leaked = _known(row.row["leaked_share"])
+            chosen = figures(f"{way.value}, {which.value}", point, leaked, power_w=power.value)
             note = _note(kind)
         else:
             point = (here, there)[place]
         ends = [
-            figures(name, found, _leaked(saved, policy, *pair))
+            figures(name, found, _leaked(saved, policy, *pair), power_w=power.value)
             for name, found, policy in ((ALONE, here, "edge"), (CLOUD, there, "cloud"))
         ]
         columns = ends if chosen is None else [ends[0], chosen, ends[1]]
@@ -336,16 +387,16 @@ def cloud_trip(rows: pd.DataFrame) -> ipywidgets.VBox:
 
     for control in (edge, cloud, way, score):
         control.observe(fill, "value")
-    for control in (link, which, threshold):
+    for control in (link, which, threshold, power):
         control.observe(redraw, "value")
     for control, options in ((edge, saved.edges), (cloud, saved.clouds)):
         _show(control, len(options) > 1)
     fill()
-    return ipywidgets.VBox([edge, cloud, link, way, which, score, threshold, answer, picture])
+    return ipywidgets.VBox([edge, cloud, link, way, which, score, threshold, power, answer, picture])
 
 
 def _leaked(saved: Saved, policy: str, edge: str, cloud: str) -> float | None:
-    """Personal data that leaves the device, where the row of the policy says it: it is the same over every link."""
+    """Share of data with a form that leaves, where the row of the policy says it; the same over every link."""
     row = saved.row("redact", policy, edge, cloud, "")
     return None if row is None else _known(row.row["leaked_share"])
 
@@ -402,7 +453,7 @@ LINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("Received (bytes)", "received_bytes", "{:,.0f}".format),
     ("1,000 requests (USD)", "usd_per_1k", "{:.4f}".format),
     ("Energy at the edge (J)", "edge_j", "{:.2f}".format),
-    ("Personal data that leaves", "leaked", "{:.0%}".format),
+    ("Data with a form that leaves", "leaked", "{:.0%}".format),
 )
 
 
@@ -433,6 +484,8 @@ def table(columns: Sequence[Figures], chosen: int, note: str = "") -> str:
         if any(value is not None for value in values):
             lines.append(line(head, ["–" if value is None else form(value) for value in values]))
     lines.append(line("Times", [html.escape(one.times) for one in columns]))
+    if any(one.energy for one in columns):
+        lines.append(line("Energy", [html.escape(one.energy) or "–" for one in columns]))
     return f'<div class="edgelab-trip"{data}><table>{"".join(lines)}</table>{html.escape(note)}</div>'
 
 
@@ -479,184 +532,3 @@ def deferral_point(
     axes.set_ylabel("Right answers (%)")
     style_axes(axes, f"{share:.0f} % go to the cloud, and {accuracy:.1f} % are right")
     return stamp(figure, pd.DataFrame({"fast": [fast]}))
-
-
-# Live
-
-
-class _Closing(ipywidgets.VBox):
-    """A box that calls `ended` when it is closed."""
-
-    def __init__(self, children: Sequence[ipywidgets.Widget], ended: Callable[[], None]) -> None:
-        super().__init__(children)
-        self._ended = ended
-
-    def close(self) -> None:
-        """End what runs behind the controls, and take them out of the page."""
-        if hasattr(self, "_ended"):  # ipywidgets closes a box that could not be made, too
-            self._ended()
-        super().close()
-
-
-def live_request(
-    recipe: str = "prune.layers:drop=13/14/15 @ cascade:cloud=(none),link=lte",
-    tokens: int = 16,
-    model: str = EMBEDDED,
-    idle_s: float = IDLE_S,
-) -> ipywidgets.VBox:
-    """Ask a deployment of edge and cloud, see who answers and when who was at work, and unplug the cloud.
-
-    The first question starts edge, cloud and link, which stay until Stop, until the widget is closed, or until nothing
-    was asked for idle_s seconds. tokens: of an answer, at most.
-    """
-    prompt = ipywidgets.Text(value=PROMPT, description="Prompt", **WIDE)
-    ask = ipywidgets.Button(description="Ask", button_style="primary")
-    stop = ipywidgets.Button(description="Stop", disabled=True)
-    unplugged = ipywidgets.ToggleButton(description="Unplug the cloud", button_style="danger", icon="plug")
-    said, text, times = ipywidgets.HTML(), ipywidgets.HTML(), Picture(720)
-    asker = _Asker(recipe, model, tokens, idle_s, ask, stop, unplugged, said, text, times)
-    ask.on_click(lambda _: asker.ask(prompt.value))
-    stop.on_click(lambda _: asker.stop())
-    unplugged.observe(lambda change: asker.plug(change["new"]), "value")
-    return _Closing([prompt, ipywidgets.HBox([ask, stop, unplugged]), said, text, times], asker.stop)
-
-
-class _Asker:
-    """What the buttons do. One thread starts the deployment, answers one prompt after the other, and ends it."""
-
-    def __init__(
-        self,
-        recipe: str,
-        model: str,
-        tokens: int,
-        idle_s: float,
-        button: ipywidgets.Button,
-        stop_button: ipywidgets.Button,
-        unplugged: ipywidgets.ToggleButton,
-        said: ipywidgets.HTML,
-        text: ipywidgets.HTML,
-        times: Picture,
-    ) -> None:
-        self.recipe, self.model, self.tokens, self.idle_s = recipe, model, tokens, idle_s
-        self.button, self.stop_button, self.unplugged = button, stop_button, unplugged
-        self.said, self.text, self.times = said, text, times
-        self.thread: threading.Thread | None = None
-        self.found: Running | None = None
-        self.off = threading.Event()
-        self.asked = 0
-        self.spans: dict[str, Sequence[tuple[str, float, float]]] = {}
-
-    def ask(self, prompt: str) -> None:
-        """Hand a prompt to the thread, which is started where there is none."""
-        if self.button.disabled or not prompt.strip():
-            return
-        self.button.disabled, self.stop_button.disabled = True, False
-        if self.thread is None:
-            self.said.value = "Starting …"
-            from edgelab.measure.isolation import Stop  # as `lab`, it imports what saved rows do without
-
-            self.off, self.prompts, self.process = threading.Event(), queue.Queue(), Stop()
-            self.thread = threading.Thread(target=self._run, daemon=True)
-            self.thread.start()
-        self.prompts.put(prompt)
-
-    def stop(self) -> None:
-        """End the deployment, whatever it is doing; the thread says when it has ended."""
-        if self.thread is None or self.off.is_set():
-            return
-        self.stop_button.disabled = self.button.disabled = True
-        self.said.value = "Stopping …"
-        self.off.set()
-        self.process()
-        if (found := self.found) is not None:
-            found.hang_up()
-        self.prompts.put(None)
-
-    def plug(self, unplugged: bool) -> None:
-        """Unplug the cloud of what runs, or plug it in. Before the start it is only noted."""
-        self.unplugged.description = "Plug the cloud in" if unplugged else "Unplug the cloud"
-        if self.found is not None and not self.off.is_set():
-            (self.found.unplug if unplugged else self.found.plug_in)()
-
-    def _run(self) -> None:
-        """In the thread."""
-        from edgelab.measure.isolation import Stopped
-
-        try:
-            with self.process:
-                self._serve()
-            ended = "Stopped." if self.off.is_set() else f"Nothing was asked for {self.idle_s:,.0f} s."
-            ended = f"{ended} Edge, cloud and link have ended; the next question starts them again."
-        except Stopped:
-            ended = "Stopped. Edge, cloud and link have ended; the next question starts them again."
-        except EdgeLabError as error:
-            ended = str(error)
-        except Exception as error:
-            log.exception("a live request")
-            ended = f"{type(error).__name__}: {error}"
-        self.found = self.thread = None
-        self.said.value = html.escape(ended)
-        self.button.disabled, self.stop_button.disabled = False, True
-
-    def _serve(self) -> None:
-        from edgelab.lab.requests import running
-
-        with running(
-            self.recipe, model=self.model, tokens=self.tokens, say=self._say, called_off=self.off.is_set
-        ) as found:
-            self.found = found
-            try:
-                self._answer_all(found)
-            finally:  # what ends is not unplugged any more
-                self.found = None
-
-    def _answer_all(self, found: Running) -> None:
-        if self.unplugged.value:
-            found.unplug()
-        while (prompt := self._next()) is not None:
-            limit = f" The cloud is given up after {found.deadline_s:g} s." if found.remote else ""
-            self._say(f"Answering …{limit}")
-            answer = found.answer(prompt)
-            if self.off.is_set():  # its time says when it was stopped
-                return
-            self._show(prompt, answer)
-            self.button.disabled = False
-
-    def _next(self) -> str | None:
-        try:
-            return self.prompts.get(timeout=self.idle_s)
-        except queue.Empty:
-            self.button.disabled = True
-            return None
-
-    def _say(self, text: str) -> None:
-        if not self.off.is_set():
-            self.said.value = html.escape(text)
-
-    def _show(self, prompt: str, answer: Answer) -> None:
-        self.asked += 1
-        self.text.value = answer_words(prompt, answer)
-        self.spans[f"{self.asked}: {answer.by}"] = answer.spans
-        for name in list(self.spans)[:-SHOWN]:
-            del self.spans[name]
-        self.times.draw(time_line(self.spans, "Who was at work when"))
-        self._say(f"Ready: {self.recipe}.")
-
-
-def answer_words(prompt: str, answer: Answer) -> str:
-    """HTML: prompt and answer, who answered in how many milliseconds, what travelled and what went wrong.
-
-    `data-by` and `data-ms` hold who and how long.
-    """
-    who = {"edge": "The edge answered", "cloud": "The cloud answered", "nobody": "Nobody answered"}[answer.by]
-    if answer.by == "edge" and answer.wanted_cloud:
-        who = "The edge answered for want of the cloud"
-    travelled = f", {answer.sent_bytes:,} bytes sent and {answer.received_bytes:,} received"
-    drafts = f", {answer.accepted} of {answer.drafted} drafted tokens accepted" if answer.drafted else ""
-    sure = "".join(f", {name} {value:.2f}" for name, value in answer.scores.items() if name == "margin")
-    return (
-        f'<div class="edgelab-answer" data-by="{answer.by}" data-ms="{1e3 * answer.seconds:.1f}">'
-        f"<p>{html.escape(prompt)}<b>{html.escape(answer.text)}</b></p>"
-        f"<p>{who} in {1e3 * answer.seconds:,.0f} ms{travelled if answer.sent_bytes else ''}{drafts}{sure}. "
-        f"{html.escape(answer.said)}</p></div>"
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, Literal
 
 from edgelab.assets import data_dir, fingerprint
@@ -11,10 +11,33 @@ from edgelab.keys import key
 from edgelab.network import find
 from edgelab.recipes import Recipe, RecipeError, deployment
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 2.0  # of what is sampled; the server takes no other but 0
+MOST_DEADLINE_S = 86_400.0  # of a request; clocks of the operating system do not count to any number
+
+
+def is_temperature(value: float) -> bool:
+    """Whether drafts can be made and verified at a temperature: 0 is greedy, all others have to be sampled."""
+    return value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE
+
+
+def is_deadline(seconds: float) -> bool:
+    """Whether so many seconds are a deadline that can be waited for."""
+    return 0 < seconds <= MOST_DEADLINE_S
+
+
+def _check_deadline(seconds: float) -> None:
+    if not is_deadline(seconds):
+        raise RecipeError(f"deadline_s={seconds} should be above 0 and at most {MOST_DEADLINE_S:g}, a day.")
+
 
 def priced() -> str:
     """The prices that requests are counted with, as data/prices.csv says now; where they are from does not count."""
     return f"prices {key('prices', asdict(prices()))[:8]}"
+
+
+def linked(link: str) -> str:
+    """What a link of data/links.csv is now; where its figures are from does not count."""
+    return repr(replace(find(link), source=""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +60,14 @@ class Shared:
     parts: ClassVar[tuple[str, ...]] = ("requests",)
 
     def __post_init__(self) -> None:
-        if not self.deadline_s > 0:
-            raise RecipeError(f"deadline_s={self.deadline_s} should be above 0.")
+        _check_deadline(self.deadline_s)
         if self.cloud.deployment.parts or self.cloud.runtime == "partition":
             raise RecipeError(f"cloud=({self.cloud}) runs on one device; leave out what follows its @.")
 
     def reads(self) -> list[str]:
         """What the link is, the techniques of the cloud, and the prices."""
-        return [*self._between(), priced()]
-
-    def _between(self) -> list[str]:
         techniques = (f"{one.method}, version {one.version}" for one in self.cloud.techniques)
-        return [repr(find(self.link)), *techniques]
+        return [linked(self.link), *techniques, priced()]
 
 
 @deployment("cloud", shown=("cloud", "link"))
@@ -57,7 +76,8 @@ class CloudAlone(Shared):
     """The cloud answers every request; what the recipe describes answers where the cloud does not.
 
     cloud: recipe in parentheses that the cloud runs. link: between them, of data/links.csv. edge: engine of the part
-    that the recipe describes. deadline_s: for a request.
+    that the recipe describes. deadline_s: for a request, of which the edge keeps the time that it needs to answer
+    alone.
     """
 
     service: ClassVar[str] = "edgelab.deployments.hybrid.cascading:AllInCloud"
@@ -101,9 +121,10 @@ class Speculative(Shared):
     """The edge drafts some tokens, the cloud says which of them it would have written, and adds one.
 
     cloud: recipe in parentheses that the cloud runs. link: between them, of data/links.csv. edge: engine of the part
-    that the recipe describes. deadline_s: for a request, behind which the edge writes alone. draft: tokens of a draft.
-    adaptive: choose its length from the acceptance and the times so far, beginning with `draft`. pipelined: go on
-    drafting while an answer is away. temperature: of what is sampled, 0 for the likeliest token.
+    that the recipe describes. deadline_s: for a request, of which the edge keeps the time that it needs to write alone.
+    draft: tokens of a draft. adaptive: choose its length from the acceptance and the times so far, beginning with
+    `draft`. pipelined: go on drafting while an answer is away. temperature: of what is sampled, 0.001 to 2, or 0 for
+    the likeliest token.
     """
 
     draft: int = 4
@@ -117,8 +138,11 @@ class Speculative(Shared):
         super().__post_init__()
         if not 1 <= self.draft <= 16:
             raise RecipeError(f"speculative:draft={self.draft} should be 1 to 16 tokens.")
-        if not self.temperature >= 0:
-            raise RecipeError(f"speculative:temperature={self.temperature} should be at least 0.")
+        if not is_temperature(self.temperature):
+            raise RecipeError(
+                f"speculative:temperature={self.temperature} should be {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}, "
+                "or 0 for the likeliest token."
+            )
 
 
 @deployment("redact", shown=("cloud", "link", "policy"))
@@ -127,8 +151,9 @@ class Redact(Shared):
     """The cloud answers what a policy lets out; personal data is found by its form, and put back into the answer.
 
     cloud: recipe in parentheses that the cloud runs. link: between them, of data/links.csv. edge: engine of the part
-    that the recipe describes. deadline_s: for a request. policy: edge, nothing leaves; local, what holds personal data
-    stays; redact, it leaves with placeholders in the place of personal data; cloud, all leaves as it is.
+    that the recipe describes. deadline_s: for a request, of which the edge keeps the time that it needs to answer
+    alone. policy: edge, nothing leaves; local, what holds personal data stays; redact, it leaves with placeholders in
+    the place of personal data; cloud, all leaves as it is.
     """
 
     policy: Literal["edge", "local", "redact", "cloud"] = "redact"
@@ -138,9 +163,9 @@ class Redact(Shared):
     parts: ClassVar[tuple[str, ...]] = ("privacy",)
 
     def reads(self) -> list[str]:
-        """What the link is, the techniques of the cloud, and the messages; no part of such a row has a price."""
+        """What the link is, the techniques of the cloud, the prices, and the messages."""
         messages = fingerprint(data_dir() / "privacy" / "prompts.jsonl")
-        return [*self._between(), f"privacy {messages[:8]}"]
+        return [*super().reads(), f"privacy {messages[:8]}"]
 
 
 @deployment("split", shown=("link", "cut"))
@@ -165,11 +190,10 @@ class Split:
     parts: ClassVar[tuple[str, ...]] = ("requests",)
 
     def __post_init__(self) -> None:
-        if self.cut < 0 or not self.deadline_s > 0:
-            raise RecipeError(
-                f"split:cut={self.cut} should be at least 0, deadline_s={self.deadline_s} above 0."
-            )
+        _check_deadline(self.deadline_s)
+        if self.cut < 0:
+            raise RecipeError(f"split:cut={self.cut} should be at least 0.")
 
     def reads(self) -> list[str]:
         """What the link is, and the prices."""
-        return [repr(find(self.link)), priced()]
+        return [linked(self.link), priced()]

@@ -73,6 +73,10 @@ ACCOUNTS = {  # how the rest of an IBAN is built: # is a digit
 }
 
 
+# Without one, small models begin a new line, or go on with the message, in place of an answer.
+EXAMPLE = "My train to Lund leaves at nine.\nQuestion: Which city does the train go to?\nAnswer: Lund\n\n"
+
+
 class PromptError(EdgeLabError):
     """A template with a field that nothing fills, or a split that does not exist."""
 
@@ -95,8 +99,8 @@ class Prompt:
     entities: tuple[Entity, ...] = ()
 
     def asked(self, text: str | None = None) -> str:
-        """What a language model goes on from. text: in place of the message, where that was redacted."""
-        return f"{self.text if text is None else text}\nQuestion: {self.question}\nAnswer:"
+        """What a language model goes on from, with EXAMPLE first. text: in place of the message, where redacted."""
+        return f"{EXAMPLE}{self.text if text is None else text}\nQuestion: {self.question}\nAnswer:"
 
 
 def load(split: Split) -> list[Prompt]:

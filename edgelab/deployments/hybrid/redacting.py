@@ -1,8 +1,9 @@
-"""Requests with personal data in them: what a policy lets out, and whether the answer is right all the same."""
+"""Requests under a policy: what it lets out, and whether the answer is right all the same."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -42,31 +43,52 @@ class Redacting(AllInCloud):
 
     def items(self) -> list[Prompt]:
         """The prompts that are measured: held out, and evenly over their templates."""
-        found = load("held_out")
-        count = PROMPTS_FAST if assets.fast() else PROMPTS
-        return found[:: max(len(found) // count, 1)][:count]
+        return _evenly(load("held_out"), PROMPTS_FAST if assets.fast() else PROMPTS)
+
+    def others(self, count: int) -> list[Prompt]:
+        """So many prompts that are never measured: of the training split, evenly over their templates."""
+        return _evenly(load("train"), count)
+
+    def prepare(self, others: Sequence[Request], progress: Callable[[int, int], None]) -> None:
+        """Load the recognisers, which takes seconds, before an answer is timed."""
+        self._allowed("")
+        super().prepare(others, progress)
+
+    def shared(self, request: Request) -> Answer:
+        """The answer to any prompt, the whole of which is under the policy."""
+        begun = time.perf_counter()
+        return self._answered(request, self._allowed(request.prompt), lambda text: text, begun)
 
     def private(self, item: Prompt) -> Private:
-        """Ask about a message. Finding personal data is work of the edge, and its time counts."""
+        """Ask about a message. The message is under the policy, and the question about it goes with it as it is."""
         begun = time.perf_counter()
         allowed = self._allowed(item.text)
+        request = Request(item.asked(), "", TOKENS, stop="\n")  # only the first line counts
+        answer = self.counted(lambda: self._answered(request, allowed, item.asked, begun))
+        return Private(item, answer, None if allowed is None else allowed.text)  # sent, answered or not
+
+    def _answered(
+        self, request: Request, allowed: Redacted | None, around: Callable[[str], str], begun: float
+    ) -> Answer:
+        """The cloud's answer to a prompt with the text that may leave, or the edge's own where none may.
+
+        begun: when the edge began to look for personal data, which is its work, so that its time counts.
+        """
         looked = time.perf_counter() - begun
-        whole = Request(item.asked(), "", TOKENS, stop="\n")  # only the first line counts
         if allowed is None:
-            own = self.edge.answer(whole)
+            own = self.edge.answer(request)
             spans = tuple((who, looked + first, looked + last) for who, first, last in own.spans)
-            return Private(item, replace(own, spans=(("edge", 0.0, looked), *spans)), None)
-
-        def asked() -> Answer:
-            try:
-                found = self.ask(
-                    replace(whole, prompt=item.asked(allowed.text)), begun, (("edge", 0.0, looked),)
-                )
-            except CloudError as error:
-                return self.edge.alone(whole, begun, str(error))
-            return replace(found, text=allowed.restore(found.text))
-
-        return Private(item, self.counted(asked), allowed.text)  # it may have arrived without an answer
+            return replace(own, spans=(("edge", 0.0, looked), *spans))
+        try:
+            found = self.ask(
+                replace(request, prompt=around(allowed.text)),
+                begun,
+                (("edge", 0.0, looked),),
+                self.cloud_s(request),
+            )
+        except CloudError as error:
+            return self.edge.alone(request, begun, str(error))
+        return replace(found, text=allowed.restore(found.text))
 
     @staticmethod
     def leaked(found: list[Private]) -> float | None:
@@ -75,3 +97,7 @@ class Redacting(AllInCloud):
 
     def _allowed(self, text: str) -> Redacted | None:
         return None if self.settings.policy == "edge" else outgoing(text, self.settings.policy)
+
+
+def _evenly(found: list[Prompt], count: int) -> list[Prompt]:
+    return found[:: max(len(found) // count, 1)][:count]

@@ -15,6 +15,7 @@ from edgelab.deployments.hybrid.answering import Answer, Answering
 from edgelab.deployments.hybrid.client.breaker import CircuitBreaker
 from edgelab.deployments.hybrid.client.cloud import Cloud
 from edgelab.deployments.hybrid.client.failures import CloudSlow
+from edgelab.deployments.hybrid.server.limits import Limits
 from edgelab.deployments.hybrid.server.serving import Settings, started
 from edgelab.network import LOCAL, Proxies, find
 from edgelab.recipes import Recipe
@@ -29,19 +30,44 @@ class Remote:
     """The cloud behind a link. cloud: a client that goes through the link; direct: one that does not, for choosing.
 
     proxy: the link, whose bytes are counted; interrupt it for an outage. server: with `stop`, for a cloud that is gone.
+    numbers_bytes: of probabilities or hidden states that one request may hold. deadline_s: the longest of a request.
+    The server takes as many and waits as long: what it refused every time would be a row of the edge alone.
     """
 
-    def __init__(self, recipe: Recipe, link: str, model: str, seed: int, cut: int | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        link: str,
+        model: str,
+        seed: int,
+        cut: int | None = None,
+        *,
+        numbers_bytes: int = 0,
+        deadline_s: float = 0.0,
+    ) -> None:
+        between = find(link)  # raises before anything is started
+        usual = Limits()
+        limits = replace(
+            usual,
+            body_bytes=usual.body_bytes + numbers_bytes,
+            body_s=max(usual.body_s, deadline_s),
+            request_s=max(usual.request_s, deadline_s),
+        )
         self._stack = ExitStack()
         try:
             served = Settings(
-                recipe=str(recipe), model=model, seed=seed, cut=cut, threads=torch.get_num_threads()
+                recipe=str(recipe),
+                model=model,
+                seed=seed,
+                cut=cut,
+                threads=torch.get_num_threads(),
+                limits=limits,
             )
             self.server = self._stack.enter_context(started(served))
             self.proxies = Proxies()
             self._stack.callback(self.proxies.close)
             port = int(self.server.url.rsplit(":", 1)[1])
-            self.proxy = self.proxies.open(find(link), LOCAL, port)
+            self.proxy = self.proxies.open(between, LOCAL, port)
             self.cloud, self.direct = (
                 self._stack.enter_context(Cloud(f"http://{LOCAL}:{at}", self.server.token))
                 for at in (self.proxy.listening, port)

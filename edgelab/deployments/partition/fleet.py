@@ -9,15 +9,15 @@ source.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from edgelab import csv_files
 from edgelab.assets import data_dir
-from edgelab.devices.catalogue import Device, catalogue, this_machine
+from edgelab.devices.catalogue import HERE, Device, catalogue, this_machine
 from edgelab.errors import EdgeLabError
 from edgelab.keys import key
 from edgelab.network import Link, LinkError, find
@@ -86,19 +86,8 @@ def load(name: str | Path) -> Fleet:
     path = known.get(str(name), Path(name))
     if not path.is_file():
         raise FleetError(f"{name} is no file and no fleet of edgelab; there are {', '.join(known)}.")
-    with path.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        unknown = [column for column in reader.fieldnames or () if column not in COLUMNS]
-        missing = [column for column in COLUMNS[:4] if column not in (reader.fieldnames or ())]
-        if unknown or missing:
-            raise FleetError(
-                f"{path.name}, line 1: {'unknown column ' + unknown[0] if unknown else 'no column ' + missing[0]}; "
-                f"the columns are {', '.join(COLUMNS)}."
-            )
-        rows = [(reader.line_num, row) for row in reader]
-    members = [
-        member for line, row in rows if row["kind"] == "device" for member in _members(path, line, row)
-    ]
+    rows = list(csv_files.lines(path, FleetError, COLUMNS, needed=COLUMNS[:4]))
+    members = [member for where, row in rows if row["kind"] == "device" for member in _members(where, row)]
     if not members:
         raise FleetError(f"{path.name} has no device; a line begins device,NAME,,DEVICE OF THE CATALOGUE.")
     names = [member.name for member in members]
@@ -106,71 +95,78 @@ def load(name: str | Path) -> Fleet:
         raise FleetError(f"{path.name}: two devices are called {doubled!r}; give the second another name.")
     count = len(members)
     fleet = Fleet(path.stem, tuple(members), np.diag(np.full(count, np.inf)), np.zeros((count, count)))
-    for line, row in rows:
+    for where, row in rows:
         if row["kind"] == "link":
-            fleet = _linked(fleet, path, line, row)
+            fleet = _linked(fleet, where, row)
         elif row["kind"] != "device":
-            raise _wrong(path, line, "kind", row["kind"], "device or link")
+            raise _wrong(where, "kind", row["kind"], "device or link")
     return fleet
 
 
 def identity(name: str) -> str:
-    """A fleet and what its file and its links say now."""
+    """A fleet and what its file and its links say now. What is free on this machine just now is no part of it."""
     fleet = load(name)
-    said = [(one.name, one.device.name, one.room_gb, one.slow_down) for one in fleet.members]
+    said = [(one.name, one.device.name, _stated_gb(one), one.slow_down) for one in fleet.members]
     return f"fleet {fleet.name} {key('fleet', said, fleet.bandwidth.tolist(), fleet.delay.tolist())}"
 
 
-def _wrong(path: Path, line: int, column: str, value: object, right: str) -> FleetError:
-    return FleetError(f"{path.name}, line {line}, column {column}: {value!r} should be {right}.")
+def _stated_gb(member: Member) -> float | None:
+    free = member.device.name == HERE and member.room_gb == member.device.room_gb
+    return None if free else member.room_gb
 
 
-def _number(path: Path, line: int, row: dict[str, str], column: str, otherwise: float | None) -> float | None:
-    text = (row.get(column) or "").strip()
+def _wrong(where: str, column: str, value: object, right: str) -> FleetError:
+    return FleetError(f"{where}, column {column}: {value!r} should be {right}.")
+
+
+def _number(where: str, row: dict[str, str], column: str, otherwise: float | None) -> float | None:
+    text = row.get(column, "")
     if not text:
         return otherwise
     try:
         value = float(text)
     except ValueError:
-        raise _wrong(path, line, column, text, "a number") from None
+        raise _wrong(where, column, text, "a number") from None
     if not 0 < value < float("inf"):
-        raise _wrong(path, line, column, text, "a number above 0")
+        raise _wrong(where, column, text, "a number above 0")
     return value
 
 
-def _members(path: Path, line: int, row: dict[str, str]) -> list[Member]:
+def _members(where: str, row: dict[str, str]) -> list[Member]:
+    if not row["name"]:
+        raise _wrong(where, "name", "", "a name of its own")
     known = {device.name: device for device in (this_machine(), *catalogue())}
     if row["what"] not in known:
-        raise _wrong(path, line, "what", row["what"], f"a device of the catalogue: {', '.join(known)}")
+        raise _wrong(where, "what", row["what"], f"a device of the catalogue: {', '.join(known)}")
     device = known[row["what"]]
-    count = _number(path, line, row, "count", 1)
+    count = _number(where, row, "count", 1)
     if count != int(count):
-        raise _wrong(path, line, "count", row["count"], "a whole number")
-    room = _number(path, line, row, "room_gb", device.room_gb)
+        raise _wrong(where, "count", row["count"], "a whole number")
+    room = _number(where, row, "room_gb", device.room_gb)
     if room is None:
-        raise _wrong(path, line, "room_gb", row.get("room_gb"), "given, as the catalogue does not know it")
-    slow = _number(path, line, row, "slow_down", 1.0)
+        raise _wrong(where, "room_gb", row.get("room_gb"), "given, as the catalogue does not know it")
+    slow = _number(where, row, "slow_down", 1.0)
     names = [row["name"]] if count == 1 else [f"{row['name']} {place + 1}" for place in range(int(count))]
     return [Member(name, device, room, slow) for name in names]
 
 
-def _linked(fleet: Fleet, path: Path, line: int, row: dict[str, str]) -> Fleet:
+def _linked(fleet: Fleet, where: str, row: dict[str, str]) -> Fleet:
     if not row["what"]:
-        raise _wrong(path, line, "what", "", "a link of data/links.csv or a number of Mbps")
+        raise _wrong(where, "what", "", "a link of data/links.csv or a number of Mbps")
     try:
         link = Link(row["what"], *[float(row["what"])] * 2) if _is_number(row["what"]) else find(row["what"])
     except LinkError as error:
-        raise FleetError(f"{path.name}, line {line}, column what: {error}") from None
+        raise FleetError(f"{where}, column what: {error}") from None
     ends = []
     for column in ("name", "to"):
-        wanted = (row[column] or "").strip()
+        wanted = row[column]
         found = [
             one
             for one in fleet.names
             if wanted == "*" or one == wanted or (wanted and one.rpartition(" ")[0] == wanted)
         ]
         if not found:
-            raise _wrong(path, line, column, wanted, f"one of {', '.join(fleet.names)}, or *")
+            raise _wrong(where, column, wanted, f"one of {', '.join(fleet.names)}, or *")
         ends.append(found)
     least = min(link.up_mbps, link.down_mbps)
     alike = replace(link, up_mbps=least, down_mbps=least)  # of two stations, the sender's way up decides

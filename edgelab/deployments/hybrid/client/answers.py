@@ -15,6 +15,7 @@ from edgelab.deployments.hybrid.client.failures import (
     CloudBusy,
     CloudDenied,
     CloudGarbled,
+    CloudLacking,
     CloudRefused,
 )
 
@@ -35,7 +36,8 @@ class Cost:
 class Completion:
     """An answer. ids: of its tokens; logprobs: of each; top: the likeliest in the place of each, by their text.
 
-    None where the server does not tell or was not asked. finish: "stop" or "length".
+    read, written: tokens of prompt and answer, as the server counts them. None where the server does not tell or was
+    not asked. finish: "stop" or "length".
     """
 
     text: str
@@ -44,6 +46,8 @@ class Completion:
     top: list[dict[str, float]] | None
     finish: str | None
     cost: Cost
+    read: int | None = None
+    written: int | None = None
 
     @property
     def sent_bytes(self) -> int:
@@ -103,18 +107,23 @@ def refusal(response: httpx.Response, body: bytes) -> CloudRefused:
     status, message, code = response.status_code, "", ""
     try:
         told = json.loads(body)["error"]
-        message, code = str(told["message"])[:300], str(told.get("code") or "")
+        message, code = _line(told["message"]), str(told.get("code") or "")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     said = f": {message}" if message else "."
-    if status == 401:
+    if status in (401, 403):
         return CloudDenied(f"The cloud does not take this token{said}", status, code)
     if status in (429, 503):
         retry = response.headers.get("retry-after", "")
         return CloudBusy(
             f"The cloud is busy{said}", status, code, float(retry[:6]) if retry.isdecimal() else 1.0
         )
-    kind = CloudBroken if status >= 500 else CloudRefused
+    if status >= 500:
+        kind = CloudBroken
+    elif status < 400 or (status in (404, 405, 410) and code != "unknown_conversation"):
+        kind = CloudLacking
+    else:
+        kind = CloudRefused
     return kind(f"The cloud answers {status}{said}", status, code)
 
 
@@ -146,14 +155,21 @@ def checked(read: Callable[[], T]) -> T:
     """What is read out of an answer. Raises CloudGarbled where it is not there, or of another type."""
     try:
         return read()
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError):
         raise CloudGarbled("The cloud's answer lacks what was asked for, or holds something else.") from None
+
+
+def known(ids: list[int], vocabulary: int) -> list[int]:
+    """The same tokens. Raises CloudGarbled where one of them is none of so many."""
+    if max(ids, default=0) >= vocabulary:
+        raise CloudGarbled(f"The cloud names a token that is none of the {vocabulary} there are.")
+    return ids
 
 
 def piece_of(told: dict[str, Any]) -> Piece:
     """A piece of a stream. Raises CloudBroken where the server could not go on."""
     if "error" in told:
-        raise CloudBroken(f"The cloud broke off: {str(told['error']['message'])[:300]}", 500)
+        raise CloudBroken(f"The cloud broke off: {_line(told['error']['message'])}", 500)
     choice = told["choices"][0]
     return Piece(_text(choice["text"]), _ids(choice.get("token_ids")), choice["finish_reason"])
 
@@ -184,7 +200,12 @@ def completion_of(told: dict[str, Any], cost: Cost) -> Completion:
         raise ValueError("tokens and log-probabilities are not as many")
     if choice["finish_reason"] not in ("stop", "length"):
         raise ValueError("an answer ends with stop or length")
-    return Completion(_text(text), ids, logprobs, top, choice["finish_reason"], cost)
+    usage = told.get("usage") or {}
+    read, written = (
+        None if (count := usage.get(name)) is None else _whole(count)
+        for name in ("prompt_tokens", "completion_tokens")
+    )
+    return Completion(_text(text), ids, logprobs, top, choice["finish_reason"], cost, read, written)
 
 
 def verification_of(told: dict[str, Any], step: int, draft: int, cost: Cost) -> Verification:
@@ -213,9 +234,15 @@ def _by_text(ranked: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
+def _line(message: Any) -> str:
+    """What a server has to say, in one line that can be printed."""
+    return " ".join(str(message)[:300].encode(errors="replace").decode().split())
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError("no text")
+    value.encode()  # JSON can name half a character, which raises a ValueError
     return value
 
 

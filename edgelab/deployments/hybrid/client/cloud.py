@@ -7,7 +7,6 @@ Whatever goes wrong is one CloudError with one sentence: no answer, none in time
 from __future__ import annotations
 
 import json
-import math
 import secrets
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import httpcore
 import httpx
 
+from edgelab.deployments.hybrid import MOST_DEADLINE_S, is_deadline
 from edgelab.deployments.hybrid.client.answers import (
     Completion,
     Cost,
@@ -40,6 +40,7 @@ from edgelab.deployments.hybrid.client.failures import (
     CloudDown,
     CloudError,
     CloudGarbled,
+    CloudLacking,
     CloudRefused,
     CloudSlow,
 )
@@ -84,8 +85,10 @@ class Cloud:
             )
         if not (token.isascii() and token.isprintable()):
             raise CloudError("The token holds characters that no header may; give it as the server made it.")
-        if not 0 < deadline_s < math.inf:
-            raise CloudError(f"deadline_s={deadline_s} should be above 0.")
+        if not is_deadline(deadline_s):
+            raise CloudError(
+                f"deadline_s={deadline_s} should be above 0 and at most {MOST_DEADLINE_S:g}, a day."
+            )
         self.url, self.deadline_s, self.model, self.waits = str(found).rstrip("/"), deadline_s, model, waits
         self.meter = Meter()
         headers = {"accept-encoding": "identity", "user-agent": "edgelab"}
@@ -117,6 +120,14 @@ class Cloud:
     def close(self) -> None:
         """Hang up."""
         self._http.close()
+
+    def cut(self) -> None:
+        """End the request that is under way, from any thread: it fails with CloudDown, as all do until `mend`."""
+        self.meter.cut()
+
+    def mend(self) -> None:
+        """Let requests through again, over a new connection."""
+        self.meter.is_cut.clear()
 
     # What OpenAI's servers do
 
@@ -196,6 +207,17 @@ class Cloud:
     def health(self) -> dict[str, Any]:
         """What runs there."""
         return self._json("GET", "/health")[0]
+
+    def vocabulary(self) -> str | None:
+        """Fingerprint of the tokens there, as `tasks.vocabulary_fingerprint` makes it; None where none is told.
+
+        A server that tells none, as all but ours, is asked in text. Raises CloudError where it does not answer.
+        """
+        try:
+            told = self.health().get("tokenizer")
+        except (CloudLacking, CloudGarbled):
+            return None
+        return told if isinstance(told, str) else None
 
     def verify(
         self,
@@ -318,7 +340,7 @@ class Cloud:
                 isinstance(error, CloudBusy) and self.waits and time.monotonic() + error.retry_s < deadline
             ):
                 raise error
-            time.sleep(error.retry_s)
+            self.meter.is_cut.wait(error.retry_s)
 
     def _once(self, request: httpx.Request) -> httpx.Response:
         """Send a request, a second time where an idle connection was closed by the server just then."""

@@ -7,10 +7,13 @@ one deadline holds for all of a request: looking up and reaching the server, sen
 
 from __future__ import annotations
 
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpcore
@@ -24,20 +27,36 @@ KEPT_S = 4.0  # an idle connection: less than the 5 s after which the server clo
 class Meter:
     """Bytes of all requests so far, connections opened for them, and until when the one that runs may take.
 
-    until: in seconds of the monotonic clock.
+    until: in seconds of the monotonic clock. open: the last connection. is_cut: nothing is sent and nothing read,
+    whatever time is left.
     """
 
     sent: int = 0
     received: int = 0
     opened: int = 0
     until: float = 0.0
+    open: httpcore.NetworkStream | None = None
+    is_cut: threading.Event = field(default_factory=threading.Event)
+
+    def cut(self) -> None:
+        """End the connection; a thread that reads or writes on it goes on at once, with NetworkError."""
+        self.is_cut.set()
+        if (stream := self.open) is not None:
+            with suppress(OSError):  # it has ended already
+                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     def left(self, late: type[Exception]) -> float:
-        """Seconds that are left. Raises `late` where none are."""
+        """Seconds that are left. Raises `late` where none are, and NetworkError where the connection was cut."""
+        self.check()
         left = self.until - time.monotonic()
         if left <= 0:
             raise late("The deadline has passed.")
         return left
+
+    def check(self) -> None:
+        """Raises NetworkError where the connection was cut."""
+        if self.is_cut.is_set():
+            raise httpcore.NetworkError("the connection was cut")
 
 
 class _Counted(httpcore.NetworkStream):
@@ -47,6 +66,7 @@ class _Counted(httpcore.NetworkStream):
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         found = self._stream.read(max_bytes, self._meter.left(httpcore.ReadTimeout))
         self._meter.received += len(found)
+        self._meter.check()  # a connection that is cut reads as one that has ended
         return found
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
@@ -59,7 +79,8 @@ class _Counted(httpcore.NetworkStream):
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
         left = self._meter.left(httpcore.ConnectTimeout)
-        return _Counted(self._stream.start_tls(ssl_context, server_hostname, left), self._meter)
+        self._meter.open = self._stream.start_tls(ssl_context, server_hostname, left)
+        return _Counted(self._meter.open, self._meter)
 
     def close(self) -> None:
         self._stream.close()
@@ -78,7 +99,8 @@ class _Network(httpcore.NetworkBackend):
     ) -> httpcore.NetworkStream:  # fmt: skip
         left = self._meter.left(httpcore.ConnectTimeout)
         self._meter.opened += 1
-        return _Counted(self._plain.connect_tcp(host, port, left, local_address, socket_options), self._meter)
+        self._meter.open = self._plain.connect_tcp(host, port, left, local_address, socket_options)
+        return _Counted(self._meter.open, self._meter)
 
 
 class _Body(httpx.SyncByteStream):

@@ -6,7 +6,7 @@ from edgelab.errors import EdgeLabError
 
 
 class CloudError(EdgeLabError):
-    """The cloud did not do what it was asked. outage: whether it may do it for nobody now, which a breaker counts."""
+    """The cloud did not do what it was asked. outage: whether another request would fare alike, for a breaker."""
 
     outage = True
 
@@ -34,7 +34,15 @@ class CloudRefused(CloudError):
 
 
 class CloudDenied(CloudRefused):
-    """The token is not the server's."""
+    """The token is not the server's, or allows too little; no other request with it would be answered."""
+
+    outage = True
+
+
+class CloudLacking(CloudRefused):
+    """The server has nothing of the kind at this address, whatever the request."""
+
+    outage = True
 
 
 class CloudBroken(CloudRefused):

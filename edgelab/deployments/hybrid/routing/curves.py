@@ -20,11 +20,13 @@ Shares, accuracies and right answers are of the same items: `edge_right`, `cloud
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import mannwhitneyu
 
 from edgelab.deployments.hybrid.routing.gap import (
     RESAMPLES,
@@ -175,6 +177,26 @@ def _too_close(found: Gap) -> str:
     if found.needed is None:
         return said + "give a cloud that is better on these items."
     return said + f"about {found.needed:,} items would show such a gap."
+
+
+def compare(edge_right: ArrayLike, cloud_right: ArrayLike, scores: Mapping[str, ArrayLike]) -> pd.DataFrame:
+    """What each score knows and what routing by it recovers, a row each, the highest APGR first.
+
+    Columns AUC, the probability that a right answer of the edge scores higher than a wrong one (NaN where all are of
+    one kind), APGR with its interval low and high, and half_at, the share sent that recovers half of the gap. Raises
+    GapError as `Recovery` does.
+    """
+    right = np.asarray(edge_right, dtype=bool)
+    pairs, rows = right.sum() * (~right).sum(), {}
+    for name, score in scores.items():
+        found, known = Recovery(right, cloud_right, score), np.asarray(score)
+        average = found.apgr()
+        above = mannwhitneyu(known[right], known[~right]).statistic / pairs if pairs else math.nan
+        rows[name] = {
+            "AUC": above, "APGR": average.value, "low": average.low, "high": average.high,
+            "half_at": found.cpt(0.5).value,
+        }  # fmt: skip
+    return pd.DataFrame(rows).T.sort_values("APGR", ascending=False)
 
 
 # Routes to compare with

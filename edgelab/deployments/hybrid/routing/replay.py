@@ -25,10 +25,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgelab import network, tasks
-from edgelab.deployments.hybrid.routing.curves import routed
+from edgelab.deployments.hybrid.routing.curves import routed, threshold_for_share
 from edgelab.deployments.hybrid.routing.gap import RoutingError
 from edgelab.devices.prices import prices
 from edgelab.measure.requests import WARM
+
+_ROUNDING = 1e-12  # of shares
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Served:
     sent: answered by the cloud, bool. ms: from the question to the answer; edge_ms: of it, the edge's computing.
     scores: how sure the edge was, by name. Of the mean request: sent_bytes, received_bytes, usd_per_1k, and edge_j,
     None where no power was named. link: its name, empty for none. exchanges: round trips of a request that is sent.
-    predicted: whether the times are those of another link than the measured one.
+    predicted: whether the times are those of another link than the measured one. alone_share: of requests that the
+    edge answered for want of the cloud. answered: by either of them, (items,), None where all are.
     """
 
     right: NDArray[np.bool_]
@@ -53,6 +56,8 @@ class Served:
     link: str = ""
     exchanges: float = 1.0
     predicted: bool = False
+    alone_share: float = 0.0
+    answered: NDArray[np.bool_] | None = None
 
     @property
     def accuracy(self) -> float:
@@ -64,14 +69,15 @@ class Served:
         """Share of requests answered by the cloud."""
         return float(self.sent.mean())
 
-    def ms_at(self, percent: float) -> float:
-        """The time below which so many percent of the requests are, as in the fields of a row."""
-        return float(np.percentile(self.ms, percent))
+    def ms_at(self, percent: float) -> float | None:
+        """The time below which so many percent of the answered requests are, as in a row; None where none is."""
+        ms = self.ms if self.answered is None else self.ms[self.answered]
+        return float(np.percentile(ms, percent)) if ms.size else None
 
     @property
     def is_edge_alone(self) -> bool:
-        """Whether the edge answered all requests, and says how sure it was."""
-        return bool(self.scores) and not self.sent.any()
+        """Whether the edge answered all requests, none of them for want of the cloud, and says how sure it was."""
+        return bool(self.scores) and not self.sent.any() and not self.alone_share
 
 
 def served(row: Mapping[str, Any]) -> Served:
@@ -89,13 +95,16 @@ def served(row: Mapping[str, Any]) -> Served:
             usd_per_1k=_number(row, "usd_per_1k_requests") or 0.0,
             edge_j=_number(row, "edge_j_per_request"),
             link=row["link"] if isinstance(row["link"], str) else "",
+            alone_share=_number(row, "alone_share") or 0.0,
+            answered=_bits(each.get("answered", "1" * len(each["sent"]))),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise RoutingError(
             f"The row of {row.get('recipe', 'no recipe')} does not say how each request was answered; measure it with "
             'only="requests".'
         ) from None
-    lengths = {len(one) for one in (found.right, found.sent, found.ms, found.edge_ms, *found.scores.values())}
+    lists = (found.right, found.sent, found.answered, found.ms, found.edge_ms, *found.scores.values())
+    lengths = set(map(len, lists))
     if len(lengths) != 1 or not found.right.size:
         raise RoutingError(
             f"The row of {row['recipe']} speaks of {' and '.join(map(str, sorted(lengths)))} requests."
@@ -139,19 +148,43 @@ def cascade(edge: Served, cloud: Served, score: str | ArrayLike, threshold: floa
         link=cloud.link,
         exchanges=cloud.exchanges,
         predicted=cloud.predicted,
+        alone_share=float((asked & ~cloud.sent).mean()),
     )
+
+
+def choices(edge: Served, cloud: Served, score: str, link: str) -> dict[str, Served]:
+    """What an edge and a cloud can do over a link, by name: edge only, 10 to 90 % sent, cloud at once.
+
+    Thresholds are chosen on the very requests that they route. Raises as `cascade` and `over` do.
+    """
+    found = {"edge only": edge}
+    for percent in range(10, 100, 10):
+        threshold = threshold_for_share(edge.scores[score], percent / 100)
+        found[f"edge first, {percent} % sent"] = cascade(edge, cloud, score, threshold)
+    found["cloud at once"] = cloud
+    return {name: over(one, link) for name, one in found.items()}
+
+
+def quickest(found: Mapping[str, Served], accuracy: float) -> str:
+    """The name of what is quickest on average and right at least so often. Raises RoutingError where nothing is."""
+    enough = {name: one.ms.mean() for name, one in found.items() if one.accuracy >= accuracy - _ROUNDING}
+    if not enough:
+        best = max((one.accuracy for one in found.values()), default=0.0)
+        raise RoutingError(f"Nothing is right {accuracy:.1%} of the time; the best is {best:.1%}.")
+    return min(enough, key=enough.__getitem__)
 
 
 def over(found: Served, link: str) -> Served:
     """The same requests over another link: times predicted, data priced anew; as they are where nothing was sent.
 
-    Raises LinkError for a link that nobody knows.
+    Where the cloud was asked in vain, times stay those of waiting for it, and are a prediction too. Raises LinkError
+    for a link that nobody knows.
     """
     there = network.find(link)
-    if not found.sent.any():
-        return replace(found, link=link if found.link else "")
     if link == found.link:
         return found
+    if not found.sent.any():
+        return replace(found, link=link if found.link else "", predicted=not found.is_edge_alone)
     change_ms = 1e3 * (_way_s(found, there) - _way_s(found, network.find(found.link)))
     known, n_bytes = prices().data, found.sent_bytes + found.received_bytes
     usd = n_bytes / 1e9 * (known.get(link, 0.0) - known.get(found.link, 0.0))

@@ -1,6 +1,7 @@
 """A cascade: the edge answers, and asks the cloud when in doubt. How doubt is scored, calibrated and learned.
 
-Scores are read off what the edge computed anyway, and higher is surer:
+Scores are read off what the edge computed anyway, for the tokens by which an answer is right or wrong, and higher is
+surer:
 
     mean       mean log-probability of the answer's tokens
     minimum    log-probability of its least likely token
@@ -121,14 +122,18 @@ def calibrate(score: ArrayLike, right: ArrayLike) -> Calibration:
 
     score, right: (items,) of a part that is held out: on its own items it looks better than it is. It keeps the order
     of scores, but for ties, so that what routing recovers hardly changes; it makes thresholds mean something. Zadrozny
-    and Elkan 2002.
+    and Elkan 2002. A right and a wrong item more at the lowest and at the highest score (Laplace's rule of succession)
+    keep a few items at an end from being called always wrong or always right.
     """
     try:
         from sklearn.isotonic import IsotonicRegression
     except ImportError as error:
         raise LearnMissing from error
     score, right = _pairs(score, right)
-    fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(score, right)
+    ends = np.repeat([score.min(), score.max()], 2)
+    fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(
+        np.append(score, ends), np.append(right, [0, 1, 0, 1])
+    )
     return Calibration(fitted.X_thresholds_.astype(np.float64), fitted.y_thresholds_.astype(np.float64))
 
 

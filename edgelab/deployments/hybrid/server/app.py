@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response, Security
@@ -35,6 +37,7 @@ from edgelab.deployments.hybrid.server.gate import EVENTS, ClientGone, Gate, eve
 from edgelab.deployments.hybrid.server.limits import Limits
 from edgelab.deployments.hybrid.server.messages import (
     Chat,
+    ChatMessage,
     ChatRequest,
     Completion,
     CompletionRequest,
@@ -53,7 +56,9 @@ from edgelab.deployments.hybrid.server.service import Service
 from edgelab.deployments.hybrid.server.turns import Turns
 from edgelab.deployments.hybrid.server.writing import TextSoFar, Writer
 from edgelab.errors import EdgeLabError
+from edgelab.runtimes.session import Session
 from edgelab.runtimes.streaming import conversation_ids
+from edgelab.tasks import endings, vocabulary_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +76,12 @@ def create_app(service: Service, token: str, limits: Limits | None = None) -> Fa
     """The application over a service, which closes with it."""
     limits = limits or Limits()
     desk = Desk(service, limits)
+    fingerprint = vocabulary_fingerprint(service.tokenizer)
 
     @asynccontextmanager
     async def alive(app: FastAPI) -> Any:
         yield
-        desk.turns.close()
+        desk.close()
 
     app = FastAPI(
         title="edgelab", docs_url=None, redoc_url=None, lifespan=alive, responses=ERRORS,
@@ -87,30 +93,32 @@ def create_app(service: Service, token: str, limits: Limits | None = None) -> Fa
     @app.post("/v1/completions", response_model=Completion, responses=STREAMED)
     async def completions(asked: CompletionRequest, request: Request) -> Any:
         desk.check(asked)
-        ids = (
-            asked.prompt
-            if isinstance(asked.prompt, list)
-            else await desk.turns.run(desk.ids_of, asked.prompt)
+        prompt: list[int] | Callable[[], list[int]] = (
+            asked.prompt if isinstance(asked.prompt, list) else desk.reader(asked.prompt)
         )
-        reply = Reply(service.tokenizer, service.name, len(ids), asked.logprobs is not None)
+        reply = Reply(service.tokenizer, service.name, asked.logprobs is not None)
         if asked.stream:
-            return Events(lambda tell: desk.write(asked, ids, asked.logprobs, lambda piece: tell(
+            return Events(lambda tell: desk.write(asked, prompt, asked.logprobs, lambda piece: tell(
                 reply.completion(piece, usage=False).model_dump())))  # fmt: skip
-        return reply.completion(await until_gone(request.receive, desk.write(asked, ids, asked.logprobs)))
+        return reply.completion(await until_gone(request.receive, desk.write(asked, prompt, asked.logprobs)))
 
     @app.post("/v1/chat/completions", response_model=Chat, responses=STREAMED)
     async def chat(asked: ChatRequest, request: Request) -> Any:
         desk.check(asked)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise Refusal(400, "invalid_body", "top_logprobs is for logprobs=true.")
-        ids = await desk.turns.run(desk.ids_of_chat, [message.model_dump() for message in asked.messages])
-        reply = Reply(service.tokenizer, service.name, len(ids), asked.logprobs)
+        if None not in (asked.max_tokens, asked.max_completion_tokens):
+            raise Refusal(
+                400, "invalid_body", "max_tokens and max_completion_tokens say the same; give one of them."
+            )
+        prompt = desk.chat_reader(asked.messages)
+        reply = Reply(service.tokenizer, service.name, asked.logprobs)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         if asked.stream:
             first = iter([True])
-            return Events(lambda tell: desk.write(asked, ids, top, lambda piece: tell(
+            return Events(lambda tell: desk.write(asked, prompt, top, lambda piece: tell(
                 reply.chat_piece(piece, next(first, False)))))  # fmt: skip
-        return reply.chat(await until_gone(request.receive, desk.write(asked, ids, top)))
+        return reply.chat(await until_gone(request.receive, desk.write(asked, prompt, top)))
 
     @app.post("/verify", response_model=Verified, openapi_extra=_body_of(VerifyRequest))
     async def verify(request: Request) -> Any:
@@ -132,7 +140,7 @@ def create_app(service: Service, token: str, limits: Limits | None = None) -> Fa
     async def health() -> Any:
         return Health(
             status="ok", model=service.name, kernel=service.session.kernel, vocabulary=service.session.vocabulary,
-            context=service.context, cut=service.cut, waiting=desk.turns.waiting,
+            tokenizer=fingerprint, context=service.context, cut=service.cut, waiting=desk.turns.waiting,
             conversations=len(desk.verifying.open) + len(desk.second.open),
         )  # fmt: skip
 
@@ -140,13 +148,14 @@ def create_app(service: Service, token: str, limits: Limits | None = None) -> Fa
 
 
 class Desk:
-    """A service with its queue and conversations."""
+    """A service with its queue and conversations. longest_token: characters of the longest one in the vocabulary."""
 
     def __init__(self, service: Service, limits: Limits) -> None:
         self.service, self.limits = service, limits
         self.turns = Turns(limits.waiting)
         self.verifying = Verifying(service, limits)
         self.second = SecondPart(service, limits)
+        self.longest_token = max(map(len, service.tokenizer.get_vocab()))
 
     def check(self, asked: Writing) -> None:
         """Raises Refusal for another model, and for more tokens than an answer may have."""
@@ -156,19 +165,42 @@ class Desk:
                 "model_not_found",
                 f"This server runs {self.service.name!r}; leave 'model' out or name it so.",
             )
-        if asked.max_tokens > self.limits.max_tokens:
+        if (asked.most() or 0) > self.limits.max_tokens:
             raise Refusal(
                 400,
                 "too_many_tokens",
                 f"max_tokens may be {self.limits.max_tokens} at most, and more were asked for.",
             )
 
-    def ids_of(self, text: str) -> list[int]:
-        """Token ids of a text. Runs on the session's thread: a tokenizer is not made for several at once."""
-        return self.service.tokenizer(text)["input_ids"]
+    def check_characters(self, characters: int) -> None:
+        """Raises Refusal for a text that is too long whatever its tokens are, so that nobody need find them.
 
-    def ids_of_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation. Raises Refusal where the model's template does not take it."""
+        No token has more characters than the longest one, so that prompt_tokens of them have at most so many times
+        prompt_tokens. A text beyond that is refused even where a tokenizer would shorten it before it counts.
+        """
+        tokens = self.limits.prompt_tokens
+        if characters > (most := tokens * self.longest_token):
+            raise Refusal(
+                400,
+                "prompt_too_long",
+                f"The prompt has {characters} characters, and at most {most} are read: {tokens} tokens of "
+                f"{self.longest_token}.",
+            )
+
+    def reader(self, text: str) -> Callable[[], list[int]]:
+        """What finds the token ids of a text; a tokenizer is not made for several at once, and this takes a turn.
+
+        Raises Refusal for a text that is too long.
+        """
+        self.check_characters(len(text))
+        return lambda: self.service.tokenizer(text)["input_ids"]
+
+    def chat_reader(self, messages: list[ChatMessage]) -> Callable[[], list[int]]:
+        """The same for a conversation. What it returns raises Refusal where the model's template does not take it."""
+        self.check_characters(sum(len(one.content) for one in messages))
+        return partial(self._ids_of_chat, [one.model_dump() for one in messages])
+
+    def _ids_of_chat(self, messages: list[dict[str, str]]) -> list[int]:
         try:
             return conversation_ids(self.service.tokenizer, messages)
         except (TemplateError, ValueError) as error:
@@ -191,18 +223,49 @@ class Desk:
         """Whether a conversation of that name was open."""
         return any([self.verifying.open.forget(name), self.second.open.forget(name)])
 
-    async def write(
-        self, asked: Writing, ids: list[int], top: int | None, tell: Callable[[Written], object] | None = None
-    ) -> Written:
-        """Write an answer, and tell every piece of it. Whoever is cancelled leaves between two tokens."""
+    def begin(self) -> Session:
+        """The session for a new answer. What nobody has asked for in a while is forgotten first."""
+        self.verifying.open.expire()
+        self.second.open.expire()
+        return self.verifying.sequences.free()
+
+    def close(self) -> None:
+        """Wait for what computes, and let go of every sequence."""
+        self.turns.close()
+        self.verifying.sequences.close()
+
+    def room(self, asked: Writing, ids: list[int]) -> int:
+        """Tokens that an answer may have: as many as were asked for, or as limits and context allow.
+
+        Raises Refusal for a prompt that is empty or too long, and for a token that the model has not.
+        """
         if not ids:
             raise Refusal(400, "empty_prompt", "The prompt has no tokens.")
         self.service.check_ids(ids)
-        self.service.check_room(len(ids), self.limits, asked.max_tokens)
-        text, whole = TextSoFar(self.service.tokenizer, asked.stops()), Written()
+        self.service.check_room(len(ids), self.limits, asked.most() or 1)
+        context = self.service.context or math.inf
+        return asked.most() or min(self.limits.max_tokens, context - len(ids))
+
+    async def write(
+        self,
+        asked: Writing,
+        prompt: list[int] | Callable[[], list[int]],
+        top: int | None,
+        tell: Callable[[Written], object] | None = None,
+    ) -> Written:
+        """Write an answer, and tell every piece of it. Whoever is cancelled leaves between two tokens.
+
+        prompt: token ids, or what finds them once its turn has come.
+        """
+        if not callable(prompt):
+            self.room(asked, prompt)
+        text = TextSoFar(self.service.tokenizer, asked.stops())
         async with self.turns.turn():
+            ids = await self.turns.run(prompt) if callable(prompt) else prompt
+            room, whole = self.room(asked, ids), Written(prompt_tokens=len(ids))
+            session = await self.turns.run(self.begin)
             writer = Writer(
-                self.service.session, ids, asked.max_tokens, end=self.service.tokenizer.eos_token_id,
+                session, ids, room, ends=endings(self.service.tokenizer),
                 temperature=asked.temperature, seed=asked.seed, top=top,
             )  # fmt: skip
             while not whole.finish:

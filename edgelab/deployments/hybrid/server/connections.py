@@ -10,6 +10,7 @@ import asyncio
 import http
 import json
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any
 
 import h11
@@ -23,14 +24,27 @@ MARGIN_S = 5.0  # beyond the limits that the application keeps itself
 CLOSING_S = 1.0  # for a last sentence to be taken
 
 
+class _Until(Enum):
+    """What the clock of a connection runs for."""
+
+    BEGUN = auto()  # something comes: the first request, or the next one
+    HEAD = auto()
+    ANSWERED = auto()
+    CLOSED = auto()
+
+
 class Guarded(H11Protocol):
-    """One connection. One clock runs at any time: until a head is there, an answer is out, or it is idle too long."""
+    """One connection. One clock runs at any time: until a head is there, an answer is out, or it is idle too long.
+
+    Every head and every answer has a clock of its own, whether a request comes after the answer to the one before it
+    or together with it.
+    """
 
     def __init__(self, *arguments: Any, limits: Limits, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.limits = limits
         self._clock: asyncio.TimerHandle | None = None
-        self._waits_for_head = False
+        self._until = _Until.BEGUN
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Take a connection, or say that there are too many."""
@@ -47,18 +61,23 @@ class Guarded(H11Protocol):
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self.conn.their_state is not h11.IDLE:
+        if self._is_asked:
             self._expect_answer()
-        elif not self._waits_for_head:
+        elif self.conn.their_state is h11.IDLE:
             self._expect_head()
 
     def on_response_complete(self) -> None:
         """The answer is out: it has to be taken, and the next request to begin."""
-        self._waits_for_head = False
-        self._set(self.timeout_keep_alive + MARGIN_S, self.transport.abort)
+        if self._until is not _Until.CLOSED:
+            self._set(_Until.BEGUN, self.timeout_keep_alive + MARGIN_S, self.transport.abort)
         super().on_response_complete()
-        if self.conn.their_state is not h11.IDLE and not self.transport.is_closing():
-            self._expect_answer()  # the next request was there already
+        if self.transport.is_closing():
+            return
+        if self._is_asked:  # the next request was there already
+            self._expect_answer()
+        elif self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:  # a part of its head was
+            self._unset_keepalive_if_required()
+            self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
@@ -69,15 +88,22 @@ class Guarded(H11Protocol):
         """Answer what is no HTTP in the shape of all errors."""
         self._say(Refusal(400, "malformed_request", "This is no HTTP request that can be read."))
 
+    @property
+    def _is_asked(self) -> bool:
+        """Whether a request has begun whose answer is not out."""
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _expect_head(self) -> None:
-        self._waits_for_head = True
+        if self._until is _Until.HEAD:
+            return
         sentence = f"The head of a request was not there after {self.limits.head_s:g} s."
-        self._set(self.limits.head_s, lambda: self._say(Refusal(408, "slow_head", sentence, "timeout")))
+        slow = Refusal(408, "slow_head", sentence, "timeout")
+        self._set(_Until.HEAD, self.limits.head_s, lambda: self._say(slow))
 
     def _expect_answer(self) -> None:
-        if self._waits_for_head or self._clock is None:
-            self._waits_for_head = False
-            self._set(self.limits.body_s + self.limits.request_s + MARGIN_S, self.transport.abort)
+        if self._until is not _Until.ANSWERED:
+            seconds = self.limits.body_s + self.limits.request_s + MARGIN_S
+            self._set(_Until.ANSWERED, seconds, self.transport.abort)
 
     def _say(self, refusal: Refusal) -> None:
         """A last sentence, where no answer has begun, and the end."""
@@ -92,11 +118,11 @@ class Guarded(H11Protocol):
             status = f"HTTP/1.1 {refusal.status} {http.HTTPStatus(refusal.status).phrase}"
             self.transport.write("\r\n".join([status, *lines, "", body]).encode())
         self.transport.close()
-        self._set(CLOSING_S, self.transport.abort)
+        self._set(_Until.CLOSED, CLOSING_S, self.transport.abort)
 
-    def _set(self, seconds: float, then: Callable[[], object]) -> None:
+    def _set(self, until: _Until, seconds: float, then: Callable[[], object]) -> None:
         self._stop()
-        self._clock = self.loop.call_later(seconds, then)
+        self._until, self._clock = until, self.loop.call_later(seconds, then)
 
     def _stop(self) -> None:
         if self._clock is not None:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from edgelab.deployments.hybrid import LEAST_TEMPERATURE
 from edgelab.deployments.hybrid.server.framing import probabilities_of
 from edgelab.deployments.hybrid.server.limits import Limits
 from edgelab.deployments.hybrid.server.messages import (
@@ -29,12 +30,15 @@ from edgelab.deployments.hybrid.server.messages import (
     Verified,
     VerifyRequest,
 )
+from edgelab.deployments.hybrid.server.sequences import Sequences, common
 from edgelab.deployments.hybrid.server.service import Service
 from edgelab.deployments.hybrid.server.turns import busy
-from edgelab.deployments.hybrid.server.writing import GREEDY_BELOW, LEAST_LOGPROB, tempered
+from edgelab.deployments.hybrid.server.writing import LEAST_LOGPROB, tempered
 from edgelab.deployments.partition.formats import FORMATS, WireError
+from edgelab.deployments.partition.stage import Stage
 from edgelab.deployments.partition.wire import decoded
 from edgelab.runtimes.session import Session, TwoGraphs
+from edgelab.storage.kv_cache import head_shape
 
 SLICE = 256  # tokens that are read at once where the logits of all of them come back
 
@@ -99,11 +103,13 @@ class Conversations(Generic[Answer]):
     def __len__(self) -> int:
         return len(self._open)
 
+    def __iter__(self) -> Iterator[Conversation[Answer]]:
+        return iter(self._open.values())
+
     def at(self, name: str, step: int) -> Conversation[Answer]:
         """A conversation; a new one at step 0. Raises Refusal: 404 for an unknown one, 429 where there are too many."""
+        self.expire()
         now = self._clock()
-        for other in [one for one, found in self._open.items() if now - found.used > self._limits.idle_s]:
-            self.forget(other)
         if name not in self._open:
             if step:
                 raise Refusal(
@@ -113,13 +119,22 @@ class Conversations(Generic[Answer]):
                     "step 0.",
                 )
             if len(self._open) >= self._limits.conversations:
-                idlest = min(self._open, key=lambda one: self._open[one].used)
                 if not self._makes_room:
-                    raise busy(self._limits.idle_s - (now - self._open[idlest].used))
-                self.forget(idlest)
+                    raise busy(self.until_one_ends())
+                self.forget(min(self._open, key=lambda one: self._open[one].used))
             self._open[name] = Conversation(next(self._numbers), now)
         self._open[name].used = now
         return self._open[name]
+
+    def until_one_ends(self) -> float:
+        """Seconds until the one that is idle longest is forgotten; there has to be one."""
+        return self._limits.idle_s - (self._clock() - min(one.used for one in self))
+
+    def expire(self) -> None:
+        """Forget those that have been idle for too long."""
+        now = self._clock()
+        for other in [one for one, found in self._open.items() if now - found.used > self._limits.idle_s]:
+            self.forget(other)
 
     def forget(self, name: str) -> bool:
         """Whether there was one."""
@@ -130,14 +145,16 @@ class Conversations(Generic[Answer]):
 
 
 class Verifying:
-    """Drafts, verified by one session. What it has read of a text stays in it until another text is read.
+    """Drafts, verified by one session.
 
-    A conversation is token ids alone, so that old ones make room: a client need not say that it has done.
+    A conversation is token ids, which can be read again, so that old ones make room: a client need not say that it has
+    done. What the session has read of the last few stays.
     """
 
     def __init__(self, service: Service, limits: Limits) -> None:
         self.service, self.limits = service, limits
-        self.open: Conversations[Verified] = Conversations(limits, makes_room=True)
+        self.sequences = Sequences(service.session, limits)
+        self.open: Conversations[Verified] = Conversations(limits, self.sequences.forget, makes_room=True)
 
     def step(self, asked: VerifyRequest, numbers: bytes) -> Verified:
         """How many drafted tokens stay, and the next one. Raises Refusal for what cannot be verified."""
@@ -177,13 +194,13 @@ class Verifying:
             accept_sampled,
         )
 
-        session, draft = self.service.session, asked.draft
+        draft, vocabulary = asked.draft, self.service.session.vocabulary
         self.service.check_context(len(talk.ids) + len(draft) + 1)
-        is_greedy = talk.temperature < GREEDY_BELOW
+        is_greedy = talk.temperature < LEAST_TEMPERATURE
         if is_greedy and numbers:
             raise Refusal(400, "invalid_probabilities", "A greedy conversation takes token ids alone.")
-        drafted = None if is_greedy else probabilities_of(numbers, len(draft), session.vocabulary)
-        logits = read_behind(session, talk.ids, draft)
+        drafted = None if is_greedy else probabilities_of(numbers, len(draft), vocabulary)
+        logits = self._read(talk, draft)
         if drafted is None:
             accepted, token = accept_greedy(logits, draft)
         else:
@@ -195,6 +212,14 @@ class Verifying:
         talk.ids = [*talk.ids, *draft[:accepted], token]
         return Verified(step=asked.step, accepted=accepted, next=token)
 
+    def _read(self, talk: Conversation[Verified], draft: list[int]) -> Tensor:
+        """Logits behind the text so far and behind each token of a draft, (draft + 1, vocabulary)."""
+        try:
+            return read_behind(self.sequences.of(talk.number, talk.ids), talk.ids, draft)
+        except BaseException:
+            self.sequences.forget(talk.number)  # it may have been read in part
+            raise
+
 
 def read_behind(session: Session, prefix: list[int], draft: list[int]) -> Tensor:
     """Logits behind a prefix and behind each token of a draft that follows it, (draft + 1, vocabulary).
@@ -202,10 +227,7 @@ def read_behind(session: Session, prefix: list[int], draft: list[int]) -> Tensor
     What the session has read of it already stays.
     """
     known = prefix[:-1]
-    pairs = zip(session.ids, known, strict=False)
-    kept = next(
-        (place for place, (one, other) in enumerate(pairs) if one != other), min(session.length, len(known))
-    )
+    kept = common(session.ids, known)
     session.rewind(session.length - kept)
     if (
         known and not kept and not isinstance(session, TwoGraphs)
@@ -218,11 +240,20 @@ def read_behind(session: Session, prefix: list[int], draft: list[int]) -> Tensor
 
 
 class SecondPart:
-    """The layers behind the cut. Every conversation has keys and values of its own."""
+    """The layers behind the cut. Every conversation has keys and values of its own.
+
+    token_bytes: of the keys and values of one token, at most; a cache that is packed, or has a window, keeps less.
+    """
 
     def __init__(self, service: Service, limits: Limits) -> None:
         self.service, self.limits = service, limits
         self.open: Conversations[HiddenAnswer] = Conversations(limits, self._forget)
+        self.token_bytes = 0 if service.second is None else _token_bytes(service.second)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, at most."""
+        return self.token_bytes * sum(one.length for one in self.open)
 
     def _forget(self, number: int) -> None:
         if self.service.second is not None:
@@ -236,6 +267,12 @@ class SecondPart:
         if (answer := talk.done_before(asked.step, content)) is not None:
             return answer
         try:
+            self._check_bytes(talk, asked.tokens)
+        except Refusal:
+            if not talk.length:
+                self.open.forget(asked.conversation)  # it was opened for this step
+            raise
+        try:
             self.service.check_context(talk.length + asked.tokens)
             logits = self.service.second.read(states, talk.length, talk.number)
             talk.length += asked.tokens
@@ -247,6 +284,22 @@ class SecondPart:
         except BaseException:
             self.open.forget(asked.conversation)  # its keys and values may be there in part
             raise
+
+    def _check_bytes(self, talk: Conversation[HiddenAnswer], tokens: int) -> None:
+        """Raises Refusal, 429, where so many more tokens have no room beside all that is kept.
+
+        400 where a conversation would have none alone: it would wait in vain.
+        """
+        most = self.limits.sequence_bytes
+        alone = self.token_bytes * (talk.length + tokens)
+        if alone > most:
+            raise Refusal(
+                400,
+                "sequence_too_large",
+                f"Keys and values of {talk.length + tokens} tokens are {alone} bytes, and at most {most} are kept.",
+            )
+        if self.nbytes + self.token_bytes * tokens > most:
+            raise busy(self.open.until_one_ends())
 
     def _states(self, asked: HiddenRequest, numbers: bytes) -> Tensor:
         """(tokens, hidden) float32. Raises Refusal for another shape, an unknown format, and for NaN."""
@@ -269,3 +322,9 @@ class SecondPart:
                 f"{len(numbers)} bytes in {asked.wire} are no {asked.tokens} tokens of {hidden} finite numbers each.",
             )
         return states
+
+
+def _token_bytes(stage: Stage) -> int:
+    """Of keys and values of one token in the blocks of a stage."""
+    heads, channels = head_shape(stage.model.config)
+    return 2 * stage.blocks * heads * channels * stage.dtype.itemsize

@@ -5,10 +5,20 @@ Beside OpenAI's fields a choice holds `token_ids`, and nothing that is not known
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
+from edgelab.deployments.hybrid import MOST_TEMPERATURE
 from edgelab.errors import EdgeLabError
 
 LARGEST_SEED = 2**63
@@ -24,8 +34,27 @@ def _whole(text: str) -> str:
     return text
 
 
+Item = TypeVar("Item")
+# The first wrong item is enough: a description of all of them would be far larger than the body.
+Several = Annotated[list[Item], Field(fail_fast=True)]
 Text = Annotated[str, AfterValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0)]
+Tokens = Annotated[Several[TokenId], Field(min_length=1)]
+Stop = Annotated[Text, Field(min_length=1, max_length=64)]
+
+
+def _kind(value: Any) -> str:
+    return "text" if isinstance(value, str) else "list"
+
+
+# One of the two is looked at, and not both
+TextOrTokens = Annotated[
+    Annotated[Text, Field(min_length=1), Tag("text")] | Annotated[Tokens, Tag("list")], Discriminator(_kind)
+]
+Stops = Annotated[
+    Annotated[Stop, Tag("text")] | Annotated[Several[Stop], Field(max_length=4), Tag("list")],
+    Discriminator(_kind),
+]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{8,64}$")]
 Step = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -53,6 +82,14 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stop_at_unknown(cls, given: Any) -> Any:
+        """The first unknown field is enough: pydantic itself describes every one of them."""
+        if isinstance(given, dict) and any(name not in cls.model_fields for name in given):
+            raise PydanticCustomError("extra_forbidden", "a field is not known here")
+        return given
+
 
 # Errors
 
@@ -78,25 +115,26 @@ class Writing(Strict):
     """What completions and chats have in common. Temperatures below 0.001 are greedy."""
 
     model: Text | None = None
-    max_tokens: int = Field(16, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=MOST_TEMPERATURE)
     seed: int | None = Field(None, ge=0, lt=LARGEST_SEED)
-    stop: (
-        Annotated[Text, Field(min_length=1, max_length=64)]
-        | Annotated[list[Annotated[Text, Field(min_length=1, max_length=64)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: Stops | None = None
     stream: bool = False
 
     def stops(self) -> list[str]:
         """Texts that end an answer."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    def most(self) -> int | None:
+        """Tokens that the answer may have; None for as many as there is room for."""
+        return self.max_tokens
+
 
 class CompletionRequest(Writing):
     """prompt: text, or token ids. logprobs: how many alternatives to tell of each token; null for none."""
 
-    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[TokenId], Field(min_length=1)]
+    prompt: TextOrTokens
+    max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
 
 
@@ -108,11 +146,19 @@ class ChatMessage(Strict):
 
 
 class ChatRequest(Writing):
-    """messages: oldest first. logprobs: whether to tell them, with `top_logprobs` alternatives."""
+    """messages: oldest first. logprobs: whether to tell them, with `top_logprobs` alternatives.
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+    max_completion_tokens: OpenAI's newer name of max_tokens. Without either the answer ends where the model ends it, or
+    where there is no more room.
+    """
+
+    messages: Several[ChatMessage] = Field(min_length=1, max_length=256)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+
+    def most(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class Usage(Strict):
@@ -221,9 +267,9 @@ class VerifyRequest(Strict):
 
     conversation: Name
     step: Step
-    draft: list[TokenId]
-    prompt: Annotated[list[TokenId], Field(min_length=1)] | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
+    draft: Several[TokenId]
+    prompt: Tokens | None = None
+    temperature: float | None = Field(None, ge=0, le=MOST_TEMPERATURE)
     seed: int | None = Field(None, ge=0, lt=LARGEST_SEED)
 
 
@@ -265,12 +311,16 @@ class HiddenAnswer(Strict):
 
 
 class Health(Strict):
-    """What runs here. context: tokens that fit; cut: layers that the edge runs in split inference, null for none."""
+    """What runs here. context: tokens that fit; cut: layers that the edge runs in split inference, null for none.
+
+    tokenizer: a fingerprint of the vocabulary, so that a client knows whether its own tokens mean the same here.
+    """
 
     status: Literal["ok"]
     model: str
     kernel: str
     vocabulary: int
+    tokenizer: str
     context: int | None
     cut: int | None
     waiting: int

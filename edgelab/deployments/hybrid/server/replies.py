@@ -28,12 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Written:
-    """Some tokens of an answer with the text that they add; offsets: where in the answer each one's text begins."""
+    """Some tokens of an answer with the text that they add; offsets: where in the answer each one's text begins.
+
+    prompt_tokens: that were read before, known of a whole answer.
+    """
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     finish: Finish | None = None
+    prompt_tokens: int = 0
 
     def __iadd__(self, more: Written) -> Written:
         self.text += more.text
@@ -49,7 +53,6 @@ class Reply:
 
     tokenizer: PreTrainedTokenizerBase
     model: str
-    prompt_tokens: int
     with_logprobs: bool
     name: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
@@ -118,10 +121,8 @@ class Reply:
         }
 
     def _usage(self, written: Written) -> Usage:
-        count = len(written.tokens)
-        return Usage(
-            prompt_tokens=self.prompt_tokens, completion_tokens=count, total_tokens=self.prompt_tokens + count
-        )
+        read, count = written.prompt_tokens, len(written.tokens)
+        return Usage(prompt_tokens=read, completion_tokens=count, total_tokens=read + count)
 
     def _chat_logprobs(self, written: Written) -> ChatLogprobs | None:
         if not self.with_logprobs:

@@ -16,6 +16,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,12 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        recipes.parse(self.recipe)  # raises RecipeError
+        deployment = recipes.parse(self.recipe).deployment  # raises RecipeError
+        if not hasattr(deployment, "engine"):
+            raise ServingError(
+                f"@ {deployment.name} shares requests between edge and cloud, and a server runs one engine; give one, "
+                "such as @ torch."
+            )
         if not 0 <= self.port <= 65_535:
             raise ServingError(f"port={self.port} should be 0 to 65535, 0 for a free one.")
         if bool(self.certificate) != bool(self.key):
@@ -108,8 +114,13 @@ def serve(
 
         from edgelab.deployments.hybrid.server.app import create_app
         from edgelab.deployments.hybrid.server.connections import Guarded
+        from edgelab.deployments.hybrid.server.handshakes import Handshake
         from edgelab.deployments.hybrid.server.service import Service
 
+        connection = partial(Guarded, limits=settings.limits)
+        if settings.certificate:
+            context = tls_context(settings.certificate, settings.key)
+            connection = partial(Handshake, limits=settings.limits, context=context)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         service = Service.load(
@@ -119,7 +130,7 @@ def serve(
             token = secrets.token_urlsafe(32)
             config = uvicorn.Config(
                 create_app(service, token, settings.limits),
-                http=partial(Guarded, limits=settings.limits),
+                http=connection,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -128,16 +139,7 @@ def serve(
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(settings.limits.closing_s)),
-                ssl_certfile=settings.certificate or None,
-                ssl_keyfile=settings.key or None,
             )
-            try:
-                config.load()
-            except OSError as error:
-                raise ServingError(
-                    f"{settings.certificate} and {settings.key} are no certificate and key that belong together "
-                    f"({error.strerror or error}); give both in PEM."
-                ) from None
             server = uvicorn.Server(config)
             if until is not None:
                 threading.Thread(target=_end_after, args=(until, server), daemon=True).start()
@@ -174,6 +176,19 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield place
 
 
+def tls_context(certificate: str, key: str) -> ssl.SSLContext:
+    """What TLS is agreed upon with. Raises ServingError where the two files are no certificate and its key."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:
+        raise ServingError(
+            f"{certificate} and {key} are no certificate and key that belong together ({error.strerror or error}); "
+            "give both in PEM."
+        ) from None
+    return context
+
+
 def url_of(settings: Settings, place: socket.socket) -> str:
     """Where a server listens."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -199,12 +214,35 @@ def _signals_end_it_only() -> Iterator[None]:
             signal.signal(one, handler)
 
 
+def check_token_file(path: Path) -> None:
+    """Raises ServingError where no token can be written to a file: it is something else, or its folder is missing."""
+    try:
+        has_folder, is_other = path.parent.is_dir(), path.exists() and not path.is_file()
+    except OSError as error:
+        raise _no_token(path, error) from None
+    if not has_folder:
+        raise ServingError(
+            f"There is no folder {path.parent} for the token; make it, or name a file elsewhere."
+        )
+    if is_other:
+        raise ServingError(f"{path} is there and no file; name a file for the token.")
+
+
 def write_token(path: Path, token: str) -> None:
-    """Write a token into a file that nobody but its owner may read."""
-    with suppress(FileNotFoundError):
-        path.unlink()
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(token + "\n")
+    """Write a token into a file that nobody but its owner may read. Raises ServingError where that cannot be."""
+    check_token_file(path)
+    try:
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token + "\n")
+    except OSError as error:
+        raise _no_token(path, error) from None
+
+
+def _no_token(path: Path, error: OSError) -> ServingError:
+    return ServingError(
+        f"The token cannot be written to {path} ({error.strerror or error}); name a file elsewhere."
+    )
 
 
 # In a process of its own

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from edgelab.deployments.hybrid import LEAST_TEMPERATURE
 from edgelab.runtimes.session import Session
 from edgelab.runtimes.streaming import UNFINISHED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GREEDY_BELOW = 1e-3  # temperatures
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 
@@ -28,7 +29,7 @@ class Token:
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Probabilities (..., vocabulary), float64, of logits (..., vocabulary); temperature: at least GREEDY_BELOW."""
+    """Probabilities (..., vocabulary), float64, of logits (..., vocabulary). temperature: not that of greedy ones."""
     return (logits.double() / temperature).softmax(-1)
 
 
@@ -45,12 +46,12 @@ class Writer:
         prompt: list[int],
         limit: int,
         *,
-        end: int | None,
+        ends: Collection[int],
         temperature: float = 0.0,
         seed: int | None = None,
         top: int | None = None,
     ) -> None:
-        self.session, self.prompt, self.limit, self.end = session, prompt, limit, end
+        self.session, self.prompt, self.limit, self.ends = session, prompt, limit, ends
         self.temperature, self.top = temperature, top
         self.generator = torch.Generator()
         if seed is None:
@@ -71,14 +72,14 @@ class Writer:
             self.session.decode(self.written[-1]) if self.written else self.session.prefill(self.prompt)
         )
         token = self._chosen(likeliest)
-        if token.id == self.end:
+        if token.id in self.ends:
             self.finish = "stop"
             return None
         self.written.append(token.id)
         return token
 
     def _chosen(self, likeliest: int) -> Token:
-        is_greedy = self.temperature < GREEDY_BELOW
+        is_greedy = self.temperature < LEAST_TEMPERATURE
         if is_greedy and self.top is None:
             return Token(likeliest)
         logits = self.session.next_logits()[0]

@@ -11,7 +11,7 @@ they are, the next draft is ready; where not, it is thrown away and the session 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from edgelab.deployments.hybrid import LEAST_TEMPERATURE, MOST_TEMPERATURE, is_temperature
 from edgelab.deployments.hybrid.speculation.acceptance import SpeculationError, accept_greedy, accept_sampled
 from edgelab.deployments.hybrid.speculation.rounds import Adaptive, Counts
 from edgelab.model.finite import NotFiniteError
@@ -94,7 +95,7 @@ class Drafting:
     edge: a session that drafts; what it held is forgotten. draft: tokens of a draft, or how they adapt. temperature: of
     drafter and target alike, 0 for greedy. seed: of what is sampled; where the length adapts or drafts are pipelined,
     measured times decide how many numbers are drawn, and a seed fixes only the distribution. stop: tokens that end a
-    text; they are written.
+    text; they are written. ends: whether the tokens written so far end the text, too.
     """
 
     def __init__(
@@ -107,13 +108,16 @@ class Drafting:
         temperature: float = 0.0,
         seed: int = 0,
         stop: Collection[int] = (),
+        ends: Callable[[list[int]], bool] = lambda written: False,
     ) -> None:
         if isinstance(draft, int) and draft < 1:
             raise SpeculationError(f"A draft of {draft} tokens verifies nothing; it should be 1 or more.")
-        if temperature < 0:
-            raise SpeculationError(f"temperature is {temperature} and should be at least 0.")
+        if not is_temperature(temperature):
+            raise SpeculationError(
+                f"temperature is {temperature} and should be {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}, or 0."
+            )
         self.edge, self.verify, self.draft, self.pipelined = edge, verify, draft, pipelined
-        self.temperature, self.stop = temperature, frozenset(stop)
+        self.temperature, self.stop, self.ends = temperature, frozenset(stop), ends
         # What is drafted must not depend on the numbers that decide over it.
         self.generator = torch.Generator().manual_seed(seed ^ APART)
         self.counts = Counts()
@@ -147,10 +151,11 @@ class Drafting:
                 whole = answer.accepted == len(draft.ids)
                 ready = whole and ahead.ids[:1] == [answer.token]
                 self.counts.thrown_away += 0 if ready else len(ahead.ids)
-                written = self._until_stop([*draft.ids[: answer.accepted], answer.token])[:left]
+                before = certain[len(prompt) :]
+                written = self._until_end(before, [*draft.ids[: answer.accepted], answer.token][:left])
                 self.counts.tokens += len(written)
                 yield written
-                if written[-1] in self.stop:
+                if self._is_end(before + written):
                     return
                 certain += written
                 step, left = step + 1, left - len(written)
@@ -221,9 +226,13 @@ class Drafting:
     def _ends(self, draft: _Draft) -> bool:
         return bool(draft.ids) and draft.ids[-1] in self.stop
 
-    def _until_stop(self, ids: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(ids) if token in self.stop), len(ids) - 1)
-        return ids[: end + 1]
+    def _until_end(self, before: list[int], ids: list[int]) -> list[int]:
+        """Those of the next tokens with which the text goes on to its end, all of them where it has none yet."""
+        counts = range(1, len(ids) + 1)
+        return ids[: next((count for count in counts if self._is_end(before + ids[:count])), len(ids))]
+
+    def _is_end(self, written: list[int]) -> bool:
+        return written[-1] in self.stop or self.ends(written)
 
 
 def departure(

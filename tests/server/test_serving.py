@@ -1,12 +1,11 @@
 """The server in a process of its own: what arrives on its socket, many clients at once, how it starts and ends."""
 
+import errno
 import http.client
 import json
-import shutil
 import signal
 import socket
 import stat
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,20 +13,18 @@ from functools import partial
 
 import psutil
 import pytest
-import uvicorn
 
 from edgelab import runtimes
 from edgelab.deployments.hybrid.client.cloud import Cloud
 from edgelab.deployments.hybrid.client.failures import CloudBusy, CloudDown, CloudError
 from edgelab.deployments.hybrid.server import serving
-from edgelab.deployments.hybrid.server.connections import Guarded
 from edgelab.deployments.hybrid.server.limits import Limits
 from edgelab.deployments.hybrid.server.serving import Running, ServingError, Settings, started
 from edgelab.network import LOCAL
 from edgelab.recipes import RecipeError
+from tests.server.sockets import PATIENCE_S, code, say
 
 LIMITS = Limits(body_bytes=20_000, waiting=16, head_s=5.0, body_s=3.0, request_s=30.0, closing_s=2.0)
-PATIENCE_S = 30  # for what should happen within a second or two, on a busy machine
 CLIENTS = 200
 GROWTH_MB = 40  # of resident memory from one crowd to the next
 
@@ -62,38 +59,6 @@ def cloud(running):
 def address(running: Running) -> tuple[str, int]:
     host, _, port = running.url.partition("://")[2].rpartition(":")
     return host, int(port)
-
-
-def say(place: tuple[str, int], *pieces: bytes, pause_s: float = 0.0) -> tuple[int, bytes]:
-    """Send pieces on a connection of its own; status and body of what comes back before it is closed, 0 for nothing."""
-    with socket.create_connection(place, PATIENCE_S) as connection:
-        found = b""
-        connection.settimeout(0.001)
-        for piece in pieces:
-            try:
-                connection.sendall(piece)
-            except OSError:
-                break
-            try:
-                if not (more := connection.recv(65_536)):
-                    break
-                found += more
-            except TimeoutError:
-                time.sleep(pause_s)
-            except OSError:
-                break
-        connection.settimeout(PATIENCE_S)
-        try:
-            while more := connection.recv(65_536):
-                found += more
-        except ConnectionResetError:
-            pass
-    head, _, body = found.partition(b"\r\n\r\n")
-    return (int(head.split()[1]) if head else 0), body
-
-
-def code(body: bytes) -> str:
-    return json.loads(body)["error"]["code"]
 
 
 # What arrives on the socket
@@ -200,66 +165,6 @@ def test_the_token_is_in_no_argument_and_no_environment(running):
     assert running.token not in repr(running)
 
 
-class InThread:
-    """uvicorn with `Guarded` connections in a thread of the test, around an application of the test."""
-
-    def __init__(self, application, limits):
-        self.place = socket.create_server((LOCAL, 0))
-        config = uvicorn.Config(
-            application, http=partial(Guarded, limits=limits), ws="none", lifespan="off", log_config=None
-        )
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, args=([self.place],))
-
-    def __enter__(self):
-        self.thread.start()
-        return self.place.getsockname()
-
-    def __exit__(self, *_):
-        self.server.should_exit = True
-        self.thread.join()
-
-
-async def answer_much(scope, receive, send):
-    """More than any buffer on the way holds."""
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    for _ in range(400):
-        await send({"type": "http.response.body", "body": bytes(100_000), "more_body": True})
-    await send({"type": "http.response.body", "body": b""})
-
-
-def test_one_connection_too_many_is_asked_to_come_again():
-    async def fine(scope, receive, send):
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    with InThread(fine, Limits(connections=2, head_s=60)) as place:
-        with socket.create_connection(place), socket.create_connection(place):
-            status, body = say(place)
-            assert (status, code(body)) == (429, "busy")
-        deadline = time.monotonic() + PATIENCE_S
-        while (found := say(place, b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")[0]) == 429:
-            assert time.monotonic() < deadline
-        assert found == 204
-
-
-def test_whoever_does_not_take_the_answer_is_left(monkeypatch):
-    monkeypatch.setattr("edgelab.deployments.hybrid.server.connections.MARGIN_S", 0.1)
-    with (
-        InThread(answer_much, Limits(body_s=0.2, request_s=0.2)) as place,
-        socket.create_connection(place) as one,
-    ):
-        one.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
-        time.sleep(2)  # takes nothing meanwhile
-        one.settimeout(PATIENCE_S)
-        size = 0
-        with pytest.raises(ConnectionResetError):
-            while more := one.recv(1 << 20):
-                size += len(more)
-            raise ConnectionResetError  # an end in the middle is one, too
-        assert size < 400 * 100_000
-
-
 # Many at once
 
 
@@ -355,20 +260,6 @@ def test_a_server_that_is_killed_is_noticed_within_the_deadline(at_home, setting
         assert time.monotonic() - began < 6
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate of this test, and is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-keyout", "key.pem", "-out", "certificate.pem", "-days", "2", "-subj", "/CN=edgelab",
-         "-addext", f"subjectAltName=IP:{LOCAL}"],
-        cwd=folder, check=True, capture_output=True,
-    )  # fmt: skip
-    return str(folder / "certificate.pem"), str(folder / "key.pem")
-
-
 def test_over_tls_and_until_its_parent_is_gone(at_home, settings, certificate):
     at_home()
     from dataclasses import replace
@@ -398,6 +289,13 @@ def test_over_tls_and_until_its_parent_is_gone(at_home, settings, certificate):
         ({"certificate": "a.pem"}, "one of the two files is not named"),
         ({"certificate": "a.pem", "key": "b.pem"}, "There is no file a.pem"),
         ({"port": 65_536}, "0 to 65535"),
+        *(
+            (
+                {"recipe": f"none @ {way}"},
+                f"@ {way} shares requests between edge and cloud, and a server runs one",
+            )
+            for way in ("cloud", "cascade", "speculative", "redact", "split")
+        ),
     ],
 )
 def test_what_is_not_served(change, sentence):
@@ -423,6 +321,13 @@ def test_a_server_that_does_not_start_says_why(at_home, settings):
         ):
             with pytest.raises(ServingError, match=sentence), started(replace(settings, **change)):
                 pass
+
+
+def test_a_certificate_and_another_key(certificate, tmp_path):
+    file, key = certificate
+    for pair in ((key, file), (file, file)):
+        with pytest.raises(ServingError, match="no certificate and key that belong together"):
+            serving.tls_context(*pair)
 
 
 def test_a_cut_that_is_none(at_home, settings):
@@ -451,6 +356,33 @@ def test_a_token_in_a_file_is_for_its_owner(tmp_path):
     serving.write_token(file, "secret")
     assert file.read_text() == "secret\n"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nofolder/token", "There is no folder .*nofolder for the token"),
+        ("folder", "folder is there and no file"),
+        ("file/token", "There is no folder .*file for the token"),
+        ("a" * 300, "cannot be written to .*File name too long"),
+    ],
+)
+def test_a_token_that_cannot_be_written_is_one_sentence(tmp_path, name, sentence):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("another")
+    with pytest.raises(ServingError, match=sentence) as raised:
+        serving.write_token(tmp_path / name, "secret")
+    assert "secret" not in str(raised.value)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_token_whose_folder_takes_no_file_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*given):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(serving.os, "open", refuse)
+    with pytest.raises(ServingError, match=r"cannot be written to .*token \(Permission denied\)"):
+        serving.write_token(tmp_path / "token", "secret")
 
 
 def test_serving_in_this_process_ends_when_told(at_home, settings):
