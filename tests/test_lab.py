@@ -205,8 +205,11 @@ def test_energy_is_estimated_from_the_power_that_is_given(settings):
     if row.energy_basis.startswith("RAPL"):
         assert row.energy_j_per_token > 0
     else:
-        assert row.energy_j_per_token == pytest.approx(10 / row.decode_tok_s, rel=0.5)
-        assert row.energy_basis.startswith("estimated: 10 W")
+        # Joules follow the mean time per token. A stall makes it as long as it likes, and half of the median is its
+        # least, because one half of the tokens takes the median or longer.
+        assert row.energy_j_per_token >= 0.499 * 10 / row.decode_tok_s
+        mean_ms = float(row.energy_basis.removeprefix("estimated: 10 W x ").removesuffix(" ms"))
+        assert row.energy_j_per_token == pytest.approx(10 * mean_ms / 1e3, rel=0.01)
         other = lab.measure("none", only="speed", power_w=20, **settings)  # another question
         assert other.energy_basis.startswith("estimated: 20 W")
     known = lab.measure("none", only="speed", power_w=20, **settings)

@@ -2,12 +2,14 @@
 
 import importlib.util
 import shutil
+import types
+import uuid
 
 import pytest
 import torch
 
 from edgelab import runtimes
-from edgelab.runtimes import RuntimeRefused
+from edgelab.runtimes import RuntimeRefused, litert
 from edgelab.storage import variants
 
 pytest.importorskip("litert_torch")
@@ -55,6 +57,26 @@ def test_a_text_fills_the_cache_and_no_more(pair):
     assert engine.prefill(full) == eager.prefill(full)
     with pytest.raises(RuntimeRefused, match="holds 2048 tokens"):
         engine.decode(7)
+
+
+def test_an_export_whose_functions_got_one_name_is_tried_once_more(variant, monkeypatch, tmp_path):
+    from litert_torch.backend.jax_bridge import _wrap
+
+    folder, drawn = variant("none"), []
+
+    def alike_at_first():
+        drawn.append(uuid.UUID(int=7) if len(drawn) < 2 else uuid.uuid4())
+        return drawn[-1]
+
+    monkeypatch.setattr(_wrap, "uuid", types.SimpleNamespace(uuid4=alike_at_first))
+    (tmp_path / "out").mkdir()
+    made = runtimes.export_to("litert", folder, tmp_path / "out")
+    assert drawn[0] == drawn[1] and {file.name for file in made.folder.iterdir()} == {
+        litert.BUNDLE,
+        litert.MODEL,
+        litert.NOTE,
+        runtimes.NOTE,
+    }
 
 
 @pytest.mark.parametrize(("width", "most"), [("int8", 0.2), ("int4", 1)])
