@@ -69,7 +69,7 @@ def test_links_have_two_directions_and_later_lines_win(tmp_path):
     ("lines", "said"),
     [
         ("device,a,,Rasberry Pi 5,,,,\n", "line 2, column what: 'Rasberry Pi 5' should be a device"),
-        ("device,a,,Raspberry Pi 5,x,,,\n", "line 2, column count: 'x' should be a number"),
+        ("device,a,,Raspberry Pi 5,x,,,\n", "line 2, column count: 'x' is no number"),
         ("device,a,,Raspberry Pi 5,1.5,,,\n", "column count: '1.5' should be a whole number"),
         ("device,a,,Raspberry Pi 5,1,0,,\n", "column room_gb: '0' should be a number above 0"),
         ("device,a,,Raspberry Pi 5,,,,\nlink,a,c,wifi,,,,\n", "line 3, column to: 'c' should be one of a"),

@@ -87,3 +87,19 @@ def test_kv_cache_equals_the_bytes_of_a_real_one(layout, folder_of):
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     about = Description("float32", config=model.config.to_dict())
     assert kv_cache_mb_per_1k(about) == pytest.approx(held / 1e6)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma2", "mistral"])
+def test_a_layer_with_a_window_keeps_no_more_than_it(new_model, name):
+    """Every second layer of Gemma's, and all of Mistral's, look back 24 tokens here; engines keep all."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if name != "mistral" else {}
+    model = new_model(name, sliding_window=24, num_hidden_layers=2, **kinds)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for piece in (900, 100):
+            model.base_model(torch.ones(1, piece, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    about = Description("float32", config=model.config.to_dict())
+    assert kv_cache_mb_per_1k(about) == pytest.approx(held / 1e6)
+    whole = kv_cache_mb_per_1k(about, windows=False)
+    assert held / 1e6 / whole == pytest.approx(23 / 1000 if name == "mistral" else (23 + 1000) / 2000)

@@ -5,14 +5,18 @@ In PyTorch they are counted from the tensors of the variant; for an engine from 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelab.measure import Subject, measurement
+from edgelab.storage.kv_cache import head_shape
 from edgelab.storage.stages import parent_of
 
 if TYPE_CHECKING:
     from edgelab.storage.description import Description
+
+KEYS_OR_VALUES = re.compile(r"\.(\d+)\.[^.]+\.[kv]_proj$")  # and the number of their layer
 
 
 @measurement(
@@ -48,7 +52,9 @@ def size(subject: Subject) -> dict[str, Any]:
     return found | {
         "parameters": parts["parameters"],
         "bits_per_weight": 8e6 * found["weights_mb"] / parts["parameters"],
-        "kv_cache_mb_per_1k": kv_cache_mb_per_1k(subject.description, subject.cache_bytes),
+        "kv_cache_mb_per_1k": kv_cache_mb_per_1k(
+            subject.description, subject.cache_bytes, windows=export is None
+        ),
     }
 
 
@@ -59,20 +65,23 @@ def _files(subject: Subject) -> list[Path]:
     return [file for folder in folders for file in folder.glob("*.safetensors")]
 
 
-def kv_cache_mb_per_1k(description: Description, bytes_per_value: float = 4) -> float:
-    """MB of keys and values of 1,000 tokens: layers x KV heads x head size x 2 x bytes.
+def kv_cache_mb_per_1k(description: Description, bytes_per_value: float = 4, windows: bool = True) -> float:
+    """MB of keys and values of 1,000 tokens: KV heads x head size x 2 x bytes x the tokens of each layer.
 
-    Where they are quantized, those of the packed cache, scales and recent tokens included.
+    windows: whether a layer that looks back a window keeps one token less than it, as in PyTorch, or all of them, as
+    the engines do here. Where keys and values are quantized, those of the packed cache, scales and recent tokens
+    included; it keeps all tokens.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, DynamicCache
 
     config = AutoConfig.for_model(**description.config).get_text_config()
     if description.marks.cache is not None:
         return description.marks.cache.nbytes(config, 1000, bytes_per_value) / 1e6
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = config.num_hidden_layers * heads * head_dim * 2
+    seen = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    tokens = [min(1000, window - 1) if windows and window else 1000 for window in seen]
+    heads, head_dim = head_shape(config)
+    values = sum(tokens) * heads * head_dim * 2
     for name, (out_features, *_) in description.shapes.items():  # layers with fewer heads than the others
-        if name.endswith((".k_proj", ".v_proj")):
-            values += out_features - heads * head_dim
-    return values * bytes_per_value * 1000 / 1e6
+        if found := KEYS_OR_VALUES.search(name):
+            values += tokens[int(found[1])] * (out_features - heads * head_dim)
+    return values * bytes_per_value / 1e6

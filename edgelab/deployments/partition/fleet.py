@@ -120,15 +120,11 @@ def _wrong(where: str, column: str, value: object, right: str) -> FleetError:
 
 
 def _number(where: str, row: dict[str, str], column: str, otherwise: float | None) -> float | None:
-    text = row.get(column, "")
-    if not text:
+    if not row.get(column):
         return otherwise
-    try:
-        value = float(text)
-    except ValueError:
-        raise _wrong(where, column, text, "a number") from None
-    if not 0 < value < float("inf"):
-        raise _wrong(where, column, text, "a number above 0")
+    value = csv_files.number(row, column, where, FleetError)
+    if value <= 0:
+        raise _wrong(where, column, row[column], "a number above 0")
     return value
 
 
