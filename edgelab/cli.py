@@ -291,6 +291,9 @@ def list_(
     rows = listing(what, model)
     if what == "runtimes" and not as_json:
         _print_support(rows)
+        if model is not None:
+            said = "The configuration alone was asked; weights and tokenizer may yet be refused when they are loaded."
+            out.print(said, highlight=False, soft_wrap=True)
     else:
         _print(rows, as_json)
 
@@ -407,19 +410,41 @@ def serve(
         bool, typer.Option("--insecure", help="Listen beyond this machine without TLS.")
     ] = False,
     cut: Annotated[int | None, typer.Option(help="Layers that the edge runs, for split inference.")] = None,
+    name: Annotated[str, typer.Option(help="What clients call the model (default: model and recipe).")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 512,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a prompt, at most (default: as many as the model and a quarter of the free memory hold)."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Of a request, at most, from its turn on; longer answers take more.")
+    ] = 60.0,
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Serve a recipe over HTTP, as OpenAI's servers do, until Ctrl-C."""
+    """Serve a recipe over HTTP, as OpenAI's servers do, until Ctrl-C.
+
+    Prints its URL, the name of the model, and the token.
+    """
     from edgelab.deployments.hybrid.server import serving
+    from edgelab.deployments.hybrid.server.limits import Limits
 
     def announce(url: str, token: str) -> None:
         if token_file is not None:
             serving.write_token(token_file, token)
-        _say([url] if token_file is not None else [url, token])
+        _say([url, settings.called, *([token] if token_file is None else [])])
 
+    prompt = {} if prompt_tokens is None else {"prompt_tokens": prompt_tokens}
+    limits = Limits(
+        max_tokens=max_tokens, request_s=seconds, waiting_s=max(seconds, Limits.waiting_s), **prompt
+    )
     given = {"certificate": certificate, "key": key, "insecure": insecure, "cut": cut, "threads": threads}
-    settings = serving.Settings(recipe=recipe, model=model, seed=seed, host=host, port=port, **given)
+    settings = serving.Settings(
+        recipe=recipe, model=model, seed=seed, host=host, port=port, name=name, limits=limits,
+        whole_context=prompt_tokens is None, **given,
+    )  # fmt: skip
     if token_file is not None:
         serving.check_token_file(token_file)
     serving.serve(settings, announce)

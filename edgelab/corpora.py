@@ -193,6 +193,18 @@ def tokenize_text(text: str, tokenizer: PreTrainedTokenizerBase, name: str = "te
     return TokenizedText(name, text, torch.tensor(encoded["input_ids"], dtype=torch.int64), ends)
 
 
+def check_tokens(ids: list[int], rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise CorpusError naming a token that an embedding of so many rows has none for.
+
+    Special tokens that were added to a tokenizer later may have none; they do no harm until a text holds one.
+    """
+    if (largest := max(ids, default=0)) >= rows:
+        raise CorpusError(
+            f"The text holds '{tokenizer.convert_ids_to_tokens(largest)}', token {largest:,}, for which the embedding "
+            f"of {rows:,} rows has none; take it out of the text, or give a model that was trained with it."
+        )
+
+
 def _embedded_text(corpus: str) -> str:
     text = assets.text_file(corpus).read_text(encoding="utf-8")
     return re.sub(r"</?doc\b[^>]*>", "", text) if corpus == "wiki" else text

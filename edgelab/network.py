@@ -80,19 +80,22 @@ class Link:
 
 
 def links() -> dict[str, Link]:
-    """The links of `data/links.csv`, by name; each with its source. Raises LinkError with the line that is none."""
-    columns = [one.name for one in fields(Link)]
+    """The links of `data/links.csv`, by name; each with its source. What a line leaves out is as `Link` has it.
+
+    Raises LinkError with the line that is none.
+    """
+    columns, needed = [one.name for one in fields(Link)], ("name", "down_mbps", "up_mbps")
     found = {}
     for where, cells in csv_files.lines(
-        data_dir() / "links.csv", LinkError, columns, needed=("name", "down_mbps", "up_mbps"), unique="name"
+        data_dir() / "links.csv", LinkError, columns, needed=needed, unique="name"
     ):
         figures = {
             name: csv_files.number(cells, name, where, LinkError)
-            for name in cells
-            if name not in ("name", "source")
+            for name, text in cells.items()
+            if name not in ("name", "source") and (text or name in needed)
         }
         try:
-            found[cells["name"]] = Link(**(cells | figures))
+            found[cells["name"]] = Link(cells["name"], **figures, source=cells.get("source", ""))
         except LinkError as error:
             raise LinkError(f"{where}: {error}") from None
     return found

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from edgelab import assets
@@ -26,10 +27,12 @@ log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # what a model is read from
+PICKLED = "pytorch_model*.bin"  # weights as older checkpoints have them, read where there are no safetensors
 CONFIGURATION = ("*.json",)
 LEFT_OUT = ("consolidated*", "*/*.safetensors")  # the weights once more, as Mistral's repositories have them
 WHOLE = "model.safetensors"  # a checkpoint in one file
-INDEX = "model.safetensors.index.json"  # which file holds which tensor
+PICKLED_WHOLE = "pytorch_model.bin"
+INDEX = ".index.json"  # behind the name of the whole: which file holds which tensor
 # Names of a checkpoint that reads more than text -> those of its text part as a model of its own
 TEXT_PART = {
     r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
@@ -45,8 +48,14 @@ EMBEDDED_NOTES = (
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 # Names of tensors that only quantized weights come with
 QUANTIZED = re.compile(
-    r"\.(qweight|qzeros|scales|weight_scale\w*|weight_packed|absmax|quant_state\b.*)$|_scales$"
+    r"\.(qweight|qzeros|scales|weight_scale\w*|weight_packed|weight_format|absmax|quant_state\b.*|SCB|input_scale"
+    r"|pre_quant_scale)$|_scales$"
 )
+UNMERGED = re.compile(r"\.(lora_[AB]\b.*|weight_mask)$")  # what training or pruning left beside the weights
+# Where numbers are weights: other integers are masks and positions. Layers of experts are stacked to one *_proj.
+WEIGHT = re.compile(r"\.weight$|_proj$")
+FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+ADAPTER = "adapter_config.json"  # PEFT's; transformers would apply the adapter without a word
 
 
 class ReferenceError(EdgeLabError):
@@ -75,7 +84,7 @@ class Reference:
 
 
 def load(name: str = EMBEDDED, dtype: torch.dtype | None = None) -> Reference:
-    """Load a reference: "embedded", a Hub id, a folder with safetensors and a config, or a GGUF file.
+    """Load a reference: "embedded", a Hub id, a folder with weights and a config, or a GGUF file.
 
     Raises ReferenceError where nothing can be loaded under that name.
     """
@@ -121,6 +130,8 @@ def _find(name: str, weights: bool = True) -> Source:
         return Source(path.stem, path.resolve(), "")
     if path is None and HUB_ID.fullmatch(name) and not _is_gguf(Path(name)):
         folder = _fetched(name, PATTERNS if weights else CONFIGURATION)
+        if weights and _pickled(folder):
+            folder = _fetched(name, (*PATTERNS, PICKLED))
         _check_folder(folder, name, weights)
         return Source(name, folder, "")
     raise ReferenceError(
@@ -133,48 +144,109 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _check_folder(folder: Path, shown: str, weights: bool) -> None:
-    """Whether all files of a model are there. shown: what a sentence calls it."""
-    if not (folder / "config.json").is_file() or (weights and not any(folder.glob("*.safetensors"))):
+    """Whether all files of a model are there, and nothing that changes it. shown: what a sentence calls it."""
+    _check_adapter(folder, shown)
+    there = (folder / "config.json").is_file()
+    if not there or (weights and _pickled(folder) and not any(folder.glob(PICKLED))):
         raise ReferenceError(
-            f"{shown} holds no model: a folder needs config.json, tokenizer files and *.safetensors "
-            "(pickled weights are not loaded)."
+            f"{shown} holds no model: a folder needs config.json, tokenizer files and *.safetensors or {PICKLED}."
         )
-    if weights and not (folder / WHOLE).is_file():
-        _check_parts(folder, shown)
+    whole = PICKLED_WHOLE if _pickled(folder) else WHOLE
+    if weights and not (folder / whole).is_file():
+        _check_parts(folder, shown, whole)
 
 
-def _check_parts(folder: Path, shown: str) -> None:
-    """Whether every tensor that the index of a checkpoint names lies in the shard that it names."""
-    from safetensors import SafetensorError, safe_open
+def _check_adapter(folder: Path, shown: str) -> None:
+    if not (folder / ADAPTER).is_file():
+        return
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = None
+    of = f" of {assets.shown(str(base))}" if base else ""
+    raise ReferenceError(
+        f"{shown} holds a LoRA adapter{of}; merge it into its model and give the folder of that, without {ADAPTER}."
+    )
 
-    if not (folder / INDEX).is_file():
+
+def _pickled(folder: Path) -> bool:
+    """Whether a folder has no weights but in torch's own files, of which only tensors are ever read."""
+    return not any(folder.glob("*.safetensors"))
+
+
+def _check_parts(folder: Path, shown: str, whole: str) -> None:
+    """Whether every tensor that the index of a checkpoint names lies in the shard that it names.
+
+    whole: the file that a checkpoint in one has.
+    """
+    index = f"{whole}{INDEX}"
+    if not (folder / index).is_file():
         raise ReferenceError(
-            f"{shown} has neither {WHOLE} nor {INDEX}, which says in which of its files each tensor lies; give the "
+            f"{shown} has neither {whole} nor {index}, which says in which of its files each tensor lies; give the "
             "whole checkpoint."
         )
+    shards = _shards(folder / index, shown)
+    if lost := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise ReferenceError(f"{shown} lacks {few(lost)}, which {index} names; give the whole checkpoint.")
+    for shard, names in shards.items():
+        if lost := sorted(set(names) - _number_formats(folder / shard, shown).keys()):
+            raise ReferenceError(
+                f"{shard} of {shown} lacks {few(lost)}, for which {index} names it; give the whole checkpoint."
+            )
+
+
+def _shards(index: Path, shown: str) -> dict[str, list[str]]:
+    """The names of the tensors in each shard that the index of a checkpoint names."""
     try:
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = {shard: [] for shard in sorted(places.values())}
         for name, shard in places.items():
             shards[shard].append(name)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ReferenceError(
-            f"{INDEX} of {shown} does not say in which file each tensor lies; fetch it again."
+            f"{index.name} of {shown} does not say in which file each tensor lies; fetch it again."
         ) from None
-    if lost := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise ReferenceError(f"{shown} lacks {few(lost)}, which {INDEX} names; give the whole checkpoint.")
-    for shard, names in shards.items():
-        try:
-            with safe_open(folder / shard, "np") as file:
-                lost = sorted(set(names) - set(file.keys()))
-        except SafetensorError as error:
-            raise ReferenceError(
-                f"{shard} of {shown} is damaged ({_reason(error)}); fetch it again."
-            ) from None
-        if lost:
-            raise ReferenceError(
-                f"{shard} of {shown} lacks {few(lost)}, for which {INDEX} names it; give the whole checkpoint."
-            )
+    return shards
+
+
+def _number_formats(file: Path, shown: str) -> dict[str, str]:
+    """The tensors in a file of weights by name, each with what the file calls its dtype; no value is read."""
+    from safetensors import safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "np") as opened:
+                return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        import torch
+
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        return {name: str(tensor.dtype) for name, tensor in tensors.items()}
+    except OSError:
+        raise
+    except UnpicklingError:
+        raise ReferenceError(
+            f"{file.name} of {shown} is damaged or holds more than tensors, and nothing else is unpickled here; give "
+            "the weights as safetensors."
+        ) from None
+    except Exception as error:  # of safetensors, of torch
+        raise ReferenceError(
+            f"{file.name} of {shown} is damaged ({_reason(error)}); fetch it again."
+        ) from None
+
+
+def _stored(source: Source) -> dict[str, tuple[Path, str]]:
+    """File and dtype of each tensor that transformers reads of a folder; of none where weights are not fetched yet."""
+    folder = Path(source.folder)
+    whole = PICKLED_WHOLE if _pickled(folder) else WHOLE
+    files = [folder / whole]  # of a GGUF file there is none, either
+    if not files[0].is_file() and (folder / f"{whole}{INDEX}").is_file():
+        files = [folder / shard for shard in _shards(folder / f"{whole}{INDEX}", source.name)]
+    return {
+        name: (file, dtype)
+        for file in files
+        if file.is_file()
+        for name, dtype in _number_formats(file, source.name).items()
+    }
 
 
 def fingerprint(folder: Path) -> str:
@@ -182,7 +254,8 @@ def fingerprint(folder: Path) -> str:
 
     Every file that transformers may read counts, so that a changed rope_theta or merge is another model.
     """
-    found = [file for pattern in PATTERNS for file in folder.glob(pattern)]
+    patterns = (*PATTERNS, PICKLED) if _pickled(folder) else PATTERNS
+    found = [file for pattern in patterns for file in folder.glob(pattern)]
     files = sorted(file for file in found if not file.match(LEFT_OUT[0]))
     return key([(file.name, assets.fingerprint(file)) for file in files])[:16]
 
@@ -240,7 +313,7 @@ def _without_tokenizer(source: Source, reason: str) -> ReferenceError:
 
 def _check_vocabulary(source: Source, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """Every token that text can become has a row of the embedding. Special ones that were added later need none."""
-    rows = getattr(config.get_text_config(), "vocab_size", math.inf)
+    rows = embedding_rows(config)
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     largest = max(set(tokenizer.get_vocab().values()) - special)
     if largest >= rows:
@@ -250,12 +323,21 @@ def _check_vocabulary(source: Source, tokenizer: PreTrainedTokenizerBase, config
         )
 
 
+def embedding_rows(config: PretrainedConfig) -> float:
+    """Tokens that the embedding of a model has a row for; infinity where a configuration does not say."""
+    return getattr(config.get_text_config(), "vocab_size", math.inf)
+
+
 def load_config(source: Source) -> PretrainedConfig:
     """The model configuration of a reference, of its text part where it reads more than text.
 
     Raises ReferenceError for what is no decoder of plain float weights.
     """
-    return _text_part(_stated_config(source))
+    config = _text_part(source, _stated_config(source))
+    _check_floats(source)
+    if _gguf_file(source) is None and _has_own_head(source, config):
+        _untie(config)
+    return config
 
 
 def _stated_config(source: Source) -> PretrainedConfig:
@@ -268,7 +350,7 @@ def _stated_config(source: Source) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # of JSON, of transformers, of huggingface_hub's checks of types
         log.debug("the configuration cannot be loaded", exc_info=True)
-        raise _unloadable(source, error) from None
+        raise unloadable(source.name, error) from None
     if how := getattr(config, "quantization_config", None):
         method = how.get("quant_method", "unknown") if isinstance(how, dict) else type(how).__name__
         raise _quantized(source, f"by '{method}'")
@@ -278,6 +360,52 @@ def _stated_config(source: Source) -> PretrainedConfig:
         )
     _put_ends(source, config)
     return config
+
+
+def _check_floats(source: Source) -> None:
+    """Whether weights are stored as floats: transformers would take integers for values, without their scales."""
+    stored = {name: dtype for name, (_, dtype) in _stored(source).items() if WEIGHT.search(name)}
+    if coded := [f"{name} in {dtype}" for name, dtype in stored.items() if dtype not in FLOATS]:
+        raise _quantized(source, f"with {few(coded)}")
+
+
+def _untie(config: PretrainedConfig) -> None:
+    """Let a configuration say that the head is a matrix of its own, in place."""
+    for one in (config, config.get_text_config()):
+        one.tie_word_embeddings = False
+
+
+def _has_own_head(source: Source, config: PretrainedConfig) -> bool:
+    """Whether safetensors hold a head that differs from the embedding, which transformers then leaves untied."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not getattr(config, "tie_word_embeddings", False) or _pickled(Path(source.folder)):
+        return False
+    stored = {}
+    for name, (file, _) in _stored(source).items():
+        stored[name] = file, name
+        for other, ours in TEXT_PART.items():
+            stored[re.sub(other, ours, name)] = file, name
+    tied = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys or {}
+    for pair in tied.items():
+        # A checkpoint of the base model has its names without the first part.
+        found = [stored.get(name) or stored.get(name.partition(".")[2]) for name in pair]
+        if all(found) and not _same(*found):
+            return True
+    return False
+
+
+def _same(one: tuple[Path, str], other: tuple[Path, str], rows: int = 4096) -> bool:
+    """Whether two matrices of safetensors files have the same values; read some rows at a time, up to a difference."""
+    from safetensors import safe_open
+
+    (file, name), (other_file, other_name) = one, other
+    with safe_open(file, "pt") as opened, safe_open(other_file, "pt") as other_opened:
+        first, second = opened.get_slice(name), other_opened.get_slice(other_name)
+        return first.get_shape() == second.get_shape() and all(
+            bool((first[start : start + rows] == second[start : start + rows]).all())
+            for start in range(0, first.get_shape()[0], rows)
+        )
 
 
 def _put_ends(source: Source, config: PretrainedConfig) -> None:
@@ -313,7 +441,8 @@ def _check_layout(source: Source) -> None:
             "such as llama, qwen3 or gemma3_text."
         )
     _check_scaling(source, stated)
-    if classes and not set(classes) & set(dir(transformers)):
+    known = {name.lower() for name in dir(transformers)}  # what a config.json calls PhiMoE is Phimoe there
+    if classes and not known & {name.lower() for name in classes}:
         raise ReferenceError(
             f"The config.json of {source.name} names {few(classes)}, and {its} has no such class; give a model that "
             "is loaded by one of its classes, such as LlamaForCausalLM."
@@ -336,13 +465,21 @@ def _check_scaling(source: Source, stated: dict[str, Any]) -> None:
     )
 
 
-def _text_part(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of the text part, where transformers has a class for that part alone; else the whole one."""
+def _text_part(source: Source, config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the text part, where transformers has a class for that part alone; else the whole one.
+
+    Raises ReferenceError where it has a class for neither.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = config.get_text_config(decoder=True)
     if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return config
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return config
+        raise ReferenceError(
+            f"{source.name} has the layout '{config.model_type}', of which transformers has no causal language model "
+            "of text; give a model of another layout, such as llama, qwen3 or gemma3_text."
+        )
     text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     return text
 
@@ -369,12 +506,13 @@ def load_model(
                 _check_finite(source, model)
                 return model
             stated = _stated_config(source)
-            config = _text_part(stated)
+            config = _text_part(source, stated)
+            _check_floats(source)
             model, found = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 config=config,
                 dtype=dtype,
-                use_safetensors=True,
+                use_safetensors=not _pickled(Path(source.folder)),
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
@@ -385,13 +523,14 @@ def load_model(
             vars(model).pop("_weight_conversions", None)  # saved again it is a model of text
             notes += _leave_out_other_parts(model, found)
         _check_tensors(source, found, notes)
+        notes += _keep_own_head(model)
         _check_finite(source, model)
         _check_direction(source, model)
     except EdgeLabError:
         raise
     except Exception as error:  # of transformers, safetensors, torch
         log.debug("the model cannot be loaded", exc_info=True)
-        raise _unloadable(source, error) from None
+        raise unloadable(source.name, error) from None
     return model.eval()
 
 
@@ -409,11 +548,32 @@ def _leave_out_other_parts(model: PreTrainedModel, found: dict) -> list[str]:
     return [f"The text part alone, without {', '.join(sorted({part(name) for name in others}))}."]
 
 
+def _keep_own_head(model: PreTrainedModel) -> list[str]:
+    """A note where transformers left a head untied that the configuration ties; that says so then, too, in place."""
+    from torch import nn
+
+    stated = model.get_expanded_tied_weights_keys(all_submodels=True).keys()
+    tied = model.all_tied_weights_keys.keys()
+    if not stated - tied:
+        return []
+    for name in (
+        stated & tied
+    ):  # nothing is tied where a configuration says so, and the bias of BERT's head is still
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.Parameter(model.get_parameter(name).detach().clone()))
+    _untie(model.config)
+    return ["The checkpoint has a head of its own, although its config.json ties it to the embedding."]
+
+
 def _check_tensors(source: Source, found: dict, notes: list[str]) -> None:
     """Compare the tensors of a checkpoint with those of the model, as transformers found them."""
     unexpected = sorted(found["unexpected_keys"])
     if any(map(QUANTIZED.search, unexpected)):
         raise _quantized(source, f"with {few(unexpected)}")
+    if unmerged := list(filter(UNMERGED.search, unexpected)):
+        raise ReferenceError(
+            f"{source.name} holds {few(unmerged)} beside the weights that they change; merge them and give that model."
+        )
     if missing := sorted(found["missing_keys"]):
         raise ReferenceError(f"The weights of {source.name} lack {few(missing)}; give the whole checkpoint.")
     if mismatched := sorted(found["mismatched_keys"]):
@@ -458,9 +618,10 @@ def _quantized(source: Source, how: str) -> ReferenceError:
     )
 
 
-def _unloadable(source: Source, error: Exception) -> ReferenceError:
+def unloadable(name: str, error: Exception) -> ReferenceError:
+    """What a library says against a model, in one sentence. name: what the sentence calls the model."""
     return ReferenceError(
-        f"{source.name} cannot be loaded as a causal language model ({_reason(error)}); check that its files are whole "
+        f"{name} cannot be loaded as a causal language model ({_reason(error)}); check that its files are whole "
         "and belong together."
     )
 

@@ -13,8 +13,9 @@ import pytest
 import edgelab as el
 from edgelab import cli, ledger
 from edgelab.deployments.hybrid.client.cloud import Cloud
-from edgelab.deployments.hybrid.client.failures import CloudDenied
+from edgelab.deployments.hybrid.client.failures import CloudDenied, CloudRefused
 from edgelab.deployments.hybrid.server import serving
+from edgelab.deployments.hybrid.server.limits import Limits
 
 
 def edgelab(*arguments, **environment):
@@ -261,12 +262,18 @@ def test_a_recipe_is_served_until_ctrl_c(tiny, tmp_path):
         str(tiny),
         "--token-file",
         str(token),
+        "--name",
+        "tiny",
+        "--max-tokens",
+        "4",
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        url = process.stdout.readline().strip()
+        url, name = process.stdout.readline().strip(), process.stdout.readline().strip()
         with Cloud(url, token.read_text().strip()) as cloud:
-            assert cloud.health()["status"] == "ok"
+            assert cloud.health()["model"] == name == "tiny"
             assert cloud.complete("Once upon", 3).ids is not None
+            with pytest.raises(CloudRefused, match="max_tokens may be 4 at most"):
+                cloud.complete("Once upon", 5)
         with Cloud(url, "another") as cloud, pytest.raises(CloudDenied):
             cloud.health()
         assert token.stat().st_mode & 0o077 == 0
@@ -280,6 +287,8 @@ def test_a_recipe_is_served_until_ctrl_c(tiny, tmp_path):
         (["none @ cascade:cloud=(none)"], "a server runs one engine"),
         (["none", "--token-file", "nofolder/token"], "There is no folder nofolder"),
         (["none", "--token-file", "/"], "/ is there and no file"),
+        (["none", "--max-tokens", "0"], "max_tokens is 0 and should be at least 1"),
+        (["none", "--seconds", "0"], "request_s is 0.0 and should be above 0 seconds"),
     ],
 )
 def test_what_cannot_be_served_is_one_sentence_before_anything_is_loaded(
@@ -289,6 +298,24 @@ def test_what_cannot_be_served_is_one_sentence_before_anything_is_loaded(
     done = inside("serve", *arguments)
     assert done.returncode == 1 and sentence in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limits", "whole_context"),
+    [
+        ([], {}, True),
+        (["--prompt-tokens", "300"], {"prompt_tokens": 300}, False),
+        (["--max-tokens", "4096", "--seconds", "600"],
+         {"max_tokens": 4096, "request_s": 600, "waiting_s": 600}, True),
+        (["--seconds", "5"], {"request_s": 5}, True),
+    ],
+)  # fmt: skip
+def test_limits_of_a_server_are_options(inside, monkeypatch, arguments, limits, whole_context):
+    asked = []
+    monkeypatch.setattr(serving, "serve", lambda settings, announce: asked.append(settings))
+    assert inside("serve", *arguments).returncode == 0
+    assert asked[0].limits == Limits(**limits)
+    assert asked[0].whole_context == whole_context
 
 
 def test_a_device_of_ones_own_is_kept_and_listed(inside):

@@ -7,8 +7,13 @@ from importlib import import_module
 import pytest
 
 from edgelab import recipes, runtimes
-from edgelab.deployments.hybrid import MOST_TEMPERATURE
+from edgelab.deployments.hybrid import MOST_TEMPERATURE, CutError, Split
+from edgelab.deployments.hybrid.answering import start
 from edgelab.deployments.one_device import OneDevice
+from edgelab.deployments.partition.stage import Stage
+from edgelab.lab.question import Settings, ask
+from edgelab.reference import load_tokenizer, resolve
+from edgelab.storage import variants
 
 ENGINES = {name: kind for name, kind in recipes.deployments().items() if issubclass(kind, OneDevice)}
 
@@ -56,6 +61,34 @@ def test_a_deadline_that_no_clock_counts_to_is_none(way):
     for seconds in ("0", "-1", "86401", "1e10"):
         with pytest.raises(recipes.RecipeError, match=r"should be above 0 and at most 86400, a day\.$"):
             recipes.parse(f"none @ {way}:deadline_s={seconds}")
+
+
+@pytest.mark.parametrize("way", ["cloud", "cascade", "speculative", "redact"])
+def test_an_edge_that_is_no_engine_is_refused_as_it_is_read(way):
+    assert recipes.parse(f"none @ {way}:edge=llamacpp").deployment.edge == "llamacpp"
+    for edge, said in (
+        ("litrt", r"^Unknown deployment 'litrt'; did you mean litert"),
+        ("cascade", r"^edge=cascade shares requests and is no engine; give one, such as edge=torch\.$"),
+        ('""', "deployment"),
+    ):
+        with pytest.raises(recipes.RecipeError, match=said):
+            recipes.parse(f"none @ {way}:edge={edge}")
+
+
+def test_a_cut_that_a_model_has_not_is_refused_before_anything_is_made(tiny):
+    """By the plan, which --dry-run prints; where layers were taken out, before the first part is loaded."""
+    (question,) = ask(["none @ split:cut=2"], Settings(model=str(tiny)), interleave=False)
+    assert question.recipe.deployment.cut == 2
+    with pytest.raises(CutError, match=r"^cut=3 is none of a model of 2 layers; give the number of layers"):
+        ask(["none @ split:cut=3"], Settings(model=str(tiny)), interleave=False)
+
+
+def test_a_cut_beyond_the_layers_that_are_left_is_refused_before_a_part_is_loaded(tiny, monkeypatch):
+    monkeypatch.setattr(Stage, "load", lambda *given: pytest.fail("nothing is loaded"))
+    source = resolve(str(tiny))
+    folder = variants.build(recipes.parse("prune.layers:keep=1"), source, 0, lambda done, total: None)
+    with pytest.raises(CutError, match=r"^cut=2 is none of a model of 1 layers"):
+        start(Split(link="ethernet", cut=2), folder, load_tokenizer(source), str(tiny), 0)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.001, 1.0, 2.0])

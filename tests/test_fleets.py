@@ -88,6 +88,7 @@ def test_links_have_two_directions_and_later_lines_win(tmp_path):
             "device,a,,Raspberry Pi 5,,,,\nlink,a,a,inf,,,,\n",
             "line 3, column what: Link inf: down_mbps is inf",
         ),
+        ("device,a,,Raspberry Pi 5,,,,\nlink,a,a,1_000,,,,\n", "column what: No link is called '1_000'"),
     ],
 )
 def test_typos_are_named_with_line_and_column(tmp_path, lines, said):

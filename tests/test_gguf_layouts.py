@@ -80,6 +80,19 @@ CASES = {
             "rope_parameters": LOCAL | {"full_attention": LINEAR | {"factor": 16.0}},
         },
     ),
+    "gemma2, no windows": (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": ["full_attention"] * 2},
+    ),
+    "gemma3, no windows": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["full_attention"] * 2,
+            "rope_parameters": LOCAL | {"full_attention": LINEAR},
+        },
+    ),
     "phi": ("phi", {}),
     "phi, tied": ("phi", {"tie_word_embeddings": True, "rope_parameters": LINEAR}),
     "phi3": ("phi3", {"sliding_window": None}),

@@ -10,6 +10,7 @@ from torch import nn
 from edgelab.model import blocks as structure
 from edgelab.model.blocks import block_list, blocks, is_linear
 from edgelab.model.logits import head_logits, hidden_states
+from edgelab.model.shapes import skeleton
 from edgelab.recipes import Context, RecipeError, Record, parse
 from edgelab.storage.layers import PackedLinear
 from edgelab.techniques import calibration
@@ -27,6 +28,14 @@ MIXTURE = {
     "pad_token_id": None,
 }
 WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+STREAMS = WINDOWED | {
+    "intermediate_size": [96, 96],
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": 300,
+    "laurel_rank": 32,
+    "activation_sparsity_pattern": [0.0, 0.0],
+}
 LAYOUTS = {
     "bloom": {"n_layer": 2, "n_head": 4},  # alibi: several rows for each sample; positional arguments
     "falcon": {"alibi": True, "multi_query": True},  # a Linear of its own; blocks that answer with a tensor
@@ -135,22 +144,44 @@ def test_blocks_over_many_samples_give_what_the_model_gives(name, new_model):
 
 def test_blocks_that_read_the_tokens_as_well_are_refused(new_model, context):
     """Gemma 3n adds to each block an embedding of the tokens of its own; and its states are no plain stack."""
-    model = made(
-        "gemma3n_text",
-        new_model,
-        **WINDOWED,
-        intermediate_size=[96, 96],
-        num_kv_shared_layers=0,
-        hidden_size_per_layer_input=32,
-        vocab_size_per_layer_input=300,
-        laurel_rank=32,
-        activation_sparsity_pattern=[0.0, 0.0],
-    )
+    model = made("gemma3n_text", new_model, **STREAMS)
     with pytest.raises(
         RecipeError, match=r"one after the other: they read more of the text than the states.*quantize\.rtn"
     ):
         parse(f"quantize.gptq:group_size=0,{CALIBRATED}").apply(model, context)
     parse("quantize.rtn:bits=8,group_size=0").apply(model, context)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "quantize.rtn:bits=8,group_size=32",
+        "quantize.hqq:bits=8,group_size=32",
+        "quantize.nf4:group_size=32",
+        "quantize.ternary:group_size=32",
+        "qat:bits=8,group_size=32,steps=1,length=16",
+    ],
+)
+def test_layers_smaller_than_a_group_stay_in_float_and_are_noted(recipe, new_model, context, story):
+    """Gemma 3n mixes its four streams by matrices of 4 x 4 and 16 x 4, one of each in a block."""
+    model = made("gemma3n_text", new_model, **STREAMS)
+    changed = parse(recipe).apply(model, context)
+    (note,) = [note for note in context.record.notes if "smaller than a group of 32" in note]
+    coefs = "model.layers.*.altup.correction_coefs, model.layers.*.altup.prediction_coefs"
+    assert note == f"160 parameters of layers smaller than a group of 32 stay in float: {coefs}."
+    mixing = changed.model.layers[0].altup
+    assert type(mixing.correction_coefs) is type(mixing.prediction_coefs) is nn.Linear
+    assert isinstance(mixing.modality_router, PackedLinear)
+    if "bits=8" in recipe and "rtn" in recipe:
+        before, after = (log_p(one, story.ids[300:364]) for one in (model, changed))
+        assert float((before.exp() * (before - after)).sum(-1).mean()) < 0.05
+    with pytest.raises(
+        RecipeError, match=r"^group_size=128 does not divide the 32 and 64 and 96 inputs.*use 32, 0"
+    ):
+        parse(recipe.replace("32", "128")).apply(model, context)
+    assert type(
+        parse("quantize.rtn:group_size=0").apply(model, context).model.layers[0].altup.correction_coefs
+    ) is (PackedLinear)
 
 
 @pytest.mark.parametrize("change", ["between", "order"])
@@ -187,6 +218,12 @@ def test_a_router_that_picks_experts_is_no_linear_layer(new_model):
     assert type(falcon) is not nn.Linear and is_linear(falcon)
     names = set(linear_layers(model))
     assert names == {f"model.layers.{i}.self_attn.{kind}_proj" for i in range(2) for kind in "qkvo"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_model_without_memory_has_the_same_linear_layers(name, new_model):
+    model = made(name, new_model)
+    assert list(linear_layers(skeleton(model.config))) == list(linear_layers(model))
 
 
 def test_a_layer_whose_weight_the_model_looks_at_stays_in_float(new_model, context, story):

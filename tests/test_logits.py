@@ -147,5 +147,7 @@ def test_positions_that_are_computed_do_not_end(family, new_model):
 
 
 def test_other_errors_are_not_blamed_on_the_length(new_model):
-    with pytest.raises(IndexError):  # a token that has no row
+    with pytest.raises(LogitsError, match=r"has 300 rows, and none for token 300; give a text without it\.$"):
         hidden_states(new_model("gpt2"), torch.tensor([[300]]))
+    with pytest.raises(RuntimeError):  # no number of a token
+        hidden_states(new_model("gpt2"), torch.tensor([[1.5]]))

@@ -83,8 +83,15 @@ def file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("was", "now", "said"),
     [
-        ("70,0,0,a", "70,,0,a", "links.csv, line 2, column jitter_ms: '' is no number"),
-        ("70,0,0,a", "70", "line 2, column jitter_ms: '' is no number"),
+        ("12,12,", "12,,", "links.csv, line 2, column up_mbps: '' is no number"),
+        ("12,12,70,0,0,a", "12", "line 2, column up_mbps: '' is no number"),
+        (
+            "12,12,",
+            '"12,5",12,',
+            "column down_mbps: '12,5' is no number; write one such as 8 or 25.6, with a full stop, not",
+        ),
+        ("12,12,", "12,5,12,", "and write a number with a full stop"),
+        ("12,12,", "1_000,12,", "line 2, column down_mbps: '1_000' is no number"),
         ("70,0,0,a", "70 ms,0,0,a", "line 2, column round_trip_ms: '70 ms' is no number"),
         ("70,0,0,a", "inf,0,0,a", "line 2, column round_trip_ms: 'inf' is no number"),
         ("70,0,0,a", "70,0,1,a", "line 2: Link lte: loss is 1.0"),
@@ -114,6 +121,25 @@ def test_a_file_as_a_spreadsheet_writes_it_is_read(file):
     file.unlink()
     with pytest.raises(LinkError, match=r"links\.csv cannot be read"):
         network.find("lte")
+
+
+def test_commas_behind_every_line_are_no_cells(file):
+    known = network.find("lte")
+    file.write_text(file.read_text().replace("\n", ",,\n") + ",,,,,,,,\n")
+    assert network.find("lte") == known
+    file.write_text(file.read_text().replace("0,0,a,,", "0,0,a,,b"))
+    with pytest.raises(LinkError, match="line 2: there are 9 cells for 7 columns"):
+        network.find("lte")
+
+
+def test_what_a_line_leaves_out_is_the_default(file):
+    """Outages of one link alone, and lines that end early."""
+    file.write_text("name,down_mbps,up_mbps,outage_s,between_outages_s,source\na,1,2,5,,x\nb,3,4,,,\nc,5,6\n")
+    assert list(network.links().values()) == [
+        Link("a", 1, 2, outage_s=5, source="x"),
+        Link("b", 3, 4),
+        Link("c", 5, 6),
+    ]
 
 
 @pytest.mark.parametrize("shared", [CloudAlone(), Split()])

@@ -106,6 +106,13 @@ def test_grids_of_several_kinds_are_not_fused(tmp_path, new_model, byte_tokenize
     assert apart(runtime, folder) < 0.05
 
 
+@pytest.mark.parametrize("text", ["none", "quantize.rtn:bits=4,group_size=32"])
+def test_another_layer_with_as_many_outputs_as_there_are_tokens(variant, text):
+    """It is no head, as which the builder takes it."""
+    folder = variant(text, vocab_size=320, intermediate_size=320)
+    assert apart(runtimes.load("onnxruntime", folder), folder) < (1e-5 if text == "none" else 0.05)
+
+
 def test_blocks_by_hand():
     """Two rows of 48 in groups of 48: the largest power of two in 48 is 16, so each scale stands three times."""
     integers = (torch.arange(96) % 16).to(torch.uint8).view(2, 48)

@@ -12,7 +12,7 @@ from edgelab import runtimes
 from edgelab.measure import parity
 from edgelab.measure.perplexity import Window, logit_slices
 from edgelab.runtimes import RuntimeRefused
-from edgelab.runtimes.openvino import GRAPH, LAYOUTS
+from edgelab.runtimes.openvino import GRAPH, LAYOUTS, is_read
 from edgelab.storage import variants
 
 IDS = [3, 17, 250, 9, 88, 120, 45, 7, 61, 200, 33, 12]
@@ -119,9 +119,9 @@ def test_nncf_rounds_in_its_own_way(variant, text):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("none", "quantize.fp16 is the float"),
+        ("quantize.bf16", "float32 and float16, not bfloat16"),
         ("quantize.hqq:bits=4,group_size=32", "whole zero-points"),
-        ("quantize.rtn:bits=5,group_size=32", "4 and 8 bits"),
+        ("quantize.binary:group_size=32", "whole zero-points"),
         ("quantize.nf4:group_size=32", "uniform grid"),
         ("quantize.dynamic", "a way of its own"),
         ("quantize.kv:bits=8", "a quantized cache runs on 'torch'"),
@@ -142,9 +142,41 @@ SCALED = {
 }
 
 
+FOUR = "quantize.rtn:bits=4,group_size=32"
+TAKEN = {  # a recipe, a layout, its settings, and whether OpenVINO reads it from GGUF
+    "float16": ("quantize.fp16", "llama", {}, True),
+    "4 bits": (FOUR, "qwen3", {}, True),
+    "its own rounding": ("native.int8", "qwen2", {}, True),
+    "float32": ("none", "qwen2", {}, False),
+    "5 bits": ("quantize.rtn:bits=5,group_size=32", "llama", {}, False),
+    "8 bits with zero-points": ("quantize.rtn:bits=8,group_size=0", "llama", {}, False),
+    "groups of 16": ("quantize.rtn:bits=4,group_size=16", "llama", {}, False),
+    "scaled": (FOUR, "llama", {"rope_parameters": SCALED}, False),
+    "scaled and rounded by OpenVINO": ("native.int8", "llama", {"rope_parameters": SCALED}, False),
+    "biases": (FOUR, "llama", {"attention_bias": True, "mlp_bias": True}, False),
+    "biases of a qwen3": ("quantize.fp16", "qwen3", {"attention_bias": True}, False),
+    "another activation": ("quantize.fp16", "llama", {"hidden_act": "gelu"}, False),
+}
+
+
+@pytest.mark.parametrize(("text", "layout", "changes", "read"), TAKEN.values(), ids=TAKEN)
+def test_what_the_reader_does_not_take_as_it_is_is_traced(variant, text, layout, changes, read):
+    about = variants.read_description(variant(text, layout, **changes))
+    assert is_read(about) == read and runtimes.find("openvino").refusal(about) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["float32", "5 bits", "8 bits with zero-points", "groups of 16", "biases"]
+)  # layouts and scaling elsewhere
+def test_traced_logits_are_those_of_pytorch(variant, name):
+    text, layout, changes, _ = TAKEN[name]
+    folder = variant(text, layout, **changes)
+    assert apart(runtimes.load("openvino", folder), folder) < (1e-4 if text == "none" else 0.06)
+
+
 @pytest.mark.parametrize("changes", [{}, {"rope_parameters": SCALED}, {"attention_bias": True}], ids=str)
 def test_what_the_reader_leaves_out_would_fail_the_gate(variant, monkeypatch, changes):
-    monkeypatch.setattr("edgelab.runtimes.openvino._foreign_model", lambda about: None)
+    monkeypatch.setattr("edgelab.runtimes.openvino.is_read", lambda about: True)
     folder = variant("quantize.fp16", **changes)
     cut = [
         Window(ids, 1, 128)

@@ -64,7 +64,7 @@ MODELS = {
 }
 KNOWN = {  # of each engine that is installed
     "onnxruntime": ("onnxruntime_genai", list(MODELS)),
-    "openvino": ("openvino", [name for name in MODELS if name != "phi3 longrope"]),
+    "openvino": ("openvino", list(MODELS)),
     "litert": ("litert_torch", ["gemma", "gemma2", "gemma3"]),
     "executorch": ("executorch", ["gemma", "gemma2", "gemma3"]),
 }
@@ -392,7 +392,7 @@ REFUSED = {  # on one engine, of one layout and setting, and what its sentence n
         "onnxruntime",
         "phi",
         PHI | {"rope_parameters": {"rope_type": "dynamic", **BASE}},
-        "'dynamic'",
+        "only linear, llama3 and yarn rotary scaling of a phi model, and this one has 'dynamic'",
     ),
     "gemma both ways": (
         "onnxruntime",

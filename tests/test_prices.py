@@ -42,6 +42,12 @@ def test_prices_by_hand(file):
         ("0.5,", "nan,", "line 2, column usd: 'nan' is no number"),
         ("0.5,", "inf,", "line 2, column usd: 'inf' is no number"),
         ("0.5,", "$0.5,", "line 2, column usd: '$0.5' is no number"),
+        (
+            "0.5,",
+            '"0,5",',
+            "line 2, column usd: '0,5' is no number; write one such as 8 or 25.6, with a full stop, not",
+        ),
+        ("0.5,", ",", "line 2, column usd: '' is no number"),
         ("0.5,", "-5,", "line 2, column usd: -5 should be at least 0"),
         (
             "data:lte",
@@ -70,4 +76,6 @@ def test_a_line_that_says_no_price_is_refused_by_line_and_column(file, was, now,
 def test_a_table_that_a_spreadsheet_saved_is_read(file):
     known = prices()
     file.write_bytes(b"\xef\xbb\xbf" + TEXT.encode().replace(b"\n", b"\r\n"))
+    assert prices() == known
+    file.write_text(TEXT.replace("\n", ",,\n"))
     assert prices() == known

@@ -493,6 +493,7 @@ def test_half_a_model_answers_nothing_without_the_other_half(apart):
     answer = service.answer(REQUESTS[0])
     assert (answer.by, answer.text) == ("nobody", "")
     assert answer.said
+    assert (answer.read, answer.written) == (0, 0)  # nobody is billed for what no cloud read
 
 
 def test_the_same_deployment_is_the_same_text():

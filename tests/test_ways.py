@@ -354,7 +354,7 @@ def test_the_server_waits_as_long_as_its_deployment(made, monkeypatch, way, dead
 
     monkeypatch.setattr(remote, "started", noted)
     made(way(link="ethernet", deadline_s=deadline_s, **({"cut": 1} if way is Split else {})))
-    assert [(one.body_s, one.request_s) for one in served] == [(body_s, request_s)]
+    assert [(one.body_s, one.request_s, one.waiting_s) for one in served] == [(body_s, request_s, request_s)]
 
 
 # Deadlines

@@ -47,6 +47,8 @@ NO_BIAS = {"attention_bias": (False,)}
 BOTH_WAYS = {"use_bidirectional_attention": (None, False)}
 ACTIVATION = "edgelab.activation"  # noted for our own reader, where llama.cpp computes two of them alike
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+# Keys of settings that follow from others, or that llama.cpp has a number for where a file has none.
+FOLLOWS = ("attention.head_count_kv", "vocab_size", *HEADS, *CAPS, WINDOW)
 FACTORS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 LOW, HIGH, CONTEXT = 1.0, 4.0, 8192  # of the scaling of Llama 3, in every model that has been published
 BY_HEAD = re.compile(r"(.*[qk]_layernorm)\.norms\.(\d+)(\.weight)")  # of a StableLM: one norm for each head
@@ -81,6 +83,16 @@ class Layout:
     def name(self) -> str:
         """Its name in the file, which begins the keys of its settings."""
         return gguf.MODEL_ARCH_NAMES[self.architecture]
+
+    @property
+    def needed(self) -> list[str]:
+        """The keys of settings without which no model of it can be computed."""
+        shown = {one.removeprefix("not ") for one in self.flags.values()}  # by tensors
+        return [
+            key
+            for key, setting in {**SHAPE, **self.settings}.items()
+            if key not in FOLLOWS and setting not in shown
+        ]
 
 
 LLAMA = Layout(
@@ -233,7 +245,11 @@ def stated(layout: Layout, config: PretrainedConfig) -> Settings:
         found["context_length"] = min(found["context_length"], window)
     if layout.windows:
         sliding = [kind == "sliding_attention" for kind in config.layer_types]
-        if sliding != default_pattern(layout, config.num_hidden_layers):
+        if not any(sliding):  # an empty pattern ends llama.cpp
+            found.pop(WINDOW, None)
+            if layout.architecture == MODEL_ARCH.GEMMA2:  # which has windows, whatever a file says
+                found[WINDOW] = found["context_length"]
+        elif sliding != default_pattern(layout, config.num_hidden_layers):
             found[PATTERN] = sliding
     return found | _stated_rotary(layout, config)
 
@@ -384,8 +400,16 @@ def configured(
     if layout.windows:
         depth = found["num_hidden_layers"]
         sliding = said(PATTERN, layout.windows)
-        if isinstance(sliding, int):
-            sliding = [bool((block + 1) % sliding) for block in range(depth)] if sliding else [False] * depth
+        if isinstance(sliding, int):  # 0 is a window in every block, and 1 in none
+            sliding = [not sliding or bool((block + 1) % sliding) for block in range(depth)]
+        window = found.get("sliding_window")
+        if layout.architecture == MODEL_ARCH.GEMMA3 and not window:
+            sliding = [False] * depth
+            found.pop("sliding_window", None)
+        elif window == 0:
+            raise refuse("has blocks that see 0 tokens of the text")
+        elif layout.architecture == MODEL_ARCH.GEMMA2 and (window or 0) >= found["max_position_embeddings"]:
+            sliding = [False] * depth
         found["layer_types"] = ["sliding_attention" if one else "full_attention" for one in sliding]
     elif window := said(WINDOW):
         if layout.architecture == MODEL_ARCH.OLMO2:  # an OLMo 3, which llama.cpp knows by this name
@@ -403,7 +427,13 @@ def _configured_rotary(
     refuse: Callable[[str], Exception],
 ) -> Settings:
     context, rotated = found["max_position_embeddings"], said("rope.dimension_count", size)
-    rope: Settings = {"rope_type": "default", "rope_theta": said("rope.freq_base", 10_000.0)}
+
+    def base(key: str) -> float:
+        if (stated := said(key, 10_000.0)) <= 0:
+            raise refuse(f"states {layout.name}.{key}={stated:g}")
+        return stated
+
+    rope: Settings = {"rope_type": "default", "rope_theta": base("rope.freq_base")}
     if layout.partial:
         rope["partial_rotary_factor"] = rotated / size
     elif rotated != size:
@@ -438,7 +468,7 @@ def _configured_rotary(
     if layout.architecture != MODEL_ARCH.GEMMA3:
         more = {"original_max_position_embeddings": before} if layout.architecture == MODEL_ARCH.PHI3 else {}
         return {"rope_parameters": rope, **more}
-    local = {"rope_type": "default", "rope_theta": said("rope.freq_base_swa", 10_000.0)}
+    local = {"rope_type": "default", "rope_theta": base("rope.freq_base_swa")}
     return {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
 
 

@@ -1,12 +1,16 @@
 """GGUF files as models of transformers, in float32.
 
-A model that loads computes what the file says: every key and every tensor of it has been understood, or the file is
-refused with the name of what has not.
+A model that loads computes what the file says: every setting and every tensor of it has been understood, or the file
+is refused with the name of what has not. Settings are the keys under the name of the architecture, as in llama.cpp;
+others describe the file, its tokenizer, or how it was made.
 """
 
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +31,13 @@ TOKENS = {  # what the file says of tokens, and of where it comes from -> what t
     "general.name": "_model_name_or_path",
 }
 FUSED = ".attn_qkv."  # queries, keys and values in one tensor
-# Keys that describe the file, the tokenizer, or how it was made, and no computation.
-ASIDE = ("general.", "tokenizer.", "split.", "quantize.", "edgelab.", "GGUF.")
+VERSIONS = (2, 3)  # of the format, that the gguf package reads
+OTHER = {  # what a file holds besides models, by general.type
+    "adapter": "a LoRA adapter",
+    "mmproj": "what makes images or sounds into embeddings",
+    "imatrix": "statistics of activations",
+}
+UNKNOWN_TYPE = re.compile(r"(\d+)\)? is not a valid GGMLQuantizationType")
 
 
 class GGUFError(EdgeLabError):
@@ -68,14 +77,22 @@ def _config(file: GGUFReader, name: str) -> PretrainedConfig:
         {
             key.removeprefix(f"{layout.name}."): field.contents()
             for key, field in file.fields.items()
-            if not key.startswith(ASIDE)
+            if key.startswith(f"{layout.name}.")
         }
     )
+    for key in layout.needed:
+        if said(key) is None:
+            raise GGUFError(f"{name} lacks {layout.name}.{key}; give the whole file.")
     stored = {tensor.name: tensor for tensor in file.tensors}
     for fused in [tensor for tensor in file.tensors if FUSED in tensor.name]:
         stored |= dict.fromkeys(_parts(fused.name), fused)  # which a layout asks for by name alone
     if "token_embd.weight" not in stored:
         raise GGUFError(f"{name} lacks token_embd.weight; give the whole file.")
+    rows, tokens = len(stored["token_embd.weight"].data), file.get_field("tokenizer.ggml.tokens")
+    if tokens is not None and len(tokens.data) > rows:
+        raise GGUFError(
+            f"{name} has {len(tokens.data)} tokens and an embedding of {rows} rows; fetch or convert it again."
+        )
 
     def refuse(what: str) -> GGUFError:
         return GGUFError(f"{name} {what}, which is not read here; give the safetensors folder.")
@@ -97,20 +114,48 @@ def _config(file: GGUFReader, name: str) -> PretrainedConfig:
 
 
 def opened(path: Path) -> GGUFReader:
-    """The keys and tensors of a file. Raises GGUFError for one that is damaged, or a part of several."""
+    """The keys and tensors of a file. Raises GGUFError for one that is damaged, no model, or a part of several."""
     import gguf
 
     try:
+        _check_header(path)
         file = gguf.GGUFReader(path)
     except OSError as error:
         raise GGUFError(f"{path} cannot be read ({error.strerror or error}).") from None
-    except Exception:  # what numpy, struct and the reader say of bytes that make no sense
+    except GGUFError:
+        raise
+    except Exception as error:  # what numpy, struct and the reader say of bytes that make no sense
+        if unknown := UNKNOWN_TYPE.search(str(error)):
+            raise GGUFError(
+                f"{path.name} holds tensors of type {unknown[1]}, which gguf {version('gguf')} does not know; give "
+                "the file in another quantization, or the safetensors folder."
+            ) from None
         raise GGUFError(f"{path} is no whole GGUF file; fetch or convert it again.") from None
+    held = stated(file, "general.type", "model")
+    if stated(file, "general.architecture") == "clip":  # older files of them have no type
+        held = "mmproj"
+    if held in OTHER:
+        raise GGUFError(f"{path.name} holds {OTHER[held]} and no model; give the file of a model.")
     if (parts := stated(file, "split.count", 1)) > 1:
         raise GGUFError(
             f"{path.name} is one of {parts} parts; join them with `llama-gguf-split --merge` and give the result."
         )
     return file
+
+
+def _check_header(path: Path) -> None:
+    """Refuse another version of the format, and numbers whose first byte is the highest."""
+    with path.open("rb") as file:
+        magic, number = struct.unpack("<4sI", file.read(8))
+    if magic != b"GGUF":
+        return
+    if number and not number % 2**16:
+        raise GGUFError(f"{path.name} is for big-endian machines; convert it for little-endian ones.")
+    if number < 2**16 and number not in VERSIONS:
+        raise GGUFError(
+            f"{path.name} is GGUF of version {number}, and {' and '.join(map(str, VERSIONS))} are read here; fetch or "
+            "convert it again."
+        )
 
 
 def stated(file: GGUFReader, name: str, default: Any = None) -> Any:

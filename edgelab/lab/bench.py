@@ -103,7 +103,10 @@ class Bench:
     @cached_property
     def reference_text(self) -> TokenizedText:
         needed = max(self.asked.windows * self.rules.window, self.asked.prompt_tokens)
-        return corpora.tokenize(self.asked.corpus, self.reference_tokenizer, tokens=needed)
+        text = corpora.tokenize(self.asked.corpus, self.reference_tokenizer, tokens=needed)
+        rows = reference.embedding_rows(reference.load_config(self.source))
+        corpora.check_tokens(text.ids[:needed].tolist(), rows, self.reference_tokenizer)
+        return text
 
     @cached_property
     def reference_cut(self) -> list[perplexity.Window]:

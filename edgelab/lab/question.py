@@ -252,6 +252,9 @@ class Question:
 def ask(texts: list[str], settings: Settings, interleave: bool) -> list[Question]:
     """A question for each recipe. Raises RecipeError and the like for what cannot be asked."""
     found = _ask(texts, settings, interleave, recipes.parse, measurements())
+    for one in found:
+        if hasattr(one.recipe.deployment, "check_model"):  # no technique gives a model more layers
+            one.recipe.deployment.check_model(reference.load_config(one.source))
     if recipes.saved_catalogue() is None:
         recipes.save_catalogue()
         save_measurements()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgelab import tasks
+from edgelab.corpora import check_tokens
 from edgelab.measure import Subject, measurement
 
 if TYPE_CHECKING:
@@ -29,8 +30,13 @@ def sample(subject: Subject) -> dict[str, Any]:
 def write(
     session: Session, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int = tasks.NEW_TOKENS
 ) -> str:
-    """The text a session writes after a prompt, always the most likely token, up to the end-of-text token."""
-    written, ends = [session.prefill(tasks.prompt_ids(tokenizer, prompt))], tasks.endings(tokenizer)
+    """The text a session writes after a prompt, always the most likely token, up to the end-of-text token.
+
+    Raises CorpusError for a prompt with a token that the model has not.
+    """
+    ids = tasks.prompt_ids(tokenizer, prompt)
+    check_tokens(ids, session.vocabulary, tokenizer)
+    written, ends = [session.prefill(ids)], tasks.endings(tokenizer)
     while len(written) < tokens and written[-1] not in ends:
         written.append(session.decode(written[-1]))
     return tokenizer.decode(written, skip_special_tokens=True)

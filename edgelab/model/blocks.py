@@ -157,14 +157,19 @@ def _forward(kind: type[nn.Module]) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a float layer that computes x W^T + b; a router may be one by class, and pick experts."""
+    """Whether a module is a float layer that computes x W^T + b; a router may be one by class, and pick experts.
+
+    Of a model without memory the shape of the answer decides.
+    """
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
     with torch.no_grad():
         inputs = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
         answer = module(inputs)
         expected = functional.linear(inputs, module.weight, module.bias)
-    return isinstance(answer, Tensor) and answer.shape == expected.shape and torch.allclose(answer, expected)
+    if not isinstance(answer, Tensor) or answer.shape != expected.shape:
+        return False
+    return answer.is_meta or torch.allclose(answer, expected)
 
 
 def _for_samples(arguments: Arguments, by_sample: tuple[bool, ...], samples: int) -> Arguments:

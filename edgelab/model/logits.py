@@ -51,12 +51,19 @@ def _base(model: PreTrainedModel) -> tuple[str, nn.Module]:
 def hidden_states(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> Tensor:
     """Hidden states before the head, (batch, time, hidden), of token ids (batch, time) that follow those of the cache.
 
-    Raises LogitsError for more tokens than a model with a table of positions can read.
+    Raises LogitsError for a token that the embedding has no row for, and for more tokens than a model with a table of
+    positions can read.
     """
     after = {} if cache is None else {"past_key_values": cache}
     try:
         return _base(model)[1](input_ids=ids, use_cache=cache is not None, **after)[0]
     except (IndexError, RuntimeError) as error:
+        rows, largest = model.config.get_text_config().vocab_size, int(ids.max())
+        if largest >= rows:
+            raise LogitsError(
+                f"The embedding of {type(model).__name__} has {rows:,} rows, and none for token {largest:,}; give a "
+                "text without it."
+            ) from None
         length = ids.shape[1] + (0 if cache is None else cache.get_seq_length())
         if length <= longest(model) or "allocate" in str(error):
             raise

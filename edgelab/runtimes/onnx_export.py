@@ -11,9 +11,9 @@ and value stand under one another in one product where their grids are of one ki
 | scale float16                | float32, the same number                                             |
 | zero-point, whole or between | 4 or 8 bits, or float32                                              |
 
-The builder guesses some numbers of the newer layouts, so that these are put in afterwards, too: the tables of the
-rotary embedding, from the frequencies of transformers, and what Gemma multiplies its embedding by. Of a model with
-longrope the graph has the frequencies for short texts, and reads no longer ones.
+The builder guesses some numbers, or leaves them out, so that these are put in afterwards, too: the tables of the rotary
+embedding, from the frequencies of transformers, and what Gemma multiplies its embedding by. Of a model with longrope
+the graph has the frequencies for short texts, and reads no longer ones.
 
 Two graphs share the weights: `model.onnx` makes the logits of the last token alone, which is all that generating
 needs, `scoring.onnx` those of every position.
@@ -27,6 +27,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from edgelab.runtimes.onnxruntime import RETABLED, SCORING, WINDOWED
+from edgelab.runtimes.onnxruntime import SCORING, WINDOWED
 from edgelab.runtimes.refusals import forgets
 from edgelab.storage import variants
 from edgelab.storage.bits import pack
@@ -42,14 +43,6 @@ from edgelab.storage.layers import PackedEmbedding, PackedLinear, packed_layers,
 from edgelab.storage.uniform import QuantizedTensor
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
-ROTARY_SETTINGS = (  # of the kinds of scaling that are exported
-    "rope_type",
-    "rope_theta",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
 ROTARY_TABLES = ("cos_cache", "sin_cache")
 SMALL = 1024  # bytes; smaller tensors stay in the graph's own file
 
@@ -71,9 +64,8 @@ def export(variant: Path, folder: Path, precision: str = "fp32") -> int:
             if (built / name).exists():
                 shutil.copy(built / name, folder / name)
     put_integers(graph, model)
-    if model.config.model_type in RETABLED:
-        put_rotary_tables(graph, model)
-        put_multiplier(graph, model)
+    put_rotary_tables(graph, model)
+    put_multiplier(graph, model)
     onnx.save_model(
         graph,
         folder / GRAPH,
@@ -117,10 +109,6 @@ def own_settings(config: PretrainedConfig) -> dict:
     """The settings that a class of transformers has: the builder follows every one that it finds in the file."""
     has = {*type(config)().to_dict(), "head_dim"}
     kept = {name: value for name, value in config.to_dict().items() if name in has}
-    if config.model_type not in RETABLED:  # whose settings of the rotary embedding the builder does not see
-        kept["rope_parameters"] = {
-            name: value for name, value in kept["rope_parameters"].items() if name in ROTARY_SETTINGS
-        }
     if "sliding_window" in kept and not forgets(kept):  # longer than any text
         kept["sliding_window"] = None
     return kept
@@ -134,8 +122,6 @@ def in_the_builders_words(config: PretrainedConfig) -> None:
     """
     if config.model_type in WINDOWED and config.sliding_window and not getattr(config, "layer_types", None):
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
-    if config.model_type not in RETABLED:
-        return
     if hasattr(config, "layer_norm_eps"):
         config.rms_norm_eps = config.layer_norm_eps
     if config.rope_parameters.get("rope_type") == "longrope":
@@ -156,13 +142,26 @@ def _build(dense: Path, folder: Path, precision: str, fuse_qkv: bool) -> None:
 
     said = io.StringIO()
     where = (None, str(dense), str(folder), precision, "cpu", str(folder / "cache"))
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _head_known():
         options = parse_extra_options(
             *where, [f"fuse_qkv={str(fuse_qkv).lower()}", "prune_lm_head=true", "windowed_kv_cache=false"]
         )
         in_the_builders_words(options["hf_details"]["hf_config"])
         create_model(*where, **options)
     logging.getLogger(__name__).debug(said.getvalue())
+
+
+@contextlib.contextmanager
+def _head_known() -> Iterator[None]:
+    """Let the builder know the head, for which it takes any layer with as many outputs as there are tokens."""
+    from onnxruntime_genai.models.builder import Model
+
+    guess = Model.has_lm_head
+    Model.has_lm_head = lambda builder, module: module is builder.weights.get_output_embeddings()
+    try:
+        yield
+    finally:
+        Model.has_lm_head = guess
 
 
 def put_integers(graph, model: PreTrainedModel) -> None:

@@ -25,14 +25,9 @@ from edgelab.storage import variants
 from edgelab.storage.description import Description
 
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
-RETABLED = ("phi", "phi3", *GEMMAS)  # whose rotary tables are those of transformers, not of the builder
-LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", *RETABLED)  # that the export knows
+PARTLY_TURNED = ("phi", "phi3")  # whose rotary embedding may turn a part of a head only
+LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", *PARTLY_TURNED, *GEMMAS)  # that the export knows
 WINDOWED = ("mistral", "phi3", "gemma2", "gemma3_text")  # whose layers may see a window of the text only
-ROTARY = {  # scaling of rotary frequencies; of a llama, the builder leaves 'linear' out
-    "llama": ("llama3",),
-    "phi3": ("longrope",),
-    **dict.fromkeys(("phi", *GEMMAS), refusals.TRACEABLE),
-}
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 HEADS = 16  # what the attention kernel wants the size of a head to be a multiple of
 SCORING = "scoring.onnx"
@@ -70,7 +65,7 @@ class OnnxRuntime(TwoGraphs):
         return (
             refusals.foreign_layout(about, LAYOUTS, "ONNX", WINDOWED)
             or refusals.own_shape(about, "The export to ONNX")
-            or refusals.rotary_scaling(about, ROTARY.get(about.layout, ("linear",)), "The export to ONNX")
+            or refusals.rotary_scaling(about, refusals.known_scaling(about), "The export to ONNX")
             or refusals.unusual_attention(about, "The export to ONNX")
             or _foreign_block(about)
         )
@@ -131,7 +126,7 @@ def _foreign_block(about: Description) -> str | None:
     if head % HEADS:
         return f"ONNX Runtime's attention wants heads whose size {HEADS} divides, not {head}; use 'torch'."
     part = (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1)
-    if about.layout in RETABLED and (turned := int(head * part)) % HEADS:
+    if about.layout in PARTLY_TURNED and (turned := int(head * part)) % HEADS:
         return (
             f"ONNX Runtime turns a part of a head that {HEADS} divides, not {turned} of {head}; use 'torch'."
         )

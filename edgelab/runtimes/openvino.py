@@ -3,13 +3,15 @@
 OpenVINO GenAI reads GGUF and keeps its integers: 4 and 8 bits with a scale and a zero-point for each block of 32. The
 CPU plugin multiplies them with activations that it rounds to int8 in blocks of 32; keys and values are kept in int8,
 in blocks, too; both are its defaults, and all else is float32 here. `native.int8` and `native.int4` start from
-float16 weights, which NNCF rounds. Layouts that this reader does not know are traced from PyTorch instead, in float32:
-see `openvino_export`. Where scores go through a cap, as in Gemma 2, keys and values stay in float32.
+float16 weights, which NNCF rounds. What this reader does not take as it is, for its layout or a setting, is traced from
+PyTorch instead, in float32: see `openvino_export`. Where scores go through a cap, as in Gemma 2, keys and values stay
+in float32. They are computed again where a text grows past the tokens at which LongRoPE changes its frequencies.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -29,10 +31,10 @@ except ImportError:
     openvino = None
 
 GRAPH = "openvino_model.xml"
+SHORT = "edgelab_short"  # note in a graph: tokens of the longest text that has LongRoPE's short factors
 READ = ("llama", "qwen2", "qwen3")  # that OpenVINO GenAI reads from GGUF
-TRACED = ("mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text")  # from PyTorch, by `openvino_export`
+LAYOUTS = (*READ, "mistral", "phi", "phi3", "gemma", "gemma2", "gemma3_text")  # that `openvino_export` traces
 WINDOWED = ("mistral", "phi3", "gemma2", "gemma3_text")  # whose layers may see a window of the text only
-LAYOUTS = (*READ, *TRACED)
 SMALL_TYPES = ("u4", "i4", "u8", "i8")
 
 
@@ -55,10 +57,8 @@ class OpenVino(TwoGraphs):
 
     @classmethod
     def _refusal(cls, about: Description) -> str | None:
-        """What GGUF holds, on grids whose zero-points are whole: OpenVINO makes integers of a block's minimum."""
-        from edgelab.runtimes import gguf
-
-        if reason := _foreign_model(about):
+        """Uniform grids with whole zero-points, and floats; OpenVINO rounds activations and the cache by itself."""
+        if reason := refusals.foreign_layout(about, LAYOUTS, "OpenVINO", WINDOWED):
             return reason
         if about.marks.cache is not None:
             return "OpenVINO keeps keys and values in its own way; a quantized cache runs on 'torch'."
@@ -66,18 +66,7 @@ class OpenVino(TwoGraphs):
             return (
                 "OpenVINO rounds activations in a way of its own; calibrated or row-wise ones run on 'torch'."
             )
-        if any(
-            how.get("zero_point") == "float" or how.get("bits") in (1, 5) for how in about.matrices.values()
-        ):
-            return "OpenVINO's reader knows 4 and 8 bits with whole zero-points; other grids run on 'torch'."
-        if about.layout in TRACED:
-            return _foreign_matrix(about)
-        if about.marks.native is None and about.dtype != "float16" and not about.matrices:
-            return (
-                f"OpenVINO's reader knows no {about.dtype} in GGUF; quantize.fp16 is the float that it takes."
-            )
-        reason = gguf.refusal(about)
-        return reason and f"OpenVINO reads GGUF here. {reason}"
+        return None if is_read(about) else _untraceable(about)
 
     @staticmethod
     def export(variant: Path, folder: Path) -> int:
@@ -91,7 +80,7 @@ class OpenVino(TwoGraphs):
         file = folder / "model.gguf"
         about = variants.read_description(variant)
         native = about.marks.native
-        if about.layout in TRACED:
+        if not is_read(about):
             from edgelab.runtimes import openvino_export
 
             openvino_export.write(variant, folder / GRAPH)
@@ -122,11 +111,26 @@ class OpenVino(TwoGraphs):
         model = self._read_file()
         stored = matrices(model)
         self.vocabulary = model.output("logits").get_partial_shape()[2].get_length()
+        self.short = int(model.get_rt_info(SHORT).value) if model.has_rt_info(SHORT) else math.inf
         last_logits(model)
         compiled = self._compiled(model)
         rounds = int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0
         self.kernel = f"{stored} weights{', int8 activations' * rounds}" if stored else "float32"
         self._graphs[False] = Stateful(compiled.create_infer_request())
+
+    def _feed(self, ids: list[int], every: bool) -> Tensor:
+        self._forget_other_frequencies(self.length + len(ids))
+        return super()._feed(ids, every)
+
+    def _cut(self, length: int) -> bool:
+        self._forget_other_frequencies(length)
+        return super()._cut(length)
+
+    def _forget_other_frequencies(self, length: int) -> None:
+        """Drop keys that a text of this length has with LongRoPE's other factors; they are computed again."""
+        for graph in self._graphs.values():
+            if (graph.length <= self.short) != (length <= self.short):
+                graph.cut(0)
 
     def _open(self, every: bool) -> Graph:
         return Stateful(self._compiled(self._read_file()).create_infer_request())
@@ -148,36 +152,44 @@ class OpenVino(TwoGraphs):
             raise cannot_load("OpenVINO", self.file.parent, error) from None
 
 
-def _foreign_model(about: Description) -> str | None:
-    """What the reader leaves out without a word is refused."""
-    if about.layout == "llama" and (about.config.get("attention_bias") or about.config.get("mlp_bias")):
-        return f"OpenVINO's reader leaves the biases of a {about.layout} model out; use 'torch'."
-    return (
-        refusals.foreign_layout(about, LAYOUTS, "OpenVINO", WINDOWED)
-        or refusals.own_shape(
-            about, "The export to OpenVINO" if about.layout in TRACED else "OpenVINO's reader"
-        )
-        or (about.layout in TRACED and _untraceable(about))
-        or (about.layout in READ and refusals.rotary_scaling(about, (), "OpenVINO's reader"))
-        or None
+def is_read(about: Description) -> bool:
+    """Whether OpenVINO's reader takes a variant from GGUF as it is. It leaves some settings out without a word."""
+    from edgelab.runtimes import gguf
+
+    biases = about.layout == "llama" and (about.config.get("attention_bias") or about.config.get("mlp_bias"))
+    halves = about.dtype == "float16" or about.marks.native  # the only floats that it takes by themselves
+    return bool(
+        about.layout in READ
+        and (about.matrices or halves)
+        and not biases
+        and not about.shapes
+        and not any(_between(how) or how.get("bits") == 5 for how in about.matrices.values())
+        and refusals.rotary_scaling(about, (), "OpenVINO's reader") is None
+        and gguf.refusal(about) is None
     )
 
 
+def _between(how: dict) -> bool:
+    """Whether a matrix has zero-points between integers; OpenVINO's are integers."""
+    return how.get("zero_point") == "float" or how.get("bits") == 1
+
+
 def _untraceable(about: Description) -> str | None:
-    """What a traced graph cannot follow: rotary frequencies that change with the length, unusual attention."""
-    return refusals.rotary_scaling(
-        about, refusals.TRACEABLE, "The export to OpenVINO"
-    ) or refusals.unusual_attention(about, "The export to OpenVINO")
-
-
-def _foreign_matrix(about: Description) -> str | None:
-    """Matrices on other than uniform grids, or floats that are neither 32 nor 16 bits wide."""
-    if about.dtype not in ("float32", "float16"):
-        return f"The export to OpenVINO knows float32 and float16, not {about.dtype}; use 'torch'."
+    """What a traced graph does not hold: some grids and floats, layers of other shapes, unusual attention."""
+    engine = "The export to OpenVINO"
     for name in about.matrices:
-        if (how := about.how(name))["format"] != "uniform":
+        how = about.how(name)
+        if how["format"] != "uniform":
             return f"OpenVINO multiplies uniform grids here; a {how['format']} runs on 'torch'."
-    return None
+        if _between(how):
+            return "OpenVINO multiplies grids with whole zero-points here; other grids run on 'torch'."
+    if about.dtype not in ("float32", "float16"):
+        return f"{engine} knows float32 and float16, not {about.dtype}; use 'torch'."
+    return (
+        refusals.own_shape(about, engine)
+        or refusals.rotary_scaling(about, refusals.known_scaling(about), engine)
+        or refusals.unusual_attention(about, engine)
+    )
 
 
 class Stateful:

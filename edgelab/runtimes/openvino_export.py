@@ -1,4 +1,4 @@
-"""OpenVINO's graph of a model that its reader of GGUF does not know: traced from PyTorch, with our integers put in.
+"""OpenVINO's graph of a model that its reader of GGUF does not take: traced from PyTorch, with our integers put in.
 
 The keys and values of a layer go in and come out of the traced step, and OpenVINO makes them its state. A mask is
 computed from positions, so that windows are in the graph. Each matrix of ours is a constant of 4 or 8 bits with scales
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from edgelab.model.logits import final_cap
+from edgelab.runtimes.openvino import SHORT
 from edgelab.storage import variants
 from edgelab.storage.bits import pack
 from edgelab.storage.kv_cache import head_shape
@@ -105,6 +106,8 @@ def write(variant: Path, file: Path) -> None:
     dense = unpacked(model) if packed else model
     graph = trace(dense.float().eval())
     put_matrices(graph, packed, half)
+    if model.config.rope_parameters.get("rope_type") == "longrope":
+        graph.set_rt_info(model.config.rope_parameters["original_max_position_embeddings"], SHORT)
     openvino.save_model(graph, file, compress_to_fp16=False)
 
 
@@ -115,11 +118,13 @@ def trace(model: PreTrainedModel) -> openvino.Model:
     past = [torch.randn(1, heads, 2, head_dim) for _ in range(2 * depth)]
     ids, mask = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 5, dtype=torch.long)
     example = (ids, mask, torch.tensor([[2, 3, 4]]), torch.zeros(1, dtype=torch.int32), *past)
+    step = Step(model)
     with (
         torch.no_grad(),
         warnings.catch_warnings(action="ignore"),
     ):  # of a way of tracing that torch wants to leave
-        graph = openvino.convert_model(Step(model), example_input=example)
+        step(*example)  # makes LongRoPE's second frequencies, which a later step finds
+        graph = openvino.convert_model(step, example_input=example)
     names = [f"{layer}.{one}" for layer in range(depth) for one in ("key", "value")]
     shapes = [[1, -1]] * 3 + [[1]] + [[1, heads, -1, head_dim]] * len(names)
     for port, name, shape in zip(

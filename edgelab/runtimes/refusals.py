@@ -62,6 +62,11 @@ def differing(about: Description) -> list[str]:
     ]
 
 
+def known_scaling(about: Description) -> tuple[str, ...]:
+    """Scaling of rotary frequencies that exports know of a layout; transformers' Phi-3 has LongRoPE and no other."""
+    return ("longrope",) if about.layout == "phi3" else TRACEABLE
+
+
 def rotary_scaling(about: Description, known: tuple[str, ...], engine: str) -> str | None:
     """Rotary frequencies that are scaled in a way the engine does not know, in any kind of layers that has its own."""
     settings = about.config.get("rope_parameters") or {}
@@ -69,10 +74,15 @@ def rotary_scaling(about: Description, known: tuple[str, ...], engine: str) -> s
         kind = own.get("rope_type", "default")
         if kind in ("default", *known):
             continue
-        words = f"only {' and '.join(known)}" if known else "no"
+        words = f"only {listed(known)}" if known else "no"
         asked = f"rotary scaling of a {about.layout} model, and this one has '{kind}'"
         return f"{engine} knows {words} {asked}; use 'torch'."
     return None
+
+
+def listed(names: tuple[str, ...]) -> str:
+    """One or more names as words: a, b and c."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if names[1:] else names[0]
 
 
 def unusual_attention(about: Description, engine: str) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from edgelab.corpora import check_tokens
 from edgelab.runtimes.session import Session
 from edgelab.tasks import endings
 
@@ -38,8 +39,13 @@ def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str
 def stream(
     session: Session, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], limit: int = 128
 ) -> Iterator[Piece]:
-    """The answer to a conversation, token by token, until the model ends it or `limit` tokens are written."""
-    token, ends = session.prefill(conversation_ids(tokenizer, messages)), endings(tokenizer)
+    """The answer to a conversation, token by token, until the model ends it or `limit` tokens are written.
+
+    Raises CorpusError for a conversation with a token that the model has not.
+    """
+    ids = conversation_ids(tokenizer, messages)
+    check_tokens(ids, session.vocabulary, tokenizer)
+    token, ends = session.prefill(ids), endings(tokenizer)
     written: list[int] = []
     shown, spent = "", 0.0
     while token not in ends and len(written) < limit:

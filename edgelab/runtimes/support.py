@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from edgelab import recipes, runtimes
+from edgelab import assets, recipes, runtimes
 from edgelab.errors import EdgeLabError
 from edgelab.model.shapes import skeleton
-from edgelab.reference import config_of
+from edgelab.reference import config_of, unloadable
 from edgelab.storage import variants
 from edgelab.storage.description import Description
 from edgelab.storage.kv_cache import head_shape
@@ -87,10 +87,10 @@ def table(model: str | None = None) -> list[Answer]:
     """Every runtime's answer to every recipe of LAYOUTS and to other models. Needs no engine installed.
 
     model: as in `load`; asks about the recipes of LAYOUTS on this model alone, of which the configuration is read and
-    no weight. Raises ReferenceError where there is none.
+    no weight. Raises ReferenceError where there is none, or none that transformers makes a model of.
     """
     if model is not None:
-        return list(_answers_about(config_of(model)))
+        return list(_answers_about(config_of(model), assets.shown(model)))
     return [
         Answer(recipe, alike, name, runtimes.find(name).refusal(about))
         for recipe, alike, about in _descriptions()
@@ -122,9 +122,16 @@ def _descriptions() -> Iterator[tuple[str, str, Description]]:
     yield "none", UNEVEN, variants.describe(model)
 
 
-def _answers_about(config: PretrainedConfig) -> Iterator[Answer]:
-    """Answers for a model with this configuration. What no recipe makes of it, no runtime runs."""
-    whole = skeleton(config)
+def _answers_about(config: PretrainedConfig, name: str) -> Iterator[Answer]:
+    """Answers for a model with this configuration. What no recipe makes of it, no runtime runs.
+
+    name: what a sentence calls the model. Raises ReferenceError where transformers makes no model of the configuration.
+    """
+    try:
+        whole = skeleton(config)
+    except Exception as error:  # of any layout of transformers
+        log.debug("no model of a %s", config.model_type, exc_info=True)
+        raise unloadable(name, error) from None
     small = _shrunk(config)
     for text, alike in LAYOUTS.items():
         recipe = recipes.parse(text)
@@ -145,7 +152,8 @@ def _check_groups(recipe: recipes.Recipe, model: PreTrainedModel) -> None:
     """Raise RecipeError for groups that do not divide the inputs of the layers. The small model has other sizes."""
     for technique in recipe.techniques:
         if technique.method != "quantize.kv" and (size := getattr(technique, "group_size", 0)):
-            check_group_size(size, [layer.in_features for layer in linear_layers(model).values()])
+            layers = linear_layers(model, group_size=size).values()
+            check_group_size(size, [layer.in_features for layer in layers])
 
 
 def _shrunk(config: PretrainedConfig) -> PreTrainedModel | None:

@@ -156,7 +156,7 @@ def _config(shape: ModelShape) -> PretrainedConfig:
 def _round(model: PreTrainedModel, bits: int, group_size: int) -> float:
     """Put packed layers without values in place of the linear ones; returns the bytes that a byte each wastes."""
     spared = 0.0
-    for name, layer in linear_layers(model).items():
+    for name, layer in linear_layers(model, group_size=group_size).items():
         rows, columns = layer.weight.shape
         groups = columns // (group_size or columns)
         tensor = QuantizedTensor(

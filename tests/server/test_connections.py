@@ -60,7 +60,7 @@ def test_every_answer_of_a_connection_has_its_time(monkeypatch, together):
 @pytest.mark.parametrize("together", [False, True])
 def test_an_answer_that_never_comes_ends_the_connection(monkeypatch, together):
     monkeypatch.setattr("edgelab.deployments.hybrid.server.connections.MARGIN_S", 0.1)
-    limits = Limits(body_s=0.2, request_s=0.2)
+    limits = Limits(body_s=0.1, waiting_s=0.1, request_s=0.2)
     with (
         InThread(slow_or_never, limits, keep_alive_s=600) as place,
         socket.create_connection(place, PATIENCE_S) as one,
@@ -96,7 +96,7 @@ def test_one_connection_too_many_is_asked_to_come_again():
 def test_whoever_does_not_take_the_answer_is_left(monkeypatch):
     monkeypatch.setattr("edgelab.deployments.hybrid.server.connections.MARGIN_S", 0.1)
     with (
-        InThread(answer_much, Limits(body_s=0.2, request_s=0.2)) as place,
+        InThread(answer_much, Limits(body_s=0.1, waiting_s=0.1, request_s=0.2)) as place,
         socket.create_connection(place) as one,
     ):
         one.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
@@ -131,7 +131,9 @@ def test_a_handshake_that_is_not_finished_is_ended(context, sent):
 
 def test_over_tls_heads_and_answers_have_their_time(context, monkeypatch):
     monkeypatch.setattr("edgelab.deployments.hybrid.server.connections.MARGIN_S", 0.1)
-    with InThread(slow_or_never, Limits(head_s=0.5, body_s=0.2, request_s=0.2), context) as place:
+    with InThread(
+        slow_or_never, Limits(head_s=0.5, body_s=0.1, waiting_s=0.1, request_s=0.2), context
+    ) as place:
         for pieces in ((), (get("/quick")[:10],), [get("/quick")[at : at + 1] for at in range(20)]):
             status, body = say(place, *pieces, wrapped=secured, pause_s=0.1)
             assert (status, code(body)) == (408, "slow_head")

@@ -3,7 +3,9 @@
 import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from pydantic import ValidationError
 from starlette.testclient import TestClient
@@ -23,6 +25,10 @@ from edgelab.deployments.partition import wire
 from edgelab.deployments.partition.stage import Stage
 from tests.server.requests import AUTHORIZED, CUT, LIMITS, PROMPT, TOKEN, hidden, verify
 from tests.server.sessions import first_part_of
+
+KEPT = (
+    2 * 1 * 2 * 16 * 4
+)  # bytes of a token: keys and values, one block, two heads of 16 numbers of four bytes
 
 # Who may ask, and for what
 
@@ -61,7 +67,13 @@ def test_without_the_token_nothing_is_told(app, headers):
 
 
 def test_with_the_token_an_unknown_path_is_unknown(client):
-    for method, path, status in (("GET", "/nowhere", 404), ("GET", "/verify", 405), ("GET", "/docs", 404)):
+    for method, path, status in (
+        ("GET", "/nowhere", 404),
+        ("GET", "/verify", 405),
+        ("GET", "/docs", 404),
+        ("POST", "/v1/completions/", 404),
+        ("GET", "/health/", 404),
+    ):
         answer = client.request(method, path)
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "code"}
@@ -82,7 +94,10 @@ BAD_COMPLETIONS = [
     ({"prompt": [-1]}, 400, "invalid_body"),
     ({"prompt": [1.5]}, 400, "invalid_body"),
     ({"prompt": [True]}, 400, "invalid_body"),
-    ({"prompt": [[5]]}, 400, "invalid_body"),
+    ({"prompt": [[5], [6]]}, 400, "invalid_body"),
+    ({"prompt": [[[5]]]}, 400, "invalid_body"),
+    ({"prompt": [""]}, 400, "invalid_body"),
+    ({"prompt": [[]]}, 400, "invalid_body"),
     ({"prompt": None}, 400, "invalid_body"),
     ({"prompt": {}}, 400, "invalid_body"),
     ({"prompt": "\ud800"}, 400, "invalid_body"),
@@ -157,11 +172,23 @@ def test_a_body_that_is_too_large_is_refused(client):
 
 
 @pytest.mark.parametrize(
-    "change", [{"waiting": -1}, {"max_tokens": 0}, {"request_s": 0.0}, {"idle_s": float("nan")}]
+    "change",
+    [{"waiting": -1}, {"max_tokens": 0}, {"request_s": 0.0}, {"waiting_s": -1.0}, {"idle_s": float("nan")}],
 )
 def test_limits_that_let_nothing_through(change):
     with pytest.raises(LimitError, match=next(iter(change))):
         Limits(**change)
+
+
+@pytest.mark.parametrize(
+    ("context", "free", "tokens"),
+    [(96, 10**9, 96), (8192, 4 * 1000 * KEPT, 1000), (8192, 0, 1), (None, 10**9, None)],
+)
+def test_the_longest_prompt_fits_context_and_memory(service, monkeypatch, context, free, tokens):
+    """A quarter of the free memory is for keys and values."""
+    service.context, service.token_bytes = context, KEPT
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert service.longest_prompt() == tokens
 
 
 # Conversations
@@ -190,11 +217,6 @@ def test_keys_and_values_make_no_room_until_one_ends(client, first_part):
     assert client.delete("/conversations/conversation1").status_code == 204
     assert hidden(client, 1, states, name="conversation1").status_code == 404
     assert hidden(client, 0, states).status_code == 200
-
-
-KEPT = (
-    2 * 1 * 2 * 16 * 4
-)  # bytes of a token: keys and values, one block, two heads of 16 numbers of four bytes
 
 
 def test_keys_and_values_have_a_limit_in_bytes(service, first_part):
@@ -280,7 +302,8 @@ def test_a_conversation_is_forgotten_after_a_while():
 MANY = 200_000
 WRONG = [
     (CompletionRequest, {"prompt": [-1] * MANY}, "prompt.list.0"),
-    (CompletionRequest, {"prompt": ["a"] * MANY}, "prompt.list.0"),
+    (CompletionRequest, {"prompt": ["a"] * MANY}, "prompt"),
+    (CompletionRequest, {"prompt": [["a"] * MANY]}, "prompt.list.0"),
     (CompletionRequest, {"prompt": "a", "stop": [""] * MANY}, "stop.list.0"),
     (CompletionRequest, {"prompt": "a", "stop": ["a"] * MANY}, "stop.list"),
     (CompletionRequest, {"prompt": "a"} | dict.fromkeys(map(str, range(MANY))), "The body"),
@@ -308,7 +331,7 @@ def test_of_many_faults_one_is_described(model, body, place):
 @pytest.mark.parametrize("path", ["/v1/completions", "/verify"])
 def test_many_wrong_items_are_refused_in_one_sentence(service, path):
     body = {"/verify": {"conversation": "conversation", "step": 0, "draft": ["a"] * MANY}}
-    asked = body.get(path, {"prompt": ["a"] * MANY})
+    asked = body.get(path, {"prompt": [1.5] * MANY})
     app = create_app(service, TOKEN, replace(LIMITS, body_bytes=4_000_000))
     with TestClient(app, headers=AUTHORIZED) as client:
         answer = client.post(path, json=asked)

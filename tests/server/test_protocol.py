@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from edgelab.deployments.hybrid.server.app import create_app
 from edgelab.deployments.hybrid.server.framing import probabilities_bytes
 from edgelab.deployments.hybrid.server.service import Service
+from edgelab.deployments.hybrid.server.spelling import Spelling
 from edgelab.deployments.hybrid.server.writing import TextSoFar, Writer, tempered
 from edgelab.deployments.partition import wire
 from edgelab.deployments.partition.stage import Stage
@@ -33,8 +34,8 @@ def test_tokens_and_logprobs_are_those_of_the_session(client, twin, byte_tokeniz
     for told, row in zip(choice["logprobs"]["top_logprobs"], logprobs, strict=True):
         best = row.topk(3)
         assert list(told.values()) == pytest.approx(best.values.tolist(), abs=1e-4)
-        assert next(iter(told)) == byte_tokenizer.decode([int(best.indices[0])])
-    assert choice["logprobs"]["tokens"] == [byte_tokenizer.decode([token]) for token in ids]
+        assert next(iter(told)) == Spelling(byte_tokenizer).name(int(best.indices[0]))
+    assert choice["logprobs"]["tokens"] == [Spelling(byte_tokenizer).name(token) for token in ids]
 
 
 def test_a_text_is_its_tokens_and_usage_is_counted(client, byte_tokenizer):

@@ -1,5 +1,6 @@
 """The server in a process of its own: what arrives on its socket, many clients at once, how it starts and ends."""
 
+import dataclasses
 import errno
 import http.client
 import json
@@ -262,10 +263,8 @@ def test_a_server_that_is_killed_is_noticed_within_the_deadline(at_home, setting
 
 def test_over_tls_and_until_its_parent_is_gone(at_home, settings, certificate):
     at_home()
-    from dataclasses import replace
-
     file, key = certificate
-    with started(replace(settings, host="0.0.0.0", certificate=file, key=key)) as running:
+    with started(dataclasses.replace(settings, host="0.0.0.0", certificate=file, key=key)) as running:
         url = running.url.replace("0.0.0.0", LOCAL)
         assert url.startswith("https://")
         with Cloud(url, running.token, certificate=file, deadline_s=PATIENCE_S) as cloud:
@@ -311,15 +310,16 @@ def test_this_machine_needs_no_tls(host):
 
 def test_a_server_that_does_not_start_says_why(at_home, settings):
     at_home()
-    from dataclasses import replace
-
     with socket.create_server((LOCAL, 0)) as taken:
         port = taken.getsockname()[1]
         for change, sentence in (
             ({"port": port}, f"Port {port} of {LOCAL} cannot be had"),
             ({"model": "nowhere/at-all/really"}, "There is no model at"),
         ):
-            with pytest.raises(ServingError, match=sentence), started(replace(settings, **change)):
+            with (
+                pytest.raises(ServingError, match=sentence),
+                started(dataclasses.replace(settings, **change)),
+            ):
                 pass
 
 
@@ -332,7 +332,8 @@ def test_a_certificate_and_another_key(certificate, tmp_path):
 
 def test_a_cut_that_is_none(at_home, settings):
     at_home()
-    from edgelab.deployments.hybrid.server.service import CutError, Service
+    from edgelab.deployments.hybrid import CutError
+    from edgelab.deployments.hybrid.server.service import Service
 
     with pytest.raises(CutError, match="cut=3 is none of a model of 2 layers"):
         Service.load("none", settings.model, cut=3)
@@ -397,17 +398,25 @@ def test_serving_in_this_process_ends_when_told(at_home, settings):
             time.sleep(0.01)
         with Cloud(told["url"], told["token"], deadline_s=PATIENCE_S) as cloud:
             told["health"] = cloud.health()
+            told["answer"] = cloud.complete([5, 6, 7], 1)
         end.set()
 
     user = threading.Thread(target=use)
     user.start()
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
-    serving.serve(settings, announce, end.wait)
+    few = dataclasses.replace(settings, whole_context=True, limits=Limits(prompt_tokens=1))
+    serving.serve(few, announce, end.wait)
     user.join()
     assert told["health"]["model"] == "tiny"
+    assert told["answer"].read == 3
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address(Running(told["url"], "", None)), 5)
+
+
+def test_without_a_name_it_is_model_and_recipe(tiny):
+    assert Settings("quantize.bf16", str(tiny)).called == f"{tiny.name}: quantize.bf16"
+    assert Settings("quantize.bf16", str(tiny), name="small").called == "small"
 
 
 @pytest.mark.embedded

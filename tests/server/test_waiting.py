@@ -168,6 +168,64 @@ def test_what_takes_too_long_is_broken_off(byte_tokenizer, stream):
         assert client.get("/health").json()["waiting"] == 0
 
 
+class Held:
+    """A session whose steps wait until they are let go, and what tells that one has begun."""
+
+    def __init__(self):
+        self.gate, self.computing = threading.Event(), threading.Event()
+        self.session = Fixed(before=self.hold)
+
+    def hold(self):
+        self.computing.set()
+        assert self.gate.wait(30)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_has_waited_too_long_is_asked_to_come_again(byte_tokenizer, stream):
+    held = Held()
+    app = fixed_app(held.session, byte_tokenizer, waiting_s=0.1)
+    asked = {"prompt": [0], "max_tokens": 2, "temperature": 0}
+
+    async def run():
+        async with asgi(app) as client:
+            first = asyncio.create_task(client.post("/v1/completions", json=asked))
+            assert await asyncio.to_thread(held.computing.wait, 30)
+            second = await client.post("/v1/completions", json=asked | {"stream": stream})
+            waiting = (await client.get("/health")).json()["waiting"]
+            held.gate.set()
+            return await first, second, waiting
+
+    first, second, waiting = asyncio.run(run())
+    assert (first.status_code, waiting) == (200, 0)
+    assert (second.status_code, second.json()["error"]["code"]) == (429, "busy")
+    assert second.json()["error"]["message"].startswith("No turn came within 0.1 s; ask again in ")
+    assert int(second.headers["retry-after"]) >= 1
+
+
+def test_what_a_request_may_take_begins_with_its_turn(byte_tokenizer):
+    """The step of the first one goes on after its answer, and the second one waits for that as well."""
+    held, most_s = Held(), 1.0
+    app = fixed_app(held.session, byte_tokenizer, request_s=most_s)
+    asked = {"prompt": [0], "max_tokens": 2, "temperature": 0}
+
+    async def run():
+        async with asgi(app) as client:
+            first = asyncio.create_task(client.post("/v1/completions", json=asked))
+            assert await asyncio.to_thread(held.computing.wait, 30)
+            second = asyncio.create_task(client.post("/v1/completions", json=asked))
+            ended = await first
+            await asyncio.sleep(
+                most_s
+            )  # as long as the second one may take, and it has waited longer than that
+            assert (await client.get("/health")).json()["waiting"] == 1
+            held.gate.set()
+            return ended, await second
+
+    first, second = asyncio.run(run())
+    assert (first.status_code, first.json()["error"]["code"]) == (408, "slow_request")
+    assert second.status_code == 200, second.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_fault_of_the_server_is_one_sentence(byte_tokenizer, stream):
     session = Fixed(logits=(float("nan"),) * 6)

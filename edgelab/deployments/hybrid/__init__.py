@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from edgelab.assets import data_dir, fingerprint
 from edgelab.devices.prices import prices
+from edgelab.errors import EdgeLabError
 from edgelab.keys import key
 from edgelab.network import find
-from edgelab.recipes import Recipe, RecipeError, deployment
+from edgelab.recipes import Recipe, RecipeError, deployment, parse
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 2.0  # of what is sampled; the server takes no other but 0
 MOST_DEADLINE_S = 86_400.0  # of a request; clocks of the operating system do not count to any number
+
+
+class CutError(EdgeLabError):
+    """A cut that a model has not."""
+
+
+def check_cut(cut: int, layers: int) -> None:
+    """Raises CutError where a model of so many layers cannot be cut behind `cut` of them."""
+    if not 0 <= cut <= layers:
+        raise CutError(
+            f"cut={cut} is none of a model of {layers} layers; give the number of layers that the edge runs."
+        )
 
 
 def is_temperature(value: float) -> bool:
@@ -28,6 +44,12 @@ def is_deadline(seconds: float) -> bool:
 def _check_deadline(seconds: float) -> None:
     if not is_deadline(seconds):
         raise RecipeError(f"deadline_s={seconds} should be above 0 and at most {MOST_DEADLINE_S:g}, a day.")
+
+
+def _check_edge(edge: str) -> None:
+    kind = type(parse(f"none @ {edge}").deployment)  # raises for a name that is none
+    if not hasattr(kind, "engine"):
+        raise RecipeError(f"edge={edge} shares requests and is no engine; give one, such as edge=torch.")
 
 
 def priced() -> str:
@@ -61,6 +83,7 @@ class Shared:
 
     def __post_init__(self) -> None:
         _check_deadline(self.deadline_s)
+        _check_edge(self.edge)
         if self.cloud.deployment.parts or self.cloud.runtime == "partition":
             raise RecipeError(f"cloud=({self.cloud}) runs on one device; leave out what follows its @.")
 
@@ -193,6 +216,10 @@ class Split:
         _check_deadline(self.deadline_s)
         if self.cut < 0:
             raise RecipeError(f"split:cut={self.cut} should be at least 0.")
+
+    def check_model(self, config: PretrainedConfig) -> None:
+        """Raises CutError where a model of this configuration cannot be cut there."""
+        check_cut(self.cut, config.num_hidden_layers)
 
     def reads(self) -> list[str]:
         """What the link is, and the prices."""

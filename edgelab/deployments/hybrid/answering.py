@@ -34,8 +34,8 @@ class Answer:
 
     by: who answered in the end, "edge", "cloud" or "nobody". spans: (who, begin, end), seconds behind the question.
     tokens: of the answer. scores: how sure the edge was, by name. wanted_cloud: whether it was to be asked. read,
-    written: tokens that the cloud read and wrote. rounds, drafted, accepted: of speculative decoding. said: what went
-    wrong on the way, empty where nothing did.
+    written: tokens that the cloud read and wrote, as far as it has answered. rounds, drafted, accepted: of speculative
+    decoding. said: what went wrong on the way, empty where nothing did.
     """
 
     text: str
@@ -166,12 +166,16 @@ class Edge(Answering):
         text = before(self.text(written), request.stop)
         return Answer(text, "edge", spans, len(written), scores)
 
-    def alone(self, request: Request, begun: float, said: str) -> Answer:
-        """The answer for want of the cloud, which was asked in vain since `begun`, by time.perf_counter."""
+    def alone(self, request: Request, begun: float, said: str, worked_s: float = 0.0) -> Answer:
+        """The answer for want of the cloud, which was asked in vain since `begun`, by time.perf_counter.
+
+        worked_s: of that time, in which the edge computed.
+        """
         waited = time.perf_counter() - begun
-        own = self.answer(request)
+        own, worked_s = self.answer(request), min(worked_s, waited)
         spans = (
-            ("waiting", 0.0, waited),
+            *([("edge", 0.0, worked_s)] if worked_s else []),
+            ("waiting", worked_s, waited),
             *((who, waited + begin, waited + end) for who, begin, end in own.spans),
         )
         return replace(own, spans=spans, wanted_cloud=True, said=said)

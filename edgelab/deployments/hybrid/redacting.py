@@ -87,7 +87,7 @@ class Redacting(AllInCloud):
                 self.cloud_s(request),
             )
         except CloudError as error:
-            return self.edge.alone(request, begun, str(error))
+            return self.edge.alone(request, begun, str(error), looked)
         return replace(found, text=allowed.restore(found.text))
 
     @staticmethod

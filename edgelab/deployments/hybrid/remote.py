@@ -14,7 +14,7 @@ import torch
 from edgelab.deployments.hybrid.answering import Answer, Answering
 from edgelab.deployments.hybrid.client.breaker import CircuitBreaker
 from edgelab.deployments.hybrid.client.cloud import Cloud
-from edgelab.deployments.hybrid.client.failures import CloudSlow
+from edgelab.deployments.hybrid.client.failures import CloudSlow, TooLate
 from edgelab.deployments.hybrid.server.limits import Limits
 from edgelab.deployments.hybrid.server.serving import Settings, started
 from edgelab.network import LOCAL, Proxies, find
@@ -30,8 +30,8 @@ class Remote:
     """The cloud behind a link. cloud: a client that goes through the link; direct: one that does not, for choosing.
 
     proxy: the link, whose bytes are counted; interrupt it for an outage. server: with `stop`, for a cloud that is gone.
-    numbers_bytes: of probabilities or hidden states that one request may hold. deadline_s: the longest of a request.
-    The server takes as many and waits as long: what it refused every time would be a row of the edge alone.
+    numbers_bytes: of probabilities or hidden states that one request may hold. deadline_s: of a request, as the recipe
+    has it. The server takes as many and waits as long: what it refused every time would be a row of the edge alone.
     """
 
     def __init__(
@@ -46,12 +46,14 @@ class Remote:
         deadline_s: float = 0.0,
     ) -> None:
         between = find(link)  # raises before anything is started
+        self.deadline_s = deadline_s
         usual = Limits()
         limits = replace(
             usual,
             body_bytes=usual.body_bytes + numbers_bytes,
             body_s=max(usual.body_s, deadline_s),
             request_s=max(usual.request_s, deadline_s),
+            waiting_s=max(usual.waiting_s, deadline_s),
         )
         self._stack = ExitStack()
         try:
@@ -80,18 +82,27 @@ class Remote:
     def ask(self, what: Callable[[Cloud], T], deadline_s: float, begun: float) -> T:
         """What the cloud answers before a deadline that began at `begun`, by time.perf_counter.
 
-        Raises CloudError where it does not, or has failed several times in a row and is left alone for a while.
+        Raises CloudError where it does not, or has failed several times in a row and is left alone for a while. What
+        was left of a deadline differs from request to request; its sentences name the recipe's, so that they do not.
         """
         self.cloud.deadline_s = self.left_s(deadline_s, begun)
-        return self.breaker.call(lambda: what(self.cloud))
+        try:
+            return self.breaker.call(lambda: what(self.cloud))
+        except TooLate:
+            raise
+        except CloudSlow:
+            raise CloudSlow(
+                f"The cloud did not answer within what was left to it of {self.deadline_s:g} s for a request; give "
+                "more as deadline_s, or ask for less."
+            ) from None
 
-    @staticmethod
-    def left_s(deadline_s: float, begun: float) -> float:
-        """Seconds of a deadline that are left. Raises CloudSlow where they are too few to ask the cloud."""
+    def left_s(self, deadline_s: float, begun: float) -> float:
+        """Seconds of a deadline that are left. Raises TooLate where they are too few to ask the cloud."""
         left = deadline_s - (time.perf_counter() - begun)
         if left < LEAST_S:
-            raise CloudSlow(
-                f"Of {deadline_s:g} s for a request {max(left, 0):.2f} are left, too little to ask the cloud."
+            raise TooLate(
+                f"What is left of {self.deadline_s:g} s for a request is too little to ask the cloud; give more as "
+                "deadline_s."
             )
         return left
 

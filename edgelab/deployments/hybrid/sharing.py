@@ -57,34 +57,32 @@ class Drafted(WithCloud):
     def shared(self, request: Request) -> Answer:
         begun = time.perf_counter()
         ids, deadline_s = self.edge.ids(request.prompt), self.cloud_s(request)
+        ask = self.remote.cloud.verifier(ids, self.settings.temperature, self.seed)
 
-        def verified(cloud: Cloud) -> tuple[list[int], Counts]:
-            ask = cloud.verifier(ids, self.settings.temperature, self.seed)
+        def verify(step: int, draft: list[int], probabilities: Tensor | None) -> tuple[int, int]:
+            self.remote.cloud.deadline_s = self.remote.left_s(deadline_s, begun)  # of all rounds together
+            accepted, token = ask(step, draft, probabilities)
+            known([token], self.edge.session.vocabulary)
+            return accepted, token
 
-            def verify(step: int, draft: list[int], probabilities: Tensor | None) -> tuple[int, int]:
-                cloud.deadline_s = self.remote.left_s(deadline_s, begun)  # of all rounds together
-                accepted, token = ask(step, draft, probabilities)
-                known([token], self.edge.session.vocabulary)
-                return accepted, token
-
-            loop = Drafting(
-                self.edge.session, verify, self.draft, pipelined=self.settings.pipelined,
-                temperature=self.settings.temperature, seed=self.seed, stop=endings(self.edge.tokenizer),
-                ends=lambda written: holds(self.edge.tokenizer, written, request.stop),
-            )  # fmt: skip
-            return loop.write(ids, request.tokens), loop.counts
-
+        loop = Drafting(
+            self.edge.session, verify, self.draft, pipelined=self.settings.pipelined,
+            temperature=self.settings.temperature, seed=self.seed, stop=endings(self.edge.tokenizer),
+            ends=lambda written: holds(self.edge.tokenizer, written, request.stop),
+        )  # fmt: skip
+        counts = loop.counts
         try:
-            written, counts = self.remote.ask(verified, deadline_s, begun)
+            written = self.remote.ask(lambda cloud: loop.write(ids, request.tokens), deadline_s, begun)
         except CloudError as error:
-            return self.edge.alone(request, begun, str(error))
+            found = self.edge.alone(request, begun, str(error), counts.prompt_s + counts.drafting_s)
+            return replace(found, read=_read(ids, counts), written=counts.rounds)
         self.counts.append(counts)
         whole = time.perf_counter() - begun
         computing = min(counts.prompt_s + counts.drafting_s, whole)
         text = before(self.edge.text(written), request.stop)
         return Answer(
             text, "cloud", (("edge", 0.0, computing), ("cloud", computing, whole)), len(written),
-            wanted_cloud=True, read=len(ids) + counts.drafted, written=counts.rounds, rounds=counts.rounds,
+            wanted_cloud=True, read=_read(ids, counts), written=counts.rounds, rounds=counts.rounds,
             drafted=counts.drafted, accepted=counts.accepted,
         )  # fmt: skip
 
@@ -92,6 +90,11 @@ class Drafted(WithCloud):
         """How drafting went."""
         names = ("rounds", "drafted", "accepted", "tokens", "ahead", "thrown_away", "drafting_s", "waiting_s")
         return {name: sum(getattr(one, name) for one in self.counts) for name in names}
+
+
+def _read(prompt: list[int], counts: Counts) -> int:
+    """Tokens that the cloud read: the prompt with the first round, and the drafts; nothing before it has answered."""
+    return len(prompt) + counts.drafted if counts.rounds else 0
 
 
 class Halved(ThroughRemote):
@@ -104,8 +107,9 @@ class Halved(ThroughRemote):
     ) -> None:
         self.settings, self.link, self.tokenizer = deployment, deployment.link, tokenizer
         recipe = parse(str(variants.read_about(folder)["recipe"]))
-        self.stage = Stage.load(folder, 0, deployment.cut + 1)
         config = variants.load_config(folder).get_text_config()
+        deployment.check_model(config)
+        self.stage = Stage.load(folder, 0, deployment.cut + 1)
         self.vocabulary = config.vocab_size
         self.remote = Remote(
             recipe, deployment.link, model, seed, cut=deployment.cut, deadline_s=deployment.deadline_s,
@@ -123,12 +127,13 @@ class Halved(ThroughRemote):
                 started = time.perf_counter() - begun
                 states = self.stage.read(given, position)
                 here = time.perf_counter() - begun
+                spans.append(("edge", started, here))
                 token = self.remote.ask(
                     lambda cloud, states=states: self._next(cloud, name, len(written), states),
                     self.settings.deadline_s,
                     begun,
                 )
-                spans += [("edge", started, here), ("cloud", here, time.perf_counter() - begun)]
+                spans.append(("cloud", here, time.perf_counter() - begun))
                 position += len(given)
                 written.append(token)
                 given = torch.tensor([token])
@@ -141,7 +146,7 @@ class Halved(ThroughRemote):
             with suppress(CloudError):
                 self.remote.direct.forget(name)
         self.stage.forget()
-        return replace(found, read=len(ids), written=len(written))
+        return replace(found, read=len(ids) if written else 0, written=len(written))  # what it has answered
 
     def _next(self, cloud: Cloud, name: str, step: int, states: Tensor) -> int:
         """The token behind these states. Raises CloudError."""

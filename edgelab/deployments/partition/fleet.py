@@ -150,7 +150,8 @@ def _linked(fleet: Fleet, where: str, row: dict[str, str]) -> Fleet:
     if not row["what"]:
         raise _wrong(where, "what", "", "a link of data/links.csv or a number of Mbps")
     try:
-        link = Link(row["what"], *[float(row["what"])] * 2) if _is_number(row["what"]) else find(row["what"])
+        mbps = csv_files.figure(row["what"])
+        link = find(row["what"]) if mbps is None else Link(row["what"], mbps, mbps)
     except LinkError as error:
         raise FleetError(f"{where}, column what: {error}") from None
     ends = []
@@ -172,11 +173,3 @@ def _linked(fleet: Fleet, where: str, row: dict[str, str]) -> Fleet:
                 peers = {one, other} <= {*ends[0]} & {*ends[1]}
                 fleet = fleet.linked(one, other, alike if peers else link)
     return fleet
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

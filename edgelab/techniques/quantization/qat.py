@@ -227,7 +227,7 @@ class QuantizationAwareTraining(Trained):
 
     def prepare(self, model: PreTrainedModel, record: Record | None = None) -> PreTrainedModel:
         """A copy of the model with FakeQuantLinear layers; what is to be trained, and only that, requires gradients."""
-        layers = linear_layers(model, record, packed=True)
+        layers = linear_layers(model, record, packed=True, group_size=self.group_size)
         check_group_size(self.group_size, [layer.in_features for layer in layers.values()])
         for name, layer in layers.items():
             if isinstance(layer, PackedLinear):

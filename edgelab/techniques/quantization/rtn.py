@@ -41,6 +41,9 @@ __all__ = [
 ]
 
 
+SMALLEST_GROUP = 32  # that engines and files have
+
+
 class GroupSizeError(RecipeError):
     """The group size does not divide the inputs of a layer."""
 
@@ -81,7 +84,11 @@ def check_group_size(group_size: int, in_features: list[int]) -> None:
     """Raise GroupSizeError, naming group sizes that fit all layers, where one is not divided by group_size."""
     if group_size < 0 or any(group_size and inputs % group_size for inputs in in_features):
         widths = sorted(set(in_features))
-        fitting = [str(size) for size in range(32, min(widths) + 1, 32) if all(w % size == 0 for w in widths)]
+        fitting = [
+            str(size)
+            for size in range(SMALLEST_GROUP, min(widths) + 1, SMALLEST_GROUP)
+            if all(w % size == 0 for w in widths)
+        ]
         raise GroupSizeError(
             f"group_size={group_size} does not divide the {' and '.join(map(str, widths))} inputs of the layers; "
             f"use {', '.join([*fitting, '0 (one group per row)'])}."
@@ -145,12 +152,14 @@ class RoundToNearest:
 
 
 def linear_layers(
-    model: PreTrainedModel, record: Record | None = None, packed: bool = False
+    model: PreTrainedModel, record: Record | None = None, packed: bool = False, group_size: int = 0
 ) -> dict[str, nn.Linear | PackedLinear]:
     """Every linear layer but the output head, by name.
 
     record: where what stays in float is noted, such as the weights of experts that are no linear layers. packed:
-    whether layers may be quantized already. Raises RecipeError where one is and may not, or where none is found.
+    whether layers may be quantized already. group_size: that of rounding, where it goes by groups; tiny layers with
+    fewer inputs, as Gemma 3n mixes its streams with, are left out then. Raises RecipeError where a layer is quantized
+    and may not be, or where none is found.
     """
     head = model.get_output_embeddings()
     in_float = float_linear(model)
@@ -166,18 +175,30 @@ def linear_layers(
             "quantize.unpack before what shall change them again."
         )
     others = _other_matrices(model, layers)
+    tiny = {
+        name: layer.weight.numel()
+        for name, layer in layers.items()
+        if name in in_float and layer.in_features < group_size and max(layer.weight.shape) < SMALLEST_GROUP
+    }
+    layers = {name: layer for name, layer in layers.items() if name not in tiny}
     if not layers:
         kinds = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in others}
         raise RecipeError(
             f"{type(model).__name__} has no linear layers (torch.nn.Linear) that could be changed, but matrices in "
             f"{', '.join(sorted(kinds)) or 'embeddings alone'}; use a model built from linear layers, such as a Llama."
         )
-    if others and record is not None:
-        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in others)  # the same in every block
-        note = f"{sum(others.values()):,} parameters outside of plain linear layers stay in float: {', '.join(names)}."
-        if note not in record.notes:
-            record.notes.append(note)
+    if record is not None:
+        _note(record, "outside of plain linear layers", others)
+        _note(record, f"of layers smaller than a group of {group_size}", tiny)
     return layers
+
+
+def _note(record: Record, where: str, sizes: dict[str, int]) -> None:
+    """Note parameters that stay in float, once. sizes: how many by name."""
+    names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in sizes)  # the same in every block
+    note = f"{sum(sizes.values()):,} parameters {where} stay in float: {', '.join(names)}."
+    if sizes and note not in record.notes:
+        record.notes.append(note)
 
 
 def _other_matrices(model: PreTrainedModel, layers: dict[str, nn.Module]) -> dict[str, int]:
@@ -218,9 +239,9 @@ def replace_linear(
 ) -> PreTrainedModel:
     """A copy of the model with PackedLinear over quantize(weight, group_size=..., **settings) in `linear_layers`.
 
-    Raises GroupSizeError, before it starts, where group_size does not divide the inputs of every layer.
+    Raises GroupSizeError, before it starts, where group_size does not divide the inputs of every one of them.
     """
-    layers = linear_layers(model, context.record)
+    layers = linear_layers(model, context.record, group_size=group_size)
     check_group_size(group_size, [layer.in_features for layer in layers.values()])
     model = copy.deepcopy(model)
     for done, name in enumerate(layers, 1):

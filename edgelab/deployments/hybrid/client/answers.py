@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx
@@ -21,6 +25,8 @@ from edgelab.deployments.hybrid.client.failures import (
 
 T = TypeVar("T")
 LARGEST_ANSWER = 32_000_000  # bytes
+LEAST_RETRY_S = 0.25  # between two attempts at a busy server, whatever it says
+FIELD = re.compile(r"[\w-]*(:|\r?$)")  # a line of an event, or a comment, whose name is empty
 
 
 @dataclass(frozen=True)
@@ -104,40 +110,72 @@ def limited(response: httpx.Response) -> Iterator[bytes]:
 
 def refusal(response: httpx.Response, body: bytes) -> CloudRefused:
     """What another status than 200 means."""
-    status, message, code = response.status_code, "", ""
+    status = response.status_code
     try:
-        told = json.loads(body)["error"]
-        message, code = _line(told["message"]), str(told.get("code") or "")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    said = f": {message}" if message else "."
+        message, code = _reason(json.loads(body.decode("utf-8-sig", "replace")))
+    except (ValueError, RecursionError):
+        message, code = "", ""
     if status in (401, 403):
-        return CloudDenied(f"The cloud does not take this token{said}", status, code)
+        return CloudDenied(_sentence("The cloud does not take this token", message), status, code)
     if status in (429, 503):
-        retry = response.headers.get("retry-after", "")
-        return CloudBusy(
-            f"The cloud is busy{said}", status, code, float(retry[:6]) if retry.isdecimal() else 1.0
-        )
-    if status >= 500:
+        retry_s = _retry_s(response.headers.get("retry-after", ""))
+        return CloudBusy(_sentence("The cloud is busy", message), status, code, retry_s)
+    if status >= 500 or status == 408:  # its own time-out, as 504 is that of one behind it
         kind = CloudBroken
     elif status < 400 or (status in (404, 405, 410) and code != "unknown_conversation"):
         kind = CloudLacking
     else:
         kind = CloudRefused
-    return kind(f"The cloud answers {status}{said}", status, code)
+    return kind(_sentence(f"The cloud answers {status}", message), status, code)
+
+
+def _reason(told: Any) -> tuple[str, str]:
+    """What went wrong, in a line, and the server's own word for it; empty where it says neither.
+
+    {"error": {"message", "code"}} is OpenAI's, {"error": "text"} Ollama's, {"object": "error", "message"} an older
+    vLLM's, and {"detail": ...} FastAPI's, which may be a list of {"loc", "msg"}.
+    """
+    if isinstance(told, dict):
+        told = told.get("error") or told.get("detail") or told
+    if isinstance(told, list) and told:
+        told = told[0]
+    if isinstance(told, str):
+        return _line(told), ""
+    if not isinstance(told, dict):
+        return "", ""
+    message, place = told.get("message") or told.get("msg") or "", told.get("loc")
+    where = f"{'.'.join(map(str, place))}: " if isinstance(place, list) else ""
+    return _line(f"{where}{message}"), str(told.get("code") or "")
+
+
+def _sentence(what: str, message: str) -> str:
+    """What went wrong, and what the server says about it, which need not be a sentence."""
+    said = f"{what}: {message}" if message else what
+    return said if said.endswith((".", "!", "?")) else f"{said}."
+
+
+def _retry_s(told: str) -> float:
+    """Seconds of a Retry-After header, which says how many or until when; 1 where it says neither."""
+    try:
+        seconds = float(told)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError, OverflowError):
+            return 1.0
+    return max(seconds, LEAST_RETRY_S) if math.isfinite(seconds) else 1.0
 
 
 def events(pieces: Iterator[bytes]) -> Iterator[str]:
     """The data of server-sent events, each of which is one line here. Raises CloudGarbled for what is none."""
-    waiting = b""
+    waiting, decoder = "", codecs.getincrementaldecoder("utf-8-sig")("replace")
     for piece in pieces:
-        *lines, waiting = (waiting + piece).split(b"\n")
+        *lines, waiting = (waiting + decoder.decode(piece)).split("\n")
         for line in lines:
-            text = line.rstrip(b"\r").decode(errors="replace")
-            if text.startswith("data:"):
-                yield text[5:].strip()
-            elif text and not text.startswith((":", "event:", "id:", "retry:")):
+            if not FIELD.match(line):
                 raise CloudGarbled("The cloud's answer is no stream of events.")
+            if line.startswith("data:") and (data := line[5:].strip()):
+                yield data
 
 
 def parsed(text: str) -> dict[str, Any]:
@@ -166,23 +204,31 @@ def known(ids: list[int], vocabulary: int) -> list[int]:
     return ids
 
 
-def piece_of(told: dict[str, Any]) -> Piece:
-    """A piece of a stream. Raises CloudBroken where the server could not go on."""
-    if "error" in told:
-        raise CloudBroken(f"The cloud broke off: {_line(told['error']['message'])}", 500)
+def piece_of(told: dict[str, Any]) -> Piece | None:
+    """A piece of a stream; None for one without text, which counts tokens. Raises CloudBroken for an error."""
+    _check_error(told)
+    if told["choices"] == []:
+        return None
     choice = told["choices"][0]
-    return Piece(_text(choice["text"]), _ids(choice.get("token_ids")), choice["finish_reason"])
+    text = "" if choice["text"] is None else _text(choice["text"])
+    return Piece(text, _ids(choice.get("token_ids")), choice.get("finish_reason"))
 
 
-def completion_of(told: dict[str, Any], cost: Cost) -> Completion:
-    """A completion or a chat; log-probabilities in OpenAI's older shape or in its newer one, which llama.cpp uses."""
+def completion_of(told: dict[str, Any], cost: Cost, alternatives: int | None = None) -> Completion:
+    """A completion or a chat; log-probabilities in OpenAI's older shape or in its newer one, which llama.cpp uses.
+
+    alternatives: how many were asked for in the place of each token. Where some were, they have to be there. Raises
+    CloudBroken for an error.
+    """
+    _check_error(told)
     choice = told["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     ids, logprobs, top = _ids(choice.get("token_ids")), None, None
-    if (found := choice.get("logprobs")) and "content" in found:
-        each = found["content"]
+    found = choice.get("logprobs") or {}
+    if each := found.get("content"):
         logprobs = [_number(one["logprob"]) for one in each]
-        top = [_by_text(one["top_logprobs"]) for one in each]
+        ranked = [one.get("top_logprobs") for one in each]
+        top = [_by_text(some if alternatives else some or []) for some in ranked]
         written = told["usage"]["completion_tokens"] if told.get("usage") else len(each)
         is_whole = len(each) in (
             written,
@@ -190,12 +236,11 @@ def completion_of(told: dict[str, Any], cost: Cost) -> Completion:
         )  # the end may count as one
         if ids is None and is_whole and all("id" in one for one in each):
             ids = _ids([one["id"] for one in each])
-    elif found:
-        logprobs = [_number(one) for one in found["token_logprobs"]]
-        top = [
-            {_text(name): _number(value) for name, value in (one or {}).items()}
-            for one in found["top_logprobs"]
-        ]
+    elif each := found.get("token_logprobs"):
+        logprobs, ranked = [_number(one) for one in each], found.get("top_logprobs")
+        if ranked is None and not alternatives:
+            ranked = [None] * len(each)
+        top = [{_text(name): _number(value) for name, value in (one or {}).items()} for one in ranked]
     if ids is not None and logprobs is not None and len(ids) != len(logprobs):
         raise ValueError("tokens and log-probabilities are not as many")
     if choice["finish_reason"] not in ("stop", "length"):
@@ -222,6 +267,13 @@ def next_of(told: dict[str, Any], step: int, top: int, cost: Cost) -> Next:
     if told["step"] != step or len(ranked) != top:
         raise ValueError("it belongs to another step")
     return Next(_whole(told["next"]), ranked, cost)
+
+
+def _check_error(told: dict[str, Any]) -> None:
+    """Raises CloudBroken where a server that has begun with 200 says what went wrong."""
+    if told.get("error") or told.get("object") == "error":
+        message, code = _reason(told)
+        raise CloudBroken(_sentence("The cloud could not go on", message), 500, code)
 
 
 def _by_text(ranked: list[dict[str, Any]]) -> dict[str, float]:

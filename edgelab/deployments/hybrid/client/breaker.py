@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-from edgelab.deployments.hybrid.client.failures import CircuitOpen, CloudError
+from edgelab.deployments.hybrid.client.failures import CircuitOpen, CloudError, TooLate
 from edgelab.errors import EdgeLabError
 
 T = TypeVar("T")
@@ -49,15 +49,17 @@ class CircuitBreaker:
         return self._opened + self.cool_down_s - self._clock()
 
     def enter(self) -> None:
-        """Before a call, which has to end in `worked` or `failed`. Raises CircuitOpen where none may go through."""
+        """Before a call, which has to end in `worked`, `failed` or `dropped`.
+
+        Raises CircuitOpen where none may go through, in the same sentence whatever is left of the cool-down.
+        """
         with self._lock:
             if self._opened is None:
                 return
-            left = self._left_s()
-            if self._on_trial or left > 0:
-                when = f"in {left:.1f} s" if left > 0 else "when the trial that is under way has worked"
+            if self._on_trial or self._left_s() > 0:
                 raise CircuitOpen(
-                    f"The cloud failed {self._in_a_row} times in a row and is not asked; it is again {when}."
+                    f"The cloud failed at least {self.failures} times in a row and is not asked; "
+                    f"{self.cool_down_s:g} s after its last failure one request tries it."
                 )
             self._on_trial = True
 
@@ -74,11 +76,22 @@ class CircuitBreaker:
                 self._opened = self._clock()
             self._on_trial = False
 
+    def dropped(self) -> None:
+        """The call was not made after all; a trial is left to the next one."""
+        with self._lock:
+            self._on_trial = False
+
     def call(self, ask: Callable[[], T]) -> T:
-        """The result of a call. An error that is no outage, as of a prompt that is too long, counts as an answer."""
+        """The result of a call. An error that is no outage, as of a prompt that is too long, counts as an answer.
+
+        TooLate counts as nothing: the cloud was not asked.
+        """
         self.enter()
         try:
             result = ask()
+        except TooLate:
+            self.dropped()
+            raise
         except CloudError as error:
             (self.failed if error.outage else self.worked)()
             raise

@@ -43,6 +43,7 @@ from edgelab.deployments.hybrid.client.failures import (
     CloudLacking,
     CloudRefused,
     CloudSlow,
+    TooLate,
 )
 from edgelab.deployments.hybrid.server.serving import is_local
 
@@ -89,7 +90,8 @@ class Cloud:
             raise CloudError(
                 f"deadline_s={deadline_s} should be above 0 and at most {MOST_DEADLINE_S:g}, a day."
             )
-        self.url, self.deadline_s, self.model, self.waits = str(found).rstrip("/"), deadline_s, model, waits
+        self.url = str(found).rstrip("/").removesuffix("/v1")  # as other clients are given it
+        self.deadline_s, self.model, self.waits = deadline_s, model, waits
         self.meter = Meter()
         headers = {"accept-encoding": "identity", "user-agent": "edgelab"}
         if token:
@@ -146,7 +148,7 @@ class Cloud:
         if logprobs is not None:
             asked["logprobs"] = logprobs
         answer, cost = self._json("POST", "/v1/completions", asked)
-        return checked(lambda: completion_of(answer, cost))
+        return checked(lambda: completion_of(answer, cost, logprobs))
 
     def chat(
         self,
@@ -163,7 +165,7 @@ class Cloud:
         if logprobs is not None:
             asked |= {"logprobs": True, "top_logprobs": logprobs}
         answer, cost = self._json("POST", "/v1/chat/completions", asked)
-        return checked(lambda: completion_of(answer, cost))
+        return checked(lambda: completion_of(answer, cost, logprobs))
 
     def stream(
         self,
@@ -186,7 +188,8 @@ class Cloud:
                 if is_whole := data == DONE:
                     continue  # to the end of the body, so that the connection can be used again
                 told = parsed(data)
-                yield checked(lambda told=told: piece_of(told))
+                if (piece := checked(lambda told=told: piece_of(told))) is not None:
+                    yield piece
         if not is_whole:
             raise CloudGarbled("The cloud's answer ended before its end.")
 
@@ -301,7 +304,7 @@ class Cloud:
             cost = Cost(
                 self.meter.sent - before[0], self.meter.received - before[1], time.monotonic() - started
             )
-        return parsed(found.decode(errors="replace")), cost
+        return parsed(found.decode("utf-8-sig", "replace")), cost
 
     @contextmanager
     def _answer(
@@ -313,7 +316,7 @@ class Cloud:
         )
         deadline = time.monotonic() + self.deadline_s
         if not self._lock.acquire(timeout=self.deadline_s):
-            raise CloudSlow(f"Others used the connection to the cloud for all of {self.deadline_s:g} s.")
+            raise TooLate(f"Others used the connection to the cloud for all of {self.deadline_s:.1f} s.")
         try:
             self.meter.until = deadline
             before = self.meter.sent, self.meter.received

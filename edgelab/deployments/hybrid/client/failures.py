@@ -19,6 +19,12 @@ class CloudSlow(CloudError):
     """No whole answer within the deadline."""
 
 
+class TooLate(CloudSlow):
+    """Nothing was asked, for too little of the deadline was left: it says nothing about the cloud."""
+
+    outage = False
+
+
 class CloudGarbled(CloudError):
     """An answer that is none."""
 

@@ -7,6 +7,7 @@
 | POST /verify               | speculative decoding: which tokens of a draft stay, and the next one |
 | POST /hidden               | split inference: hidden states in, the next token out               |
 | DELETE /conversations/NAME | forgets a conversation of the last two                              |
+| GET /v1/models, and /NAME  | the model that is served, as OpenAI's servers tell theirs           |
 | GET /health                | what runs here                                                      |
 
 One request computes at a time; `gate.py` looks at all of them first, `turns.py` keeps the queue.
@@ -14,11 +15,10 @@ One request computes at a time; `gate.py` looks at all of them first, `turns.py`
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -26,14 +26,15 @@ from fastapi import FastAPI, Request, Response, Security
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from edgelab.deployments.hybrid.server import framing
 from edgelab.deployments.hybrid.server.conversations import SecondPart, Verifying
-from edgelab.deployments.hybrid.server.gate import EVENTS, ClientGone, Gate, event
+from edgelab.deployments.hybrid.server.events import AT_FAULT, EVENTS, Events, Tell, unable, until_gone
+from edgelab.deployments.hybrid.server.gate import ClientGone, Gate
 from edgelab.deployments.hybrid.server.limits import Limits
 from edgelab.deployments.hybrid.server.messages import (
     Chat,
@@ -45,14 +46,17 @@ from edgelab.deployments.hybrid.server.messages import (
     Health,
     HiddenAnswer,
     HiddenRequest,
+    ModelEntry,
+    ModelList,
     Refusal,
-    Strict,
     Verified,
     VerifyRequest,
     Writing,
 )
 from edgelab.deployments.hybrid.server.replies import Reply, Written
 from edgelab.deployments.hybrid.server.service import Service
+from edgelab.deployments.hybrid.server.spelling import Spelling
+from edgelab.deployments.hybrid.server.strict import Strict
 from edgelab.deployments.hybrid.server.turns import Turns
 from edgelab.deployments.hybrid.server.writing import TextSoFar, Writer
 from edgelab.errors import EdgeLabError
@@ -60,10 +64,7 @@ from edgelab.runtimes.session import Session
 from edgelab.runtimes.streaming import conversation_ids
 from edgelab.tasks import endings, vocabulary_fingerprint
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
-AT_FAULT = "Something went wrong in the server; its log says what."
 ERRORS = {
     "4XX": {"model": ErrorBody, "description": "What is wrong with the request, or a limit that it meets"},
     "5XX": {"model": ErrorBody, "description": "What is wrong with the server"},
@@ -77,6 +78,7 @@ def create_app(service: Service, token: str, limits: Limits | None = None) -> Fa
     limits = limits or Limits()
     desk = Desk(service, limits)
     fingerprint = vocabulary_fingerprint(service.tokenizer)
+    entry = ModelEntry(id=service.name, created=int(time.time()))
 
     @asynccontextmanager
     async def alive(app: FastAPI) -> Any:
@@ -84,9 +86,10 @@ def create_app(service: Service, token: str, limits: Limits | None = None) -> Fa
         desk.close()
 
     app = FastAPI(
-        title="edgelab", docs_url=None, redoc_url=None, lifespan=alive, responses=ERRORS,
+        title="edgelab", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=alive, responses=ERRORS,
         dependencies=[Security(HTTPBearer(auto_error=False))],
     )  # fmt: skip
+    app.router.route_class = LookedAt
     app.add_middleware(Gate, token=token, limits=limits)
     _explain_errors(app)
 
@@ -96,10 +99,10 @@ def create_app(service: Service, token: str, limits: Limits | None = None) -> Fa
         prompt: list[int] | Callable[[], list[int]] = (
             asked.prompt if isinstance(asked.prompt, list) else desk.reader(asked.prompt)
         )
-        reply = Reply(service.tokenizer, service.name, asked.logprobs is not None)
+        reply = desk.reply(asked.logprobs is not None)
         if asked.stream:
-            return Events(lambda tell: desk.write(asked, prompt, asked.logprobs, lambda piece: tell(
-                reply.completion(piece, usage=False).model_dump())))  # fmt: skip
+            return desk.streamed(asked, prompt, asked.logprobs, lambda piece: (
+                reply.completion(piece, usage=False).model_dump()))  # fmt: skip
         return reply.completion(await until_gone(request.receive, desk.write(asked, prompt, asked.logprobs)))
 
     @app.post("/v1/chat/completions", response_model=Chat, responses=STREAMED)
@@ -112,12 +115,13 @@ def create_app(service: Service, token: str, limits: Limits | None = None) -> Fa
                 400, "invalid_body", "max_tokens and max_completion_tokens say the same; give one of them."
             )
         prompt = desk.chat_reader(asked.messages)
-        reply = Reply(service.tokenizer, service.name, asked.logprobs)
+        reply = desk.reply(asked.logprobs)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         if asked.stream:
             first = iter([True])
-            return Events(lambda tell: desk.write(asked, prompt, top, lambda piece: tell(
-                reply.chat_piece(piece, next(first, False)))))  # fmt: skip
+            return desk.streamed(
+                asked, prompt, top, lambda piece: reply.chat_piece(piece, next(first, False))
+            )
         return reply.chat(await until_gone(request.receive, desk.write(asked, prompt, top)))
 
     @app.post("/verify", response_model=Verified, openapi_extra=_body_of(VerifyRequest))
@@ -136,6 +140,15 @@ def create_app(service: Service, token: str, limits: Limits | None = None) -> Fa
             raise Refusal(404, "unknown_conversation", "No such conversation is open.")
         return Response(status_code=204)
 
+    @app.get("/v1/models", response_model=ModelList)
+    async def models() -> Any:
+        return ModelList(data=[entry])
+
+    @app.get("/v1/models/{name:path}", response_model=ModelEntry)
+    async def model(name: str) -> Any:
+        desk.check_model(name)
+        return entry
+
     @app.get("/health", response_model=Health)
     async def health() -> Any:
         return Health(
@@ -152,19 +165,27 @@ class Desk:
 
     def __init__(self, service: Service, limits: Limits) -> None:
         self.service, self.limits = service, limits
-        self.turns = Turns(limits.waiting)
+        self.turns = Turns(limits)
         self.verifying = Verifying(service, limits)
         self.second = SecondPart(service, limits)
+        self.spelling = Spelling(service.tokenizer)
         self.longest_token = max(map(len, service.tokenizer.get_vocab()))
 
-    def check(self, asked: Writing) -> None:
-        """Raises Refusal for another model, and for more tokens than an answer may have."""
-        if asked.model not in (None, self.service.name):
+    def check_model(self, name: str) -> None:
+        """Raises Refusal for another model."""
+        if name != self.service.name:
             raise Refusal(
                 404,
                 "model_not_found",
                 f"This server runs {self.service.name!r}; leave 'model' out or name it so.",
             )
+
+    def check(self, asked: Writing) -> None:
+        """Raises Refusal for another model, and for more tokens than an answer may have."""
+        if asked.model is not None:
+            self.check_model(asked.model)
+        if asked.stream_options is not None and not asked.stream:
+            raise Refusal(400, "invalid_body", "stream_options is for stream=true.")
         if (asked.most() or 0) > self.limits.max_tokens:
             raise Refusal(
                 400,
@@ -197,8 +218,9 @@ class Desk:
 
     def chat_reader(self, messages: list[ChatMessage]) -> Callable[[], list[int]]:
         """The same for a conversation. What it returns raises Refusal where the model's template does not take it."""
-        self.check_characters(sum(len(one.content) for one in messages))
-        return partial(self._ids_of_chat, [one.model_dump() for one in messages])
+        said = [one.said() for one in messages]
+        self.check_characters(sum(len(one["content"]) for one in said))
+        return partial(self._ids_of_chat, said)
 
     def _ids_of_chat(self, messages: list[dict[str, str]]) -> list[int]:
         try:
@@ -212,7 +234,7 @@ class Desk:
 
     async def framed(self, request: Request, model: type[Strict]) -> tuple[Any, bytes]:
         """What is asked, and the numbers behind it."""
-        return framing.unpacked(request.headers.get("content-type", ""), await request.body(), model)
+        return framing.unpacked(request.headers, await request.body(), model)
 
     async def in_turn(self, step: Callable[..., T], *arguments: object) -> T:
         """One step, when its turn comes."""
@@ -222,6 +244,10 @@ class Desk:
     def forget(self, name: str) -> bool:
         """Whether a conversation of that name was open."""
         return any([self.verifying.open.forget(name), self.second.open.forget(name)])
+
+    def reply(self, with_logprobs: bool) -> Reply:
+        """What all answers to one request have in common."""
+        return Reply(self.spelling, self.service.name, with_logprobs)
 
     def begin(self) -> Session:
         """The session for a new answer. What nobody has asked for in a while is forgotten first."""
@@ -262,7 +288,7 @@ class Desk:
         text = TextSoFar(self.service.tokenizer, asked.stops())
         async with self.turns.turn():
             ids = await self.turns.run(prompt) if callable(prompt) else prompt
-            room, whole = self.room(asked, ids), Written(prompt_tokens=len(ids))
+            room, whole, begins = self.room(asked, ids), Written(prompt_tokens=len(ids)), True
             session = await self.turns.run(self.begin)
             writer = Writer(
                 session, ids, room, ends=endings(self.service.tokenizer),
@@ -273,70 +299,56 @@ class Desk:
                 if token is None:
                     piece = Written(text.rest(), finish=writer.finish)
                 else:
-                    added = text.add(token.id)
-                    piece = Written(added, [token], [text.offset], "stop" if text.stopped else None)
+                    added, finish = text.add(token.id), "stop" if text.stopped else None
+                    piece = Written(added, [token], [text.offset], [begins], finish)
+                    begins = begins and self.spelling.bytes_of(token.id) is None
                 whole += piece
                 if tell is not None:
                     tell(piece)
         return whole
 
+    def streamed(
+        self,
+        asked: Writing,
+        prompt: list[int] | Callable[[], list[int]],
+        top: int | None,
+        told: Callable[[Written], dict[str, Any]],
+    ) -> Events:
+        """The same as a stream: what is told of each piece, and at the end of all their tokens where that was asked."""
 
-class Events(Response):
-    """An answer as server-sent events. Nobody who computes waits for a client that reads slowly.
+        async def write(tell: Tell) -> None:
+            whole = await self.write(asked, prompt, top, lambda piece: tell(told(piece)))
+            if asked.counts():
+                usage = self.reply(False).usage(whole).model_dump()
+                tell(told(Written()) | {"choices": [], "usage": usage})
 
-    write: computes, and tells each message as it comes. What it refuses before the first one is an answer like others.
-    """
-
-    def __init__(self, write: Callable[[Callable[[dict[str, Any]], None]], Awaitable[object]]) -> None:
-        super().__init__(media_type=EVENTS, headers={"cache-control": "no-store"})
-        del self.headers["content-length"]
-        self._write = write
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with suppress(ClientGone):
-            await until_gone(receive, self._run(send))
-
-    async def _run(self, send: Send) -> None:
-        pieces: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        writing = asyncio.ensure_future(self._write(pieces.put_nowait))
-        writing.add_done_callback(lambda done: pieces.put_nowait(None))
-        has_begun = False
-        try:
-            while (piece := await pieces.get()) is not None:
-                if not has_begun:
-                    has_begun = True
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": event(piece), "more_body": True})
-            try:
-                await writing
-                last = b"data: [DONE]\n\n"
-            except Exception as error:
-                if not has_begun:
-                    raise
-                last = event(_unable(error).body())
-            await send({"type": "http.response.body", "body": last, "more_body": False})
-        finally:
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
+        return Events(write)
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of work, which is cancelled where the client leaves first. Raises ClientGone then."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+class Parsed(Request):
+    """A request whose JSON has been read."""
+
+    found: Any = None
+
+    async def json(self) -> Any:
+        return self.found
 
 
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class LookedAt(APIRoute):
+    """A route that reads the JSON of its body itself: FastAPI has several answers to what is none."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What answers a request."""
+        answer = super().get_route_handler()
+
+        async def look(request: Request) -> Response:
+            if self.body_field is not None:
+                framing.check_kind(request.headers, framing.JSON)
+                request = Parsed(request.scope, request.receive)
+                request.found = framing.parsed(await request.body())
+            return await answer(request)
+
+        return look
 
 
 def _body_of(model: type[Strict]) -> dict[str, Any]:
@@ -349,13 +361,6 @@ def _body_of(model: type[Strict]) -> dict[str, Any]:
     }
     content = {framing.JSON: {"schema": schema}, framing.BINARY: {"schema": binary}}
     return {"requestBody": {"required": True, "content": content}}
-
-
-def _unable(error: Exception) -> Refusal:
-    """What is told of something that went wrong here."""
-    log.error("A request could not be answered", exc_info=error)
-    sentence = str(error) if isinstance(error, EdgeLabError) else AT_FAULT
-    return Refusal(500, "server_error", sentence, "server_error")
 
 
 def _explain_errors(app: FastAPI) -> None:
@@ -382,8 +387,8 @@ def _explain_errors(app: FastAPI) -> None:
         return answer(Refusal(error.status_code, code, f"{error.detail}."), error.headers)
 
     @app.exception_handler(EdgeLabError)
-    async def unable(request: Request, error: EdgeLabError) -> Response:
-        return answer(_unable(error))
+    async def failed(request: Request, error: EdgeLabError) -> Response:
+        return answer(unable(error))
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:

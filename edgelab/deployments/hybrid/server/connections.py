@@ -102,7 +102,8 @@ class Guarded(H11Protocol):
 
     def _expect_answer(self) -> None:
         if self._until is not _Until.ANSWERED:
-            seconds = self.limits.body_s + self.limits.request_s + MARGIN_S
+            most = self.limits
+            seconds = most.body_s + most.waiting_s + most.request_s + MARGIN_S
             self._set(_Until.ANSWERED, seconds, self.transport.abort)
 
     def _say(self, refusal: Refusal) -> None:

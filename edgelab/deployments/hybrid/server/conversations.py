@@ -31,14 +31,12 @@ from edgelab.deployments.hybrid.server.messages import (
     VerifyRequest,
 )
 from edgelab.deployments.hybrid.server.sequences import Sequences, common
-from edgelab.deployments.hybrid.server.service import Service
+from edgelab.deployments.hybrid.server.service import Service, token_bytes
 from edgelab.deployments.hybrid.server.turns import busy
 from edgelab.deployments.hybrid.server.writing import LEAST_LOGPROB, tempered
 from edgelab.deployments.partition.formats import FORMATS, WireError
-from edgelab.deployments.partition.stage import Stage
 from edgelab.deployments.partition.wire import decoded
 from edgelab.runtimes.session import Session, TwoGraphs
-from edgelab.storage.kv_cache import head_shape
 
 SLICE = 256  # tokens that are read at once where the logits of all of them come back
 
@@ -248,7 +246,10 @@ class SecondPart:
     def __init__(self, service: Service, limits: Limits) -> None:
         self.service, self.limits = service, limits
         self.open: Conversations[HiddenAnswer] = Conversations(limits, self._forget)
-        self.token_bytes = 0 if service.second is None else _token_bytes(service.second)
+        second = service.second
+        self.token_bytes = (
+            0 if second is None else token_bytes(second.model.config, second.blocks, second.dtype.itemsize)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -322,9 +323,3 @@ class SecondPart:
                 f"{len(numbers)} bytes in {asked.wire} are no {asked.tokens} tokens of {hidden} finite numbers each.",
             )
         return states
-
-
-def _token_bytes(stage: Stage) -> int:
-    """Of keys and values of one token in the blocks of a stage."""
-    heads, channels = head_shape(stage.model.config)
-    return 2 * stage.blocks * heads * channels * stage.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What every request passes before anything is read of it: the token, the size of its body, and the clock.
+"""What every request passes before anything is read of it: the token, and the size and the clock of its body.
 
 The token comes in the header Authorization, `Bearer TOKEN`, and nowhere else; it is compared in constant time and
 written nowhere. Bytes of a body are counted as they come, whatever its head says of them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import secrets
 from typing import TYPE_CHECKING
 
@@ -17,10 +16,6 @@ from edgelab.deployments.hybrid.server.messages import Refusal
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-log = logging.getLogger(__name__)
-
-EVENTS = "text/event-stream"
 
 
 class ClientGone(Exception):
@@ -46,7 +41,7 @@ class Gate:
             return
         except ClientGone:
             return
-        await self._pass_on(scope, _replayed(body, receive), send)
+        await self.app(scope, _replayed(body, receive), send)
 
     def _check_token(self, scope: Scope) -> None:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -84,32 +79,6 @@ class Gate:
                 408, "slow_body", f"The body was not there after {self.limits.body_s:g} s.", "timeout"
             ) from None
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun: list[bool] = []  # whether the answer that has begun is a stream of events
-
-        async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                kinds = [value for name, value in message.get("headers", []) if name == b"content-type"]
-                begun.append(any(kind.startswith(EVENTS.encode()) for kind in kinds))
-            await send(message)
-
-        try:
-            async with asyncio.timeout(self.limits.request_s) as clock:
-                await self.app(scope, receive, watched)
-        except TimeoutError:
-            if not clock.expired():
-                raise
-            refusal = Refusal(
-                408,
-                "slow_request",
-                f"The answer was not there after {self.limits.request_s:g} s; ask for fewer tokens.",
-                "timeout",
-            )
-            if not begun:
-                await refuse(send, refusal)
-            elif begun[0]:
-                await send({"type": "http.response.body", "body": event(refusal.body()), "more_body": False})
-
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """The body in one piece, and then what else happens to the connection."""
@@ -119,11 +88,6 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return replay
-
-
-def event(message: dict) -> bytes:
-    """A server-sent event."""
-    return b"data: " + json.dumps(message, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 async def refuse(send: Send, refusal: Refusal, headers: dict[str, str] | None = None) -> None:

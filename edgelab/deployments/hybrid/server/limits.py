@@ -23,8 +23,8 @@ class Limits:
     them that do not compute. Where there are more, the one used least recently is read again when it comes back. Keys
     and values of split inference may have as many bytes again. Those cannot be read again here: a step for which there
     is no room is answered 429, and what is kept stays. idle_s: after which a conversation is forgotten. head_s: until
-    TLS is agreed upon, and then until the head of a request is there; body_s: until its body is; request_s: from then
-    to the end of the answer, waiting included. closing_s: for answers under way at the end.
+    TLS is agreed upon, and then until the head of a request is there; body_s: until its body is; waiting_s: from then
+    until its turn comes; request_s: from there to the end of the answer. closing_s: for answers under way at the end.
     """
 
     body_bytes: int = 4_000_000
@@ -39,6 +39,7 @@ class Limits:
     idle_s: float = 120.0
     head_s: float = 5.0
     body_s: float = 10.0
+    waiting_s: float = 60.0
     request_s: float = 60.0
     closing_s: float = 5.0
 

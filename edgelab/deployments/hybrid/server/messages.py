@@ -5,56 +5,34 @@ Beside OpenAI's fields a choice holds `token_ids`, and nothing that is not known
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from edgelab.deployments.hybrid import MOST_TEMPERATURE
+from edgelab.deployments.hybrid.server.strict import (
+    Empty,
+    No,
+    Nothing,
+    Null,
+    One,
+    PlainText,
+    Several,
+    Stops,
+    Strict,
+    Text,
+    TextOrTokens,
+    TokenId,
+    Tokens,
+    Zero,
+    alone,
+    kind,
+)
 from edgelab.errors import EdgeLabError
 
 LARGEST_SEED = 2**63
 MOST_TOP = 20  # alternatives that are told of each token
 
-
-def _whole(text: str) -> str:
-    """JSON can name half a character, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half a character (a lone surrogate) is no text") from None
-    return text
-
-
-Item = TypeVar("Item")
-# The first wrong item is enough: a description of all of them would be far larger than the body.
-Several = Annotated[list[Item], Field(fail_fast=True)]
-Text = Annotated[str, AfterValidator(_whole)]
-TokenId = Annotated[int, Field(ge=0)]
-Tokens = Annotated[Several[TokenId], Field(min_length=1)]
-Stop = Annotated[Text, Field(min_length=1, max_length=64)]
-
-
-def _kind(value: Any) -> str:
-    return "text" if isinstance(value, str) else "list"
-
-
-# One of the two is looked at, and not both
-TextOrTokens = Annotated[
-    Annotated[Text, Field(min_length=1), Tag("text")] | Annotated[Tokens, Tag("list")], Discriminator(_kind)
-]
-Stops = Annotated[
-    Annotated[Stop, Tag("text")] | Annotated[Several[Stop], Field(max_length=4), Tag("list")],
-    Discriminator(_kind),
-]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{8,64}$")]
 Step = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -77,20 +55,6 @@ class Refusal(EdgeLabError):
         return {"retry-after": str(self.retry_s)} if self.retry_s else {}
 
 
-class Strict(BaseModel):
-    """A message without unknown fields, without conversions between types, without NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _stop_at_unknown(cls, given: Any) -> Any:
-        """The first unknown field is enough: pydantic itself describes every one of them."""
-        if isinstance(given, dict) and any(name not in cls.model_fields for name in given):
-            raise PydanticCustomError("extra_forbidden", "a field is not known here")
-        return given
-
-
 # Errors
 
 
@@ -111,8 +75,22 @@ class ErrorBody(Strict):
 # Writing
 
 
+class StreamOptions(Strict):
+    """include_usage: whether a stream ends with the number of its tokens."""
+
+    null_is_default = True
+
+    include_usage: bool = False
+
+
 class Writing(Strict):
-    """What completions and chats have in common. Temperatures below 0.001 are greedy."""
+    """What completions and chats have in common; null is the default of every field.
+
+    Temperatures below 0.001 are greedy. Of what does nothing here, `user` may be anything, and the others the one value
+    at which they do nothing elsewhere either.
+    """
+
+    null_is_default = True
 
     model: Text | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -120,6 +98,13 @@ class Writing(Strict):
     seed: int | None = Field(None, ge=0, lt=LARGEST_SEED)
     stop: Stops | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: One = 1
+    top_p: One = 1
+    presence_penalty: Zero = 0
+    frequency_penalty: Zero = 0
+    logit_bias: Nothing = Field(default_factory=dict)
+    user: Text = ""
 
     def stops(self) -> list[str]:
         """Texts that end an answer."""
@@ -129,20 +114,57 @@ class Writing(Strict):
         """Tokens that the answer may have; None for as many as there is room for."""
         return self.max_tokens
 
+    def counts(self) -> bool:
+        """Whether a stream ends with the number of its tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
 
 class CompletionRequest(Writing):
-    """prompt: text, or token ids. logprobs: how many alternatives to tell of each token; null for none."""
+    """prompt: text, or token ids; a list of one of them is taken too.
 
-    prompt: TextOrTokens
+    logprobs: how many alternatives to tell of each token; null for none.
+    """
+
+    prompt: Annotated[TextOrTokens, BeforeValidator(alone)]
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    best_of: One = 1
+    echo: No = False
+    suffix: Null = None
+
+
+class TextPart(Strict):
+    """A part of what is said."""
+
+    type: Literal["text"]
+    text: Text
+
+
+TextOrParts = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[Several[TextPart], Tag("list")], Discriminator(kind)
+]
 
 
 class ChatMessage(Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation. content: text, or parts of text, each of which begins a line.
 
-    role: Literal["system", "user", "assistant"]
-    content: Text
+    developer: OpenAI's newer name of system. name: of who speaks, which the model is not told.
+    """
+
+    null_is_default = True
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: TextOrParts
+    name: Text = ""
+    refusal: Null = None
+    tool_calls: Empty = Field(default_factory=list)
+    function_call: Null = None
+
+    def said(self) -> dict[str, str]:
+        """As the templates of models take it."""
+        is_text = isinstance(self.content, str)
+        text = self.content if is_text else "\n".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(Writing):
@@ -156,6 +178,8 @@ class ChatRequest(Writing):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP)
+    response_format: PlainText = Field(default_factory=lambda: {"type": "text"})
+    store: No = False
 
     def most(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -175,7 +199,8 @@ Finish = Literal["stop", "length"]
 class CompletionLogprobs(Strict):
     """Of each token: its text, log-probability, alternatives by their text, and where in the answer it begins.
 
-    Of alternatives with equal texts, such as parts of characters, all but the likeliest are named token_id:NUMBER.
+    A part of a character is named by its bytes, as in bytes:\\xf0\\x9f; of alternatives with equal names all but the
+    likeliest are named token_id:NUMBER.
     """
 
     tokens: list[str]
@@ -206,12 +231,15 @@ class Completion(Strict):
 
 
 class TopLogprob(Strict):
-    """A token with its log-probability. id: its number, beside OpenAI's fields; bytes: of its text."""
+    """A token with its log-probability. id: its number, beside OpenAI's fields.
+
+    bytes: what it adds to the text, in UTF-8; null for special tokens, and where the tokenizer does not tell.
+    """
 
     id: int
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class TokenLogprob(TopLogprob):
@@ -252,6 +280,22 @@ class Chat(Strict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ModelEntry(Strict):
+    """The model that is served. created: when the server began, in seconds since 1970."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["edgelab"] = "edgelab"
+
+
+class ModelList(Strict):
+    """All of them: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
 
 
 # Verifying drafts, and the second part of a split model

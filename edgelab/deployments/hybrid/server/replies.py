@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgelab.deployments.hybrid.server.messages import (
     Chat,
@@ -20,29 +21,33 @@ from edgelab.deployments.hybrid.server.messages import (
     TopLogprob,
     Usage,
 )
+from edgelab.deployments.hybrid.server.spelling import Spelling
 from edgelab.deployments.hybrid.server.writing import Token
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
 class Written:
     """Some tokens of an answer with the text that they add; offsets: where in the answer each one's text begins.
 
-    prompt_tokens: that were read before, known of a whole answer.
+    begins: whether no token before it has a text. prompt_tokens: that were read before, known of a whole answer.
     """
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    begins: list[bool] = field(default_factory=list)
     finish: Finish | None = None
     prompt_tokens: int = 0
+
+    def placed(self) -> Iterator[tuple[Token, bool]]:
+        """Each token, and whether it begins the text."""
+        return zip(self.tokens, self.begins, strict=True)
 
     def __iadd__(self, more: Written) -> Written:
         self.text += more.text
         self.tokens += more.tokens
         self.offsets += more.offsets
+        self.begins += more.begins
         self.finish = more.finish or self.finish
         return self
 
@@ -51,7 +56,7 @@ class Written:
 class Reply:
     """What all answers to one request have in common. with_logprobs: whether they were asked for."""
 
-    tokenizer: PreTrainedTokenizerBase
+    spelling: Spelling
     model: str
     with_logprobs: bool
     name: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -62,9 +67,9 @@ class Reply:
         logprobs = None
         if self.with_logprobs:
             logprobs = CompletionLogprobs(
-                tokens=[self._text(token.id) for token in written.tokens],
+                tokens=[self.spelling.name(token.id, begins) for token, begins in written.placed()],
                 token_logprobs=[token.logprob for token in written.tokens],
-                top_logprobs=[self._by_text(token.top) for token in written.tokens],
+                top_logprobs=[self._by_name(token.top, begins) for token, begins in written.placed()],
                 text_offset=written.offsets,
             )
         choice = CompletionChoice(
@@ -80,7 +85,7 @@ class Reply:
             created=self.created,
             model=self.model,
             choices=[choice],
-            usage=self._usage(written) if usage else None,
+            usage=self.usage(written) if usage else None,
         )
 
     def chat(self, written: Written) -> Chat:
@@ -98,7 +103,7 @@ class Reply:
             created=self.created,
             model=self.model,
             choices=[choice],
-            usage=self._usage(written),
+            usage=self.usage(written),
         )
 
     def chat_piece(self, written: Written, is_first: bool) -> dict[str, Any]:
@@ -118,9 +123,11 @@ class Reply:
                     "finish_reason": written.finish,
                 }
             ],
+            "usage": None,
         }
 
-    def _usage(self, written: Written) -> Usage:
+    def usage(self, written: Written) -> Usage:
+        """Tokens of a whole answer and its prompt."""
         read, count = written.prompt_tokens, len(written.tokens)
         return Usage(prompt_tokens=read, completion_tokens=count, total_tokens=read + count)
 
@@ -129,23 +136,25 @@ class Reply:
             return None
         content = [
             TokenLogprob(
-                **self._ranked(token.id, token.logprob),
-                top_logprobs=[TopLogprob(**self._ranked(*one)) for one in token.top],
+                **self._ranked(token.id, token.logprob, begins),
+                top_logprobs=[TopLogprob(**self._ranked(*one, begins)) for one in token.top],
             )
-            for token in written.tokens
+            for token, begins in written.placed()
         ]
         return ChatLogprobs(content=content)
 
-    def _ranked(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"id": token, "token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def _ranked(self, token: int, logprob: float, begins: bool) -> dict[str, Any]:
+        found = self.spelling.bytes_of(token, begins)
+        return {
+            "id": token,
+            "token": self.spelling.name(token, begins),
+            "logprob": logprob,
+            "bytes": None if found is None else list(found),
+        }
 
-    def _by_text(self, top: tuple[tuple[int, float], ...]) -> dict[str, float]:
+    def _by_name(self, top: tuple[tuple[int, float], ...], begins: bool) -> dict[str, float]:
         found: dict[str, float] = {}
         for token, logprob in top:
-            text = self._text(token)
-            found[text if text not in found else f"token_id:{token}"] = logprob
+            name = self.spelling.name(token, begins)
+            found[name if name not in found else f"token_id:{token}"] = logprob
         return found
-
-    def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token])

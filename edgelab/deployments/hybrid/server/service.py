@@ -5,27 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import psutil
+
 from edgelab import recipes, runtimes
+from edgelab.deployments.hybrid import check_cut
 from edgelab.deployments.hybrid.server.limits import Limits
 from edgelab.deployments.hybrid.server.messages import Refusal
 from edgelab.deployments.partition.stage import Stage
-from edgelab.errors import EdgeLabError
 from edgelab.reference import EMBEDDED, load_tokenizer, resolve
 from edgelab.runtimes.session import Session
 from edgelab.storage import variants
+from edgelab.storage.kv_cache import head_shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-
-class CutError(EdgeLabError):
-    """A cut that a model has not."""
+# Of the memory that is free, for keys and values of a prompt; reading it takes about as much again.
+MEMORY_SHARE = 0.25
 
 
 @dataclass
 class Service:
     """A session that is served. name: what clients call the model. context: tokens that fit, None where nobody says.
 
+    token_bytes: of the keys and values of a token in float32, 0 where they are not known.
     second: the stage behind the cut, for split inference; cut: layers before it, which the edge runs.
     """
 
@@ -35,6 +38,7 @@ class Service:
     context: int | None = None
     second: Stage | None = None
     cut: int | None = None
+    token_bytes: int = 0
 
     @classmethod
     def load(
@@ -49,20 +53,26 @@ class Service:
         config = variants.load_config(folder).get_text_config()
         second = None
         if cut is not None:
-            if not 0 <= cut <= config.num_hidden_layers:
-                raise CutError(
-                    f"cut={cut} is none of a model of {config.num_hidden_layers} layers; give the number of layers "
-                    "that the edge runs."
-                )
+            check_cut(cut, config.num_hidden_layers)
             second = Stage.load(folder, cut + 1, config.num_hidden_layers + 2)
+        session = runtimes.load(parsed.deployment, folder)
+        context = getattr(config, "max_position_embeddings", None)
         return cls(
-            runtimes.load(parsed.deployment, folder),
+            session,
             variants.load_own_tokenizer(folder) or load_tokenizer(source),
-            name or f"{source.name}: {parsed}",
-            getattr(config, "max_position_embeddings", None),
+            name or str(parsed),
+            getattr(session, "room", context),  # of an engine whose cache has a length of its own
             second,
             cut,
+            token_bytes(config, config.num_hidden_layers),
         )
+
+    def longest_prompt(self) -> int | None:
+        """Tokens that fit the context and a share of the memory that is free; None where no context is known."""
+        if self.context is None or not self.token_bytes:
+            return self.context
+        free = psutil.virtual_memory().available * MEMORY_SHARE
+        return max(1, min(self.context, int(free / self.token_bytes)))
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -97,3 +107,9 @@ class Service:
                 "context_length_exceeded",
                 f"Prompt and answer would be {tokens} tokens, and the model has room for {self.context}.",
             )
+
+
+def token_bytes(config: PretrainedConfig, layers: int, itemsize: int = 4) -> int:
+    """Of the keys and values of one token in so many layers."""
+    heads, channels = head_shape(config)
+    return 2 * layers * heads * channels * itemsize

@@ -23,8 +23,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +32,7 @@ from edgelab import recipes
 from edgelab.deployments.hybrid.server.limits import Limits
 from edgelab.errors import EdgeLabError
 from edgelab.network import LOCAL
-from edgelab.reference import EMBEDDED
+from edgelab.reference import EMBEDDED, resolve
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Settings:
     """What is served, and where. port: 0 for a free one. cut: layers that the edge runs in split inference.
 
     certificate, key: files in PEM for TLS, without which no address but this machine's own is listened on, unless
-    `insecure` says that the network is trusted. name: what clients call the model.
+    `insecure` says that the network is trusted. name: what clients call the model. whole_context: prompts may be as
+    long as the context of the model and the free memory allow, in place of `limits.prompt_tokens`.
     """
 
     recipe: str = "none"
@@ -63,6 +64,7 @@ class Settings:
     cut: int | None = None
     name: str = ""
     threads: int | None = None
+    whole_context: bool = False
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -84,6 +86,11 @@ class Settings:
                 f"On {self.host} the token and all texts would travel in clear; give certificate and key, or "
                 "insecure=True where the network is trusted."
             )
+
+    @cached_property
+    def called(self) -> str:
+        """What clients call the model: its name, or model and recipe."""
+        return self.name or f"{resolve(self.model).name}: {recipes.parse(self.recipe)}"
 
     @property
     def scheme(self) -> str:
@@ -124,12 +131,15 @@ def serve(
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         service = Service.load(
-            settings.recipe, settings.model, seed=settings.seed, cut=settings.cut, name=settings.name
+            settings.recipe, settings.model, seed=settings.seed, cut=settings.cut, name=settings.called
         )
         try:
+            limits, longest = settings.limits, service.longest_prompt()
+            if settings.whole_context and longest:
+                limits = replace(limits, prompt_tokens=longest)
             token = secrets.token_urlsafe(32)
             config = uvicorn.Config(
-                create_app(service, token, settings.limits),
+                create_app(service, token, limits),
                 http=connection,
                 ws="none",
                 lifespan="on",
