@@ -16,6 +16,13 @@ def few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def first_sentence(error: Exception) -> str:
+    """The first sentence of what a library says, on one line."""
+    if isinstance(error, KeyError) or not str(error).strip():
+        return f"{type(error).__name__} {error}".strip()
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".:")
+
+
 def to_install(extra: str) -> str:
     """The command that installs an extra, in the project's folder: the package index knows another edgelab."""
     return "make phone" if extra in ON_PHONES else f"pip install --editable '.[{extra}]'"

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from edgelab import assets
-from edgelab.errors import EdgeLabError, few
+from edgelab import assets, checkpoints
+from edgelab.checkpoints import ReferenceError
+from edgelab.errors import EdgeLabError, few, first_sentence
 from edgelab.gguf_files import reader, tokenizer_reader
 from edgelab.keys import key
 
@@ -26,13 +26,7 @@ if TYPE_CHECKING:  # naming a model and fingerprinting it need neither
 log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
-PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")  # what a model is read from
-PICKLED = "pytorch_model*.bin"  # weights as older checkpoints have them, read where there are no safetensors
 CONFIGURATION = ("*.json",)
-LEFT_OUT = ("consolidated*", "*/*.safetensors")  # the weights once more, as Mistral's repositories have them
-WHOLE = "model.safetensors"  # a checkpoint in one file
-PICKLED_WHOLE = "pytorch_model.bin"
-INDEX = ".index.json"  # behind the name of the whole: which file holds which tensor
 # Names of a checkpoint that reads more than text -> those of its text part as a model of its own
 TEXT_PART = {
     r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
@@ -55,11 +49,6 @@ UNMERGED = re.compile(r"\.(lora_[AB]\b.*|weight_mask)$")  # what training or pru
 # Where numbers are weights: other integers are masks and positions. Layers of experts are stacked to one *_proj.
 WEIGHT = re.compile(r"\.weight$|_proj$")
 FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
-ADAPTER = "adapter_config.json"  # PEFT's; transformers would apply the adapter without a word
-
-
-class ReferenceError(EdgeLabError):
-    """The named model cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +88,9 @@ def resolve(name: str = EMBEDDED) -> Source:
     with _reading(name):
         source = _find(name)
         path = Path(source.folder)
-        return replace(source, sha=fingerprint(path) if path.is_dir() else key(assets.fingerprint(path))[:16])
+        return replace(
+            source, sha=checkpoints.fingerprint(path) if path.is_dir() else key(assets.fingerprint(path))[:16]
+        )
 
 
 def config_of(name: str = EMBEDDED) -> PretrainedConfig:
@@ -124,15 +115,15 @@ def _find(name: str, weights: bool = True) -> Source:
         return Source(assets.EMBEDDED_NAME, assets.model_folder(), "", EMBEDDED_NOTES)
     path = assets.find(name)
     if path is not None and path.is_dir():
-        _check_folder(path, str(path), weights)
+        checkpoints.check(path, str(path), weights)
         return Source(path.resolve().name, path.resolve(), "")
     if path is not None and _is_gguf(path):
         return Source(path.stem, path.resolve(), "")
     if path is None and HUB_ID.fullmatch(name) and not _is_gguf(Path(name)):
-        folder = _fetched(name, PATTERNS if weights else CONFIGURATION)
-        if weights and _pickled(folder):
-            folder = _fetched(name, (*PATTERNS, PICKLED))
-        _check_folder(folder, name, weights)
+        folder = _fetched(name, checkpoints.PATTERNS if weights else CONFIGURATION)
+        if weights and checkpoints.is_pickled(folder):
+            folder = _fetched(name, (*checkpoints.PATTERNS, checkpoints.PICKLED))
+        checkpoints.check(folder, name, weights)
         return Source(name, folder, "")
     raise ReferenceError(
         f"There is no model at {assets.shown(name)}; give a folder, a .gguf file, a Hub id, or '{EMBEDDED}'."
@@ -143,129 +134,14 @@ def _is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
 
-def _check_folder(folder: Path, shown: str, weights: bool) -> None:
-    """Whether all files of a model are there, and nothing that changes it. shown: what a sentence calls it."""
-    _check_adapter(folder, shown)
-    there = (folder / "config.json").is_file()
-    if not there or (weights and _pickled(folder) and not any(folder.glob(PICKLED))):
-        raise ReferenceError(
-            f"{shown} holds no model: a folder needs config.json, tokenizer files and *.safetensors or {PICKLED}."
-        )
-    whole = PICKLED_WHOLE if _pickled(folder) else WHOLE
-    if weights and not (folder / whole).is_file():
-        _check_parts(folder, shown, whole)
-
-
-def _check_adapter(folder: Path, shown: str) -> None:
-    if not (folder / ADAPTER).is_file():
-        return
-    try:
-        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
-        base = None
-    of = f" of {assets.shown(str(base))}" if base else ""
-    raise ReferenceError(
-        f"{shown} holds a LoRA adapter{of}; merge it into its model and give the folder of that, without {ADAPTER}."
-    )
-
-
-def _pickled(folder: Path) -> bool:
-    """Whether a folder has no weights but in torch's own files, of which only tensors are ever read."""
-    return not any(folder.glob("*.safetensors"))
-
-
-def _check_parts(folder: Path, shown: str, whole: str) -> None:
-    """Whether every tensor that the index of a checkpoint names lies in the shard that it names.
-
-    whole: the file that a checkpoint in one has.
-    """
-    index = f"{whole}{INDEX}"
-    if not (folder / index).is_file():
-        raise ReferenceError(
-            f"{shown} has neither {whole} nor {index}, which says in which of its files each tensor lies; give the "
-            "whole checkpoint."
-        )
-    shards = _shards(folder / index, shown)
-    if lost := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise ReferenceError(f"{shown} lacks {few(lost)}, which {index} names; give the whole checkpoint.")
-    for shard, names in shards.items():
-        if lost := sorted(set(names) - _number_formats(folder / shard, shown).keys()):
-            raise ReferenceError(
-                f"{shard} of {shown} lacks {few(lost)}, for which {index} names it; give the whole checkpoint."
-            )
-
-
-def _shards(index: Path, shown: str) -> dict[str, list[str]]:
-    """The names of the tensors in each shard that the index of a checkpoint names."""
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = {shard: [] for shard in sorted(places.values())}
-        for name, shard in places.items():
-            shards[shard].append(name)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ReferenceError(
-            f"{index.name} of {shown} does not say in which file each tensor lies; fetch it again."
-        ) from None
-    return shards
-
-
-def _number_formats(file: Path, shown: str) -> dict[str, str]:
-    """The tensors in a file of weights by name, each with what the file calls its dtype; no value is read."""
-    from safetensors import safe_open
-
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "np") as opened:
-                return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
-        import torch
-
-        tensors = torch.load(file, map_location="meta", weights_only=True)
-        return {name: str(tensor.dtype) for name, tensor in tensors.items()}
-    except OSError:
-        raise
-    except UnpicklingError:
-        raise ReferenceError(
-            f"{file.name} of {shown} is damaged or holds more than tensors, and nothing else is unpickled here; give "
-            "the weights as safetensors."
-        ) from None
-    except Exception as error:  # of safetensors, of torch
-        raise ReferenceError(
-            f"{file.name} of {shown} is damaged ({_reason(error)}); fetch it again."
-        ) from None
-
-
-def _stored(source: Source) -> dict[str, tuple[Path, str]]:
-    """File and dtype of each tensor that transformers reads of a folder; of none where weights are not fetched yet."""
-    folder = Path(source.folder)
-    whole = PICKLED_WHOLE if _pickled(folder) else WHOLE
-    files = [folder / whole]  # of a GGUF file there is none, either
-    if not files[0].is_file() and (folder / f"{whole}{INDEX}").is_file():
-        files = [folder / shard for shard in _shards(folder / f"{whole}{INDEX}", source.name)]
-    return {
-        name: (file, dtype)
-        for file in files
-        if file.is_file()
-        for name, dtype in _number_formats(file, source.name).items()
-    }
-
-
-def fingerprint(folder: Path) -> str:
-    """What a model is made of: weights with their names and shapes, configurations and tokenizer, by content.
-
-    Every file that transformers may read counts, so that a changed rope_theta or merge is another model.
-    """
-    patterns = (*PATTERNS, PICKLED) if _pickled(folder) else PATTERNS
-    found = [file for pattern in patterns for file in folder.glob(pattern)]
-    files = sorted(file for file in found if not file.match(LEFT_OUT[0]))
-    return key([(file.name, assets.fingerprint(file)) for file in files])[:16]
-
-
 def _fetched(name: str, patterns: tuple[str, ...]) -> Path:
     """The folder of a model of the Hub, fetched or as it was fetched before."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
-    fetch = partial(snapshot_download, name, allow_patterns=list(patterns), ignore_patterns=list(LEFT_OUT))
+    fetch = partial(
+        snapshot_download, name, allow_patterns=list(patterns), ignore_patterns=list(checkpoints.LEFT_OUT)
+    )
     try:
         return Path(fetch())
     except Exception as error:
@@ -297,7 +173,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         known = set(tokenizer("a b", add_special_tokens=False)["input_ids"]) - set(tokenizer.all_special_ids)
     except Exception as error:  # transformers, tokenizers and sentencepiece raise what they like
         log.debug("the tokenizer cannot be loaded", exc_info=True)
-        raise _without_tokenizer(source, _reason(error)) from None
+        raise _without_tokenizer(source, first_sentence(error)) from None
     if not known:
         raise _without_tokenizer(source, "it has no tokens")
     _check_vocabulary(source, tokenizer, config)
@@ -364,7 +240,11 @@ def _stated_config(source: Source) -> PretrainedConfig:
 
 def _check_floats(source: Source) -> None:
     """Whether weights are stored as floats: transformers would take integers for values, without their scales."""
-    stored = {name: dtype for name, (_, dtype) in _stored(source).items() if WEIGHT.search(name)}
+    stored = {
+        name: dtype
+        for name, (_, dtype) in checkpoints.stored(Path(source.folder), source.name).items()
+        if WEIGHT.search(name)
+    }
     if coded := [f"{name} in {dtype}" for name, dtype in stored.items() if dtype not in FLOATS]:
         raise _quantized(source, f"with {few(coded)}")
 
@@ -379,10 +259,10 @@ def _has_own_head(source: Source, config: PretrainedConfig) -> bool:
     """Whether safetensors hold a head that differs from the embedding, which transformers then leaves untied."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if not getattr(config, "tie_word_embeddings", False) or _pickled(Path(source.folder)):
+    if not getattr(config, "tie_word_embeddings", False) or checkpoints.is_pickled(Path(source.folder)):
         return False
     stored = {}
-    for name, (file, _) in _stored(source).items():
+    for name, (file, _) in checkpoints.stored(Path(source.folder), source.name).items():
         stored[name] = file, name
         for other, ours in TEXT_PART.items():
             stored[re.sub(other, ours, name)] = file, name
@@ -390,22 +270,9 @@ def _has_own_head(source: Source, config: PretrainedConfig) -> bool:
     for pair in tied.items():
         # A checkpoint of the base model has its names without the first part.
         found = [stored.get(name) or stored.get(name.partition(".")[2]) for name in pair]
-        if all(found) and not _same(*found):
+        if all(found) and not checkpoints.same(*found):
             return True
     return False
-
-
-def _same(one: tuple[Path, str], other: tuple[Path, str], rows: int = 4096) -> bool:
-    """Whether two matrices of safetensors files have the same values; read some rows at a time, up to a difference."""
-    from safetensors import safe_open
-
-    (file, name), (other_file, other_name) = one, other
-    with safe_open(file, "pt") as opened, safe_open(other_file, "pt") as other_opened:
-        first, second = opened.get_slice(name), other_opened.get_slice(other_name)
-        return first.get_shape() == second.get_shape() and all(
-            bool((first[start : start + rows] == second[start : start + rows]).all())
-            for start in range(0, first.get_shape()[0], rows)
-        )
 
 
 def _put_ends(source: Source, config: PretrainedConfig) -> None:
@@ -512,7 +379,7 @@ def load_model(
                 source.folder,
                 config=config,
                 dtype=dtype,
-                use_safetensors=not _pickled(Path(source.folder)),
+                use_safetensors=not checkpoints.is_pickled(Path(source.folder)),
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
@@ -621,7 +488,7 @@ def _quantized(source: Source, how: str) -> ReferenceError:
 def unloadable(name: str, error: Exception) -> ReferenceError:
     """What a library says against a model, in one sentence. name: what the sentence calls the model."""
     return ReferenceError(
-        f"{name} cannot be loaded as a causal language model ({_reason(error)}); check that its files are whole "
+        f"{name} cannot be loaded as a causal language model ({first_sentence(error)}); check that its files are whole "
         "and belong together."
     )
 
@@ -634,10 +501,3 @@ def _gguf_file(source: Source) -> Path | None:
     """The file of a reference that is one; None for a folder."""
     path = Path(source.folder)
     return path if path.is_file() else None
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of what a library says, on one line."""
-    if isinstance(error, KeyError) or not str(error).strip():
-        return f"{type(error).__name__} {error}".strip()
-    return " ".join(str(error).split()).partition(". ")[0].rstrip(".:")

@@ -62,6 +62,7 @@ class Parrot:
     eos_token_id = bos_token_id = 0
     add_bos_token = False
     added_tokens_encoder: ClassVar[dict[str, int]] = {}
+    vocabulary = 0x110000  # characters
 
     def __init__(self):
         self.asked = 0

@@ -18,7 +18,7 @@ from tests.letters import Letters
 class Counting:
     """A session that keeps what it read, and after anything gives byte b the log-probability -b / 100, nearly."""
 
-    model = None
+    model, vocabulary = None, 300
 
     def __init__(self, says=b""):
         self.read, self.asked, self.says = [], [], list(says)

@@ -14,6 +14,8 @@ HELLO = [{"role": "user", "content": "Hello"}]
 class Scripted:
     """A runtime that says the given tokens, whatever it is asked."""
 
+    vocabulary = 300
+
     def __init__(self, tokens):
         self.tokens = iter(tokens)
 
