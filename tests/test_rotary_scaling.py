@@ -112,30 +112,3 @@ def assert_writes_as(running, model, ids):
         assert wanted.max() - wanted[token] <= slack * wanted.std()
         ids = [*ids, token]
         token = running.decode(token)
-
-
-def test_openvino_follows_longrope_where_its_frequencies_change(new_model, session):
-    """Texts of up to 64 tokens have the short factors, longer ones the long ones, all tokens of a text the same."""
-    pytest.importorskip("openvino")
-    factors = {"short_factor": [1.0 + place / 5 for place in range(8)], "long_factor": [4.0] * 8}
-    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
-    model = new_model("phi3", original_max_position_embeddings=64, rope_parameters=scaling | factors)
-    running = session("openvino", model, "longrope")
-    ids = torch.randint(2, 300, (90,), generator=torch.Generator().manual_seed(7)).tolist()
-
-    def apart(found, length):
-        """Largest distance of a logit at the last of so many tokens, in standard deviations."""
-        with torch.inference_mode():
-            wanted = model(torch.tensor([ids[:length]])).logits[0, length - len(found) :]
-        return (found - wanted).abs().max() / wanted.std()
-
-    assert apart(running.logits(ids[:60]), 60) < 1e-4 and apart(running.logits(ids), 90) < 1e-4
-    running.prefill(ids[:63])
-    for length in range(64, 68):
-        running.decode(ids[length - 1])
-        assert apart(running.next_logits(), length) < ROUNDED_CACHE
-    assert apart(running.extend(ids[67:76]), 76) < 1e-4
-    running.rewind(20)
-    assert apart(running.extend(ids[56:64]), 64) < 1e-4
-    assert apart(running.extend(ids[64:80]), 80) < 1e-4
-    running.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +52,11 @@ def _base(model: PreTrainedModel) -> tuple[str, nn.Module]:
 def hidden_states(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> Tensor:
     """Hidden states before the head, (batch, time, hidden), of token ids (batch, time) that follow those of the cache.
 
-    Raises LogitsError for a token that the embedding has no row for, and for more tokens than a model with a table of
-    positions can read.
+    Raises LogitsError for a token that the embedding has no row for, for more tokens than a model with a table of
+    positions can read, and where the cache was read with other rotary frequencies.
     """
+    if cache is not None and short_text(model.config) < math.inf:
+        check_frequencies(model.config, cache.get_seq_length(), ids.shape[1])
     after = {} if cache is None else {"past_key_values": cache}
     try:
         return _base(model)[1](input_ids=ids, use_cache=cache is not None, **after)[0]
@@ -71,6 +74,27 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, cache: Cache | None = Non
             f"{type(model).__name__} reads at most {longest(model)} tokens, not {length}; "
             "use a shorter window or prompt."
         ) from None
+
+
+def short_text(config: PretrainedConfig) -> float:
+    """Tokens of the longest text with the first of the two sets of frequencies of LongRoPE; infinity without it.
+
+    In a longer text all tokens have the second set, those at its beginning, too.
+    Ding et al. 2024, arXiv:2402.13753; as transformers does it.
+    """
+    settings = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return (
+        settings["original_max_position_embeddings"] if settings.get("rope_type") == "longrope" else math.inf
+    )
+
+
+def check_frequencies(config: PretrainedConfig, before: int, more: int) -> None:
+    """Raise LogitsError where a text of `before` tokens, gone on with by some more, gets other rotary frequencies."""
+    if 0 < before <= (short := short_text(config)) < before + more:
+        raise LogitsError(
+            f"Texts of more than {short:,} tokens have other rotary frequencies in this model (LongRoPE), and "
+            f"{before:,} tokens were read with those of shorter ones; read the whole text at once, or a shorter one."
+        )
 
 
 def final_cap(config: PretrainedConfig) -> float | None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from edgelab.model.logits import CHUNK, head_logits, hidden_states
+from edgelab.model.logits import CHUNK, head_logits, hidden_states, short_text
 from edgelab.model.marks import marks_of
 from edgelab.runtimes.session import Can, Session, SessionError, taken
 from edgelab.storage import variants
@@ -258,6 +258,7 @@ class Eager(Session):
         super().__init__()
         self.model: PreTrainedModel = variants.load(variant) if isinstance(variant, Path) else variant
         self.vocabulary = self.model.config.get_text_config().vocab_size
+        self.short = short_text(self.model.config)
         self.kernel = self._prepare()
         if "bf" in self.kernel:  # what is summed in another order is rounded to 8 significant bits
             self.tolerance = 0.05
@@ -299,9 +300,9 @@ class Eager(Session):
 
     def continuations(self, candidates: list[list[int]]) -> list[Tensor]:
         """As `Session.continuations`, all candidates in one batch: what fills up the shorter ones lies behind them."""
-        if self._cache.recurrent:
-            return super().continuations(candidates)
         first, longest = self._next(), max(map(len, candidates))
+        if self._cache.recurrent or self._turns(self.length + longest - 1):
+            return super().continuations(candidates)
         if longest == 1:
             return [taken(first, candidate) for candidate in candidates]
         filled = torch.tensor([(ids + [0] * longest)[: longest - 1] for ids in candidates])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from edgelab.model.blocks import block_list
-from edgelab.model.logits import head_logits
+from edgelab.model.logits import check_frequencies, head_logits
 from edgelab.runtimes.eager import TorchCache, use_kernels
 from edgelab.runtimes.session import SessionError
 from edgelab.storage import variants
@@ -72,6 +72,7 @@ class LayerSession:
                     self._step(kept)
 
     def _step(self, given: Tensor) -> Tensor:
+        check_frequencies(self.model.config, self._cache.length, len(given))
         answer = self.model.base_model(
             inputs_embeds=given[None], past_key_values=self._cache.values, use_cache=True
         )

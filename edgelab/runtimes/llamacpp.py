@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shutil
 from pathlib import Path
@@ -88,8 +89,8 @@ class LlamaCpp(Session):
                 raise cannot_load("llama.cpp", folder, next(iter(llama_c.said), "the adapter"))
         self.vocabulary = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
         self._longest = self._c.llama_model_n_ctx_train(self._model)
-        self._short = self._before_scaling()
-        self._open(self._short or CONTEXT)
+        self.short = self._before_scaling()
+        self._open(CONTEXT if self.short == math.inf else self.short)
         self.prefill([0, 0])  # warm-up: weights are read, buffers allocated
         self.decode(0)
         self._start()
@@ -100,14 +101,14 @@ class LlamaCpp(Session):
         self._c.llama_model_meta_val_str(self._model, key.encode(), answer, len(answer))
         return answer.value.decode()
 
-    def _before_scaling(self) -> int | None:
-        """Tokens up to which LongRoPE has its short factors, where a model has it.
+    def _before_scaling(self) -> float:
+        """Tokens up to which LongRoPE has its short factors; infinity for a model without it.
 
         llama.cpp goes by the room of the context, and transformers by the length of the text.
         """
         scaling = f"{self._stated('general.architecture')}.rope.scaling"
         if self._stated(f"{scaling}.type") != "longrope":
-            return None
+            return math.inf
         return int(self._stated(f"{scaling}.original_context_length"))
 
     def _kernel(self) -> str:
@@ -139,8 +140,8 @@ class LlamaCpp(Session):
         memory = self._c.llama_get_memory(self._context)
         if length:
             return self._c.llama_memory_seq_rm(memory, -1, length, -1)
-        if self._short and self._room > self._short:
-            self._open(self._short)
+        if self._room > self.short:
+            self._open(self.short)
             return True
         self._c.llama_memory_clear(memory, False)
         self._c.llama_perf_context_reset(self._context)

@@ -5,7 +5,7 @@ CPU plugin multiplies them with activations that it rounds to int8 in blocks of 
 in blocks, too; both are its defaults, and all else is float32 here. `native.int8` and `native.int4` start from
 float16 weights, which NNCF rounds. What this reader does not take as it is, for its layout or a setting, is traced from
 PyTorch instead, in float32: see `openvino_export`. Where scores go through a cap, as in Gemma 2, keys and values stay
-in float32. They are computed again where a text grows past the tokens at which LongRoPE changes its frequencies.
+in float32.
 """
 
 from __future__ import annotations
@@ -117,20 +117,6 @@ class OpenVino(TwoGraphs):
         rounds = int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0
         self.kernel = f"{stored} weights{', int8 activations' * rounds}" if stored else "float32"
         self._graphs[False] = Stateful(compiled.create_infer_request())
-
-    def _feed(self, ids: list[int], every: bool) -> Tensor:
-        self._forget_other_frequencies(self.length + len(ids))
-        return super()._feed(ids, every)
-
-    def _cut(self, length: int) -> bool:
-        self._forget_other_frequencies(length)
-        return super()._cut(length)
-
-    def _forget_other_frequencies(self, length: int) -> None:
-        """Drop keys that a text of this length has with LongRoPE's other factors; they are computed again."""
-        for graph in self._graphs.values():
-            if (graph.length <= self.short) != (length <= self.short):
-                graph.cut(0)
 
     def _open(self, every: bool) -> Graph:
         return Stateful(self._compiled(self._read_file()).create_infer_request())

@@ -7,6 +7,7 @@ and zero-points, in the pattern that the CPU plugin multiplies as it is.
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from edgelab.model.logits import final_cap
+from edgelab.model.logits import final_cap, short_text
 from edgelab.runtimes.openvino import SHORT
 from edgelab.storage import variants
 from edgelab.storage.bits import pack
@@ -106,8 +107,8 @@ def write(variant: Path, file: Path) -> None:
     dense = unpacked(model) if packed else model
     graph = trace(dense.float().eval())
     put_matrices(graph, packed, half)
-    if model.config.rope_parameters.get("rope_type") == "longrope":
-        graph.set_rt_info(model.config.rope_parameters["original_max_position_embeddings"], SHORT)
+    if (short := short_text(model.config)) < math.inf:
+        graph.set_rt_info(short, SHORT)
     openvino.save_model(graph, file, compress_to_fp16=False)
 
 

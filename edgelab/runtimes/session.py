@@ -6,6 +6,7 @@ written here once, on these two.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ class Session(ABC):
     vocabulary: how many tokens there are. ids: the sequence so far.
     tolerance: root-mean-square change of the logits, in their standard deviations, when a sequence is read in other
     pieces; about what they are off from PyTorch's anyway. cache_bits: of a key or value that an engine keeps.
+    short: tokens of the longest text with the first of LongRoPE's two sets of frequencies; a text that grows or shrinks
+    past it is read again.
     export: writes all that an engine loads of a variant into an empty folder and returns the bytes of the weights in
     it, `export(variant, folder)`; None in PyTorch, which loads variants themselves. spare: files of an export that
     running does not need. adapters: whether it runs them beside the weights. elsewhere: whether other processes hold
@@ -84,6 +87,7 @@ class Session(ABC):
     can = Can()
     model: PreTrainedModel | None = None
     vocabulary: int
+    short: float = math.inf
     pace: float = 1.0
     tolerance: ClassVar[float]
     cache_bits: ClassVar[int]
@@ -171,7 +175,7 @@ class Session(ABC):
         kept = self.ids[: self.length - count]
         if count == 0:
             return
-        if not kept or not self._cut(len(kept)):
+        if not kept or self._turns(len(kept)) or not self._cut(len(kept)):
             self._start()
             if kept:
                 self._read(kept)
@@ -213,10 +217,19 @@ class Session(ABC):
             raise SessionError("A sequence goes on by at least one token.")
         if not 0 <= min(ids) <= max(ids) < self.vocabulary:
             raise SessionError(f"Tokens have to be below {self.vocabulary}, and these go up to {max(ids)}.")
-        found = self._feed(ids, every)
-        self.ids = self.ids + ids
+        whole = self.ids + ids
+        if self._turns(len(whole)):
+            self._start()
+            found = self._feed(whole, every)[-len(ids) :]
+        else:
+            found = self._feed(ids, every)
+        self.ids = whole
         self._last = found[-1].clone() if every else found[-1]
         return found
+
+    def _turns(self, length: int) -> bool:
+        """Whether the sequence has other rotary frequencies when it has so many tokens."""
+        return bool(self.ids) and (self.length <= self.short) != (length <= self.short)
 
     def _next(self) -> Tensor:
         """Logits of what comes next, (1, vocabulary), a copy."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edgelab.devices.shapes import ModelShape, ShapeError
 from edgelab.errors import EdgeLabError
 from edgelab.model.blocks import block_list
-from edgelab.model.logits import head_logits
+from edgelab.model.logits import check_frequencies, head_logits
 from edgelab.model.shapes import skeleton
 from edgelab.runtimes.eager import TorchCache, use_kernels
 from edgelab.storage import variants
@@ -108,7 +108,7 @@ class Stage:
         position: of the first of them in the request. Returns hidden states (time, hidden), only the last of them where
         nothing but the head follows, or at the last stage logits of the last token, (vocabulary,) float32; with every,
         of each token, (time, vocabulary). Raises StageError where the position is not the next one; the head alone may
-        leave some out.
+        leave some out. Raises LogitsError where what was read before has other rotary frequencies.
         """
         is_next = position == self.length(request) or (not self.blocks and position > self.length(request))
         if not is_next:
@@ -116,6 +116,7 @@ class Stage:
                 f"Request {request} goes on at token {self.length(request)} in this stage, not at {position}; read the "
                 "whole sequence again, or what was sent twice once."
             )
+        check_frequencies(self.model.config, self.length(request), len(given))
         states = given[None] if given.dtype == torch.long else given[None].to(self.dtype)
         if self.first == 0 or self.blocks:
             states = self._through_blocks(states, request)
