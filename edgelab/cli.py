@@ -41,7 +41,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per
 Recipes = Annotated[
     list[str], typer.Argument(help="Recipes, e.g. none or 'quantize.rtn:bits=4,group_size=64'.")
 ]
-Model = Annotated[str, typer.Option(help="'embedded', a Hub id, a folder with safetensors, or a .gguf file.")]
+Model = Annotated[
+    str, typer.Option(help="'embedded', a Hub id, a folder with weights and tokenizer, or a .gguf file.")
+]
 Corpus = Annotated[
     str, typer.Option(help="Text to evaluate on: a name of `edgelab list corpora`, or a text file.")
 ]

@@ -1,5 +1,7 @@
 """The exceptions of the package: one clear sentence, also inside a notebook."""
 
+from collections.abc import Iterable
+
 ON_PHONES = ("executorch", "litert")  # extras whose packages every process would import
 
 
@@ -9,6 +11,12 @@ class EdgeLabError(Exception):
     def _render_traceback_(self) -> list[str]:
         # IPython calls this instead of printing a page of traceback.
         return [f"{type(self).__name__}: {self}"]
+
+
+def listed(names: Iterable[object]) -> str:
+    """One or more names as words: a, b and c."""
+    *others, last = map(str, names)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def few(names: list[str]) -> str:

@@ -123,7 +123,10 @@ def reads(made: Technique | Deployment) -> list[str]:
 
 
 class Deployment(Protocol):
-    """A frozen dataclass of settings that says where a recipe runs."""
+    """A frozen dataclass of settings that says where a recipe runs.
+
+    Where it has `check_model(config)`, that raises for a model it cannot run with these settings, before work begins.
+    """
 
     name: ClassVar[str]  # set by `deployment`
     version: ClassVar[int]  # raise it when the same variant is exported to something else

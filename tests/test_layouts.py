@@ -176,7 +176,7 @@ def test_layers_smaller_than_a_group_stay_in_float_and_are_noted(recipe, new_mod
         before, after = (log_p(one, story.ids[300:364]) for one in (model, changed))
         assert float((before.exp() * (before - after)).sum(-1).mean()) < 0.05
     with pytest.raises(
-        RecipeError, match=r"^group_size=128 does not divide the 32 and 64 and 96 inputs.*use 32, 0"
+        RecipeError, match=r"^group_size=128 does not divide the 32, 64 and 96 inputs.*use 32, 0"
     ):
         parse(recipe.replace("32", "128")).apply(model, context)
     assert type(

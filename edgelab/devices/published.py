@@ -18,6 +18,7 @@ from edgelab.devices.device import Device, project_devices
 from edgelab.devices.roofline import PRECISIONS, Engine, decode_tok_s, operations
 from edgelab.devices.shapes import ShapeError, models
 from edgelab.devices.tables import table
+from edgelab.errors import listed
 
 CONTEXT = 128  # tokens in the cache: most of these rates are means over the first 128 or so
 RANGES = {"phone": ("phone", "CPU")}  # of which classes the rates make a range
@@ -107,7 +108,7 @@ def class_range(runs_on: str, without: str = "") -> tuple[Engine, Engine]:
     on the CPU and few rates are published, so that those of CPUs belong to their range.
     """
     shares = [share for each in RANGES.get(runs_on, (runs_on,)) for share in _shares(each, without)[1]]
-    basis = f"of {len(shares)} published rates on {' and '.join(RANGES.get(runs_on, (runs_on,)))} devices"
+    basis = f"of {len(shares)} published rates on {listed(RANGES.get(runs_on, (runs_on,)))} devices"
     middle = class_engine(runs_on, without)
     return (
         replace(middle, bandwidth_share=min(shares), basis=f"lowest {basis}"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from edgelab.devices.tables import table
-from edgelab.errors import EdgeLabError
+from edgelab.errors import EdgeLabError, listed
 
 COUNTED = (
     "llama",
@@ -69,7 +69,7 @@ class ModelShape:
         if layout not in COUNTED:
             raise ShapeError(
                 f"The parameters of a {layout!r} model cannot be counted from its configuration; "
-                f"supported are {', '.join(COUNTED[:-1])} and {COUNTED[-1]}."
+                f"supported are {listed(COUNTED)}."
             )
         if getattr(config, "qk_layernorm", False):
             raise ShapeError(

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelab.errors import EdgeLabError, few
+from edgelab.errors import EdgeLabError, few, listed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,7 +153,7 @@ def _check_header(path: Path) -> None:
         raise GGUFError(f"{path.name} is for big-endian machines; convert it for little-endian ones.")
     if number < 2**16 and number not in VERSIONS:
         raise GGUFError(
-            f"{path.name} is GGUF of version {number}, and {' and '.join(map(str, VERSIONS))} are read here; fetch or "
+            f"{path.name} is GGUF of version {number}, and {listed(VERSIONS)} are read here; fetch or "
             "convert it again."
         )
 

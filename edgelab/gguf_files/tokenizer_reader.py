@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgelab.errors import listed
 from edgelab.gguf_files import tokenizer_kinds
 from edgelab.gguf_files.reader import GGUFError, opened
 from edgelab.gguf_files.tokenizer_kinds import DIGIT, GPT2, IDS, KEEPS, KEY, NOTES, PHI3, SPACE, pairs
@@ -26,7 +27,7 @@ def read(path: Path) -> PreTrainedTokenizerFast:
     kind, texts = said.get(f"{KEY}model", "none"), said.get(f"{KEY}tokens")
     if kind not in KINDS:
         raise GGUFError(
-            f"{path.name} holds a tokenizer of kind '{kind}', and {' and '.join(KINDS)} are read here; give the "
+            f"{path.name} holds a tokenizer of kind '{kind}', and {listed(KINDS)} are read here; give the "
             "safetensors folder."
         )
     if not texts:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from edgelab import ledger
 from edgelab.assets import fast
-from edgelab.errors import EdgeLabError
+from edgelab.errors import EdgeLabError, listed
 from edgelab.ledger import Row, every_field
 from edgelab.ledger.row import value_types
 from edgelab.ledger.store import NUMBERS
@@ -277,7 +277,7 @@ def drawable(
     drawn = frame[~failed & complete]
     if drawn.empty:
         raise NothingToDraw(
-            f"none of the {len(frame)} rows ({failed.sum()} failed) has {' and '.join(metrics)}: measure "
+            f"none of the {len(frame)} rows ({failed.sum()} failed) has {listed(metrics)}: measure "
             f'{measure} first, for instance with el.compare(["none", "quantize.rtn:bits=4,group_size=64"])'
         )
     notes = []
@@ -288,7 +288,7 @@ def drawable(
     if per_token := [name for name in metrics if find_metric(name).within == "protocol"]:
         if other_tokens.any():
             notes.append(
-                f"Not drawn, because its tokens are others and {' and '.join(per_token)} is per token: "
+                f"Not drawn, because its tokens are others and {listed(per_token)} is per token: "
                 f"{', '.join(dict.fromkeys(map(label, frame.loc[other_tokens, 'recipe'])))}."
             )
         complete |= other_tokens
@@ -304,7 +304,7 @@ def cautions(drawn: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
     differ = [name for name in compared_by(metrics) if drawn[name].nunique() > 1]
     if within & {"protocol", "text"} and differ:
         notes.append(
-            f"Quality is comparable only between rows of the same {' and '.join(differ)}; here they differ."
+            f"Quality is comparable only between rows of the same {listed(differ)}; here they differ."
         )
     if "machine" in within and drawn["host"].nunique() > 1:
         hosts = ", ".join(drawn["host"].unique())

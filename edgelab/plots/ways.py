@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from edgelab.errors import listed
 from edgelab.notation import split
 from edgelab.plots.choosing import MOST_LABELS
 from edgelab.plots.hybrid import CLOUD, EDGE
@@ -185,7 +186,7 @@ def _measured(
     frame = as_frame(rows)
     if not (np.isfinite(frame[metrics]).all(axis=1) & (frame["status"] == "ok")).any():
         raise NothingToDraw(
-            f"none of the {len(frame)} rows has {' and '.join(metrics)}: measure a recipe that ends in {at} with "
+            f"none of the {len(frame)} rows has {listed(metrics)}: measure a recipe that ends in {at} with "
             f'only="{only}"'
         )
     return *drawable(frame, metrics, only, [*SAME_SPEED, "seed"]), frame

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from edgelab.errors import listed
 from edgelab.storage.description import Description
 
 TRACEABLE = ("linear", "llama3", "yarn")  # scaling of rotary frequencies that does not change with the length
@@ -78,11 +79,6 @@ def rotary_scaling(about: Description, known: tuple[str, ...], engine: str) -> s
         asked = f"rotary scaling of a {about.layout} model, and this one has '{kind}'"
         return f"{engine} knows {words} {asked}; use 'torch'."
     return None
-
-
-def listed(names: tuple[str, ...]) -> str:
-    """One or more names as words: a, b and c."""
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if names[1:] else names[0]
 
 
 def unusual_attention(about: Description, engine: str) -> str | None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgelab.errors import listed
 from edgelab.model.blocks import Block, Group, is_linear
 from edgelab.recipes import RecipeError
 
@@ -46,7 +47,7 @@ def fold_scale(block: Block, group: Group, scale: Tensor, source: Source | None 
     inputs = block.module.get_submodule(group.layers[0]).in_features
     if scale.shape != (inputs,) or not bool(((scale > 0) & scale.isfinite()).all()):
         raise RecipeError(
-            f"A scale of {' and '.join(group.layers)} is {inputs} positive finite numbers, one for each input; "
+            f"A scale of {listed(group.layers)} is {inputs} positive finite numbers, one for each input; "
             f"this one has shape {tuple(scale.shape)} and a smallest value of {float(scale.min()):g}."
         )
     source = source or find_source(block, group)

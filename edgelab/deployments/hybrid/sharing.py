@@ -122,6 +122,7 @@ class Halved(ThroughRemote):
         ids = prompt_ids(self.tokenizer, request.prompt)
         name, written, spans = secrets.token_urlsafe(16), [], []
         given, position = torch.tensor(ids), 0
+        self.stage.forget()
         try:
             while len(written) < request.tokens and not self._is_end(written, request):
                 started = time.perf_counter() - begun
@@ -145,7 +146,6 @@ class Halved(ThroughRemote):
             found = Answer(text, "cloud", tuple(spans), len(written), wanted_cloud=True)
             with suppress(CloudError):
                 self.remote.direct.forget(name)
-        self.stage.forget()
         return replace(found, read=len(ids) if written else 0, written=len(written))  # what it has answered
 
     def _next(self, cloud: Cloud, name: str, step: int, states: Tensor) -> int:

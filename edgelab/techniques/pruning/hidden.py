@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from edgelab.errors import listed
 from edgelab.model.blocks import block_list, longest
 from edgelab.model.marks import refuse_zeros
 from edgelab.model.structures import attentions, mlps
@@ -74,7 +75,7 @@ def _norms(model: PreTrainedModel) -> dict[str, list[str]]:
         if there != set(NORMS):
             raise RecipeError(
                 f"Block {place} has the norms {', '.join(sorted(there))}; prune.hidden knows models with "
-                f"{' and '.join(NORMS)}, such as Llama, Qwen and Gemma."
+                f"{listed(NORMS)}, such as Llama, Qwen and Gemma."
             )
         found |= {start + NORMS[0]: list(attention.writers), start + NORMS[1]: list(mlp.writers)}
     head = next(one for one, module in model.named_modules() if module is model.get_output_embeddings())

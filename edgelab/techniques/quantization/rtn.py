@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from edgelab.errors import listed
 from edgelab.model.blocks import float_linear, looks_at_weight
 from edgelab.recipes import Context, RecipeError, Record, register
 from edgelab.storage.codebook import CodebookTensor
@@ -90,7 +91,7 @@ def check_group_size(group_size: int, in_features: list[int]) -> None:
             if all(w % size == 0 for w in widths)
         ]
         raise GroupSizeError(
-            f"group_size={group_size} does not divide the {' and '.join(map(str, widths))} inputs of the layers; "
+            f"group_size={group_size} does not divide the {listed(widths)} inputs of the layers; "
             f"use {', '.join([*fitting, '0 (one group per row)'])}."
         )
 

@@ -28,6 +28,7 @@ from edgelab import network, tasks
 from edgelab.deployments.hybrid.routing.curves import routed, threshold_for_share
 from edgelab.deployments.hybrid.routing.gap import RoutingError
 from edgelab.devices.prices import prices
+from edgelab.errors import listed
 from edgelab.measure.requests import WARM
 
 _ROUNDING = 1e-12  # of shares
@@ -106,9 +107,7 @@ def served(row: Mapping[str, Any]) -> Served:
     lists = (found.right, found.sent, found.answered, found.ms, found.edge_ms, *found.scores.values())
     lengths = set(map(len, lists))
     if len(lengths) != 1 or not found.right.size:
-        raise RoutingError(
-            f"The row of {row['recipe']} speaks of {' and '.join(map(str, sorted(lengths)))} requests."
-        )
+        raise RoutingError(f"The row of {row['recipe']} speaks of {listed(sorted(lengths))} requests.")
     return replace(found, exchanges=_exchanges(str(row["runtime"]), each, found))
 
 
